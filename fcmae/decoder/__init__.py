@@ -1,0 +1,5 @@
+"""The FCMAE decoder."""
+
+from fcmae.decoder.decoder import Decoder
+
+__all__ = ["Decoder"]

@@ -1,0 +1,43 @@
+"""The FCMAE decoder (paper, section 3.1): fills hidden cells with a mask token and predicts every patch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae.encoder.convnextv2 import Block, init_weights
+from fcmae.encoder.layouts import DenseSites
+
+
+def conv1x1(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Apply a 1x1 convolution to the last axis of x (b, h, w, c)."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+class Decoder(nn.Module):
+    """1x1 projection, mask token, `depth` dense ConvNeXt V2 blocks, 1x1 prediction; official parameter names.
+
+    Args:
+        in_dim: width of the encoder's last stage.
+        out_dim: values per patch, patch * patch * in_chans.
+        dim: width of the decoder.
+        depth: number of blocks.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, dim: int = 512, depth: int = 1) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, kernel_size=1)
+        self.mask_token = nn.Parameter(torch.zeros(1, dim, 1, 1))
+        self.decoder = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.pred = nn.Conv2d(dim, out_dim, kernel_size=1)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, features: Tensor, visible: Tensor) -> Tensor:
+        """Predict all patches (b, L, out_dim) from the encoder's map (b, h, w, c) and booleans `visible` (b, L)."""
+        b, h, w, _ = features.shape
+        x = conv1x1(features, self.proj)
+        x = torch.where(visible.view(b, h, w, 1), x, self.mask_token.flatten().to(x.dtype))
+        sites = DenseSites((h, w))
+        for block in self.decoder:
+            x = block(x, sites)
+        return conv1x1(x, self.pred).flatten(1, 2)

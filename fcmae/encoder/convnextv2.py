@@ -1,0 +1,279 @@
+"""ConvNeXt V2 (arXiv 2301.00808), written once over the layouts; knows nothing of masks' sampling or losses."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites
+from fcmae.encoder.packed import PackedSites
+from fcmae.patches import grid_shape
+
+Layout = Literal["auto", "dense", "masked", "packed"]
+Variant = str | tuple[tuple[int, ...], tuple[int, ...]]
+
+VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    # name: (depths, dims), paper, Appendix A.1
+    "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+"""The eight sizes of the paper: depths and widths of the four stages."""
+
+LAYOUTS: dict[str, Callable[[tuple[int, int], Tensor], Sites]] = {
+    # name: (patch grid, visible_ids) -> the first stage's sites; "dense" needs no ids and is made apart
+    "masked": lambda grid, ids: MaskedSites((grid[0] * SITES_PER_PATCH, grid[1] * SITES_PER_PATCH), ids),
+    "packed": PackedSites,
+}
+
+
+def resolve_variant(variant: Variant) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return (depths, dims) of a name in `VARIANTS` or of an explicit pair of four numbers each.
+
+    Raises:
+        ValueError: if the name is unknown, or the pair is not four depths and four widths.
+    """
+    if isinstance(variant, str):
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
+        return VARIANTS[variant]
+    depths, dims = tuple(variant[0]), tuple(variant[1])
+    if len(depths) != 4 or len(dims) != 4 or min(depths + dims) < 1:
+        raise ValueError(
+            f"a variant has four positive depths and four positive dims, got {depths} and {dims}"
+        )
+    return depths, dims
+
+
+class GRN(nn.Module):
+    """Global Response Normalization (paper, Algorithm 1): x + gamma * (x * N(x)) + beta over active sites.
+
+    N(x) is the channel's L2 norm over the sites of its image, divided by the mean of these norms over channels.
+    `scope="batch"` takes the norms over the sites of the whole batch, as the official sparse code does by
+    mistake: for studying checkpoints trained that way, nothing else.
+    """
+
+    def __init__(self, dim: int, *, scope: Literal["image", "batch"] = "image", eps: float = 1e-6) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.scope = scope
+        self.eps = eps
+
+    def forward(self, x: Tensor, sites: Sites) -> Tensor:
+        norm = sites.norm(x)  # (b, c)
+        if self.scope == "batch":
+            norm = torch.linalg.vector_norm(norm, dim=0, keepdim=True).expand_as(norm)
+        response = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
+        scale = sites.spread(1 + self.gamma.flatten() * response)
+        return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole images with probability `rate` while training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, sites: Sites) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        kept = torch.empty_like(sites.sum(x)[:, :1]).bernoulli_(1 - self.rate)
+        return x * sites.spread(kept / (1 - self.rate))
+
+
+class Block(nn.Module):
+    """ConvNeXt V2 block: depthwise 7x7, LayerNorm, expand by 4, GELU, GRN, project back, add (paper, figure 5)."""
+
+    def __init__(
+        self, dim: int, *, drop_path: float = 0.0, grn_scope: Literal["image", "batch"] = "image"
+    ) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.grn = GRN(4 * dim, scope=grn_scope)
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, sites: Sites) -> Tensor:
+        h = sites.depthwise(x, self.dwconv)
+        h = self.grn(self.act(self.pwconv1(self.norm(h))), sites)
+        return x + self.drop_path(self.pwconv2(h), sites)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw convolution and linear weights from a truncated normal of std 0.02 and zero their biases."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ConvNeXtV2(nn.Module):
+    """ConvNeXt V2 encoder and classifier with the official dense parameter names.
+
+    Without classes the final LayerNorm has no parameters: released FCMAE weights and our own pretrained
+    encoders have none, and pretraining does not use it.
+
+    Args:
+        variant: a name of `VARIANTS` or an explicit (depths, dims).
+        in_chans: channels of the images.
+        num_classes: outputs of the classifier; 0 gives pooled features instead.
+        stem_stride: 4 (official), 2 or 1; a patch has 8 * stem_stride pixels per side.
+        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+        grn_scope: "image" (paper) or "batch" (see `GRN`).
+
+    Raises:
+        ValueError: if an argument is none of these.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        stem_stride: int = 4,
+        drop_path: float = 0.0,
+        grn_scope: Literal["image", "batch"] = "image",
+    ) -> None:
+        super().__init__()
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 4, 2 or 1, got {stem_stride}")
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(f"got in_chans={in_chans} (at least 1), num_classes={num_classes} (at least 0)")
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
+        if grn_scope not in ("image", "batch"):
+            raise ValueError(f"grn_scope must be 'image' or 'batch', got {grn_scope!r}")
+        self.depths, self.dims = resolve_variant(variant)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.stem_stride = stem_stride
+        self.patch_size = SITES_PER_PATCH * stem_stride
+        self.gradient_checkpointing = False
+
+        stem = nn.Conv2d(in_chans, self.dims[0], kernel_size=stem_stride, stride=stem_stride)
+        self.downsample_layers = nn.ModuleList(
+            [nn.ModuleList([stem, nn.LayerNorm(self.dims[0], eps=1e-6)])]
+            + [
+                nn.ModuleList(
+                    [nn.LayerNorm(fine, eps=1e-6), nn.Conv2d(fine, coarse, kernel_size=2, stride=2)]
+                )
+                for fine, coarse in zip(self.dims[:-1], self.dims[1:], strict=True)
+            ]
+        )
+        num_blocks = sum(self.depths)
+        rates = iter([drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)])
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(dim, drop_path=next(rates), grn_scope=grn_scope) for _ in range(depth))
+            for depth, dim in zip(self.depths, self.dims, strict=True)
+        )
+        self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6, elementwise_affine=num_classes > 0)
+        self.head = nn.Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
+        self.apply(init_weights)
+
+    def sites(self, images: Tensor, visible_ids: Tensor | None, layout: Layout) -> Sites:
+        """Return the first stage's layout for these images; "auto" is packed with `visible_ids`, else dense.
+
+        Raises:
+            ValueError: if shapes do not fit, or the layout is unknown or needs ids that are missing.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images must be (b, {self.in_chans}, height, width), got {tuple(images.shape)}: "
+                "in_chans and the data must agree"
+            )
+        grid = grid_shape((images.shape[2], images.shape[3]), self.patch_size)
+        if layout == "auto":
+            layout = "dense" if visible_ids is None else "packed"
+        if layout == "dense":
+            if visible_ids is not None:
+                raise ValueError("layout 'dense' has no hidden patches: drop visible_ids or choose 'packed'")
+            return DenseSites((grid[0] * SITES_PER_PATCH, grid[1] * SITES_PER_PATCH))
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}: choose from auto, dense, {', '.join(LAYOUTS)}")
+        if visible_ids is None:
+            raise ValueError(f"layout {layout!r} needs visible_ids")
+        if visible_ids.dtype != torch.int64 or visible_ids.ndim != 2 or len(visible_ids) != len(images):
+            raise ValueError(
+                f"visible_ids must be int64 (b, p) with b = {len(images)}, "
+                f"got {visible_ids.dtype} {tuple(visible_ids.shape)}"
+            )
+        if not 1 <= visible_ids.shape[1] <= grid[0] * grid[1]:
+            raise ValueError(
+                f"{visible_ids.shape[1]} visible patches do not fit a grid of {grid[0]} x {grid[1]}"
+            )
+        return LAYOUTS[layout](grid, visible_ids)
+
+    def _block(self, block: nn.Module, x: Tensor, sites: Sites) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            out = checkpoint(block, x, sites, use_reentrant=False)
+            assert isinstance(out, Tensor)
+            return out
+        return block(x, sites)
+
+    def stage_outputs(self, images: Tensor, sites: Sites) -> list[tuple[Tensor, Sites]]:
+        """Return the map after each of the four stages with its layout, finest first."""
+        outputs: list[tuple[Tensor, Sites]] = []
+        x = images
+        for i, (layers, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            assert isinstance(layers, nn.ModuleList)
+            assert isinstance(stage, nn.ModuleList)
+            if i == 0:
+                stem, norm = layers
+                assert isinstance(stem, nn.Conv2d)
+                x = norm(sites.stem(x, stem))
+            else:
+                norm, conv = layers
+                assert isinstance(conv, nn.Conv2d)
+                x, sites = sites.downsample(norm(x), conv)
+            for block in stage:
+                x = self._block(block, x, sites)
+            outputs.append((x, sites))
+        return outputs
+
+    def features(self, images: Tensor, visible_ids: Tensor | None = None, layout: Layout = "auto") -> Tensor:
+        """Return the last map (b, h, w, c), one site per patch, before the final norm; exact zeros where hidden.
+
+        Args:
+            images: (b, in_chans, H, W), sides multiples of the patch size; hidden pixels are never read.
+            visible_ids: int64 (b, p), without repeats, or None for all visible.
+            layout: how to compute it; all layouts give the same numbers.
+
+        Raises:
+            ValueError: if shapes do not fit, or the layout is unknown or needs ids that are missing.
+        """
+        x, sites = self.stage_outputs(images, self.sites(images, visible_ids, layout))[-1]
+        return sites.scatter(x)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Return the four stages' maps (b, c_i, h_i, w_i), finest first, for dense prediction.
+
+        Raises:
+            ValueError: as `features`.
+        """
+        outputs = self.stage_outputs(images, self.sites(images, None, "dense"))
+        return [x.permute(0, 3, 1, 2) for x, _ in outputs]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (b, num_classes), or pooled, normalised features (b, c) when `num_classes` is 0.
+
+        Raises:
+            ValueError: as `features`.
+        """
+        x, sites = self.stage_outputs(images, self.sites(images, None, "dense"))[-1]
+        return self.head(self.norm(sites.sum(x) / sites.num_active))
+
+    def extra_repr(self) -> str:
+        return f"depths={self.depths}, dims={self.dims}, patch_size={self.patch_size}"

@@ -1,0 +1,155 @@
+"""The layouts of a feature map: the only code that knows where features lie in space.
+
+A *layout* answers the seven questions of the `Sites` protocol; everything else in a ConvNeXt V2 works on the
+last axis and runs on any of them unchanged. "Sites" are the positions at which features exist, "active" sites
+those of visible patches.
+
+Invariants, on which every layout relies:
+
+- Features at inactive sites are unspecified and never read.
+- A patch is 8 -> 4 -> 2 -> 1 sites per side through the four stages, so each 2x2 downsampling window is wholly
+  visible or wholly hidden. Divisibility is checked once, in `ConvNeXtV2.features`.
+- Visibility is `visible_ids` (b, p), int64, without repeats, p the same for every image: static shapes.
+- Parameters are plain `nn.Conv2d`, `nn.Linear`, `nn.LayerNorm`; a layout reads `conv.weight` and owns nothing.
+- Hidden pixels never reach a number that is kept: they may be NaN.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae.masking import ids_to_visible
+
+SITES_PER_PATCH = 8
+"""Sites per patch side in the first stage; each of the three downsamplings halves it."""
+
+
+class Sites(Protocol):
+    """What a ConvNeXt V2 needs to know of space. x is a feature map in the layout's own storage."""
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """Take the active sites of a map (b, h, w, c) into the layout's storage."""
+        ...
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Lay x out as a map (b, h, w, c) with exact zeros at hidden sites."""
+        ...
+
+    def stem(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
+        """Apply a non-overlapping convolution to images (b, c, H, W), reading visible pixels only."""
+        ...
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """Apply a depthwise convolution at active sites; hidden neighbours count as zero."""
+        ...
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
+        """Apply a 2x2 convolution of stride 2; returns the map and its coarser layout."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the active sites of each image: (b, c)."""
+        ...
+
+    def norm(self, x: Tensor) -> Tensor:
+        """L2 norm over the active sites of each image: (b, c), at least float32; gradient 0 where it is 0."""
+        ...
+
+    def spread(self, per_image: Tensor) -> Tensor:
+        """Shape (b, c) so that it broadcasts against x."""
+        ...
+
+    @property
+    def num_active(self) -> int:
+        """Active sites per image, the same for all."""
+        ...
+
+
+def l2_norm(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """L2 norm over `dim`, accumulated in at least float32; its gradient at an all-zero vector is zero."""
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def conv2d_channels_last(x: Tensor, conv: nn.Conv2d, **kwargs: Any) -> Tensor:
+    """Apply `conv`'s weights to x (b, h, w, c); returns (b, h', w', c')."""
+    out = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, groups=conv.groups, **kwargs)
+    return out.permute(0, 2, 3, 1)
+
+
+@dataclass(frozen=True)
+class DenseSites:
+    """All sites active, stored as (b, h, w, c): fine-tuning, inference, the decoder."""
+
+    grid: tuple[int, int]
+    """Sites (h, w)."""
+
+    def gather(self, dense: Tensor) -> Tensor:
+        return dense
+
+    def scatter(self, x: Tensor) -> Tensor:
+        return x
+
+    def stem(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
+        return F.conv2d(images, conv.weight, conv.bias, stride=conv.stride).permute(0, 2, 3, 1)
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return conv2d_channels_last(x, conv, padding=conv.padding)
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
+        coarser = replace(self, grid=(self.grid[0] // 2, self.grid[1] // 2))
+        return conv2d_channels_last(x, conv, stride=conv.stride), coarser
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.sum((1, 2))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return l2_norm(x, (1, 2))
+
+    def spread(self, per_image: Tensor) -> Tensor:
+        return per_image[:, None, None, :]
+
+    @property
+    def num_active(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class MaskedSites(DenseSites):
+    """The reference: dense storage (b, h, w, c), hidden sites zeroed wherever they would be read."""
+
+    visible_ids: Tensor
+    """Visible patches (b, p), int64."""
+    sites_per_patch: int = SITES_PER_PATCH
+
+    def active(self, sites_per_patch: int) -> Tensor:
+        """Booleans (b, h, w, 1) at `sites_per_patch` sites (or pixels) per patch side."""
+        gh, gw = self.grid[0] // self.sites_per_patch, self.grid[1] // self.sites_per_patch
+        visible = ids_to_visible(self.visible_ids, gh * gw).view(-1, gh, gw, 1)
+        return visible.repeat_interleave(sites_per_patch, 1).repeat_interleave(sites_per_patch, 2)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        return torch.where(self.active(self.sites_per_patch), x, 0.0)
+
+    def stem(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
+        pixels = self.active(self.sites_per_patch * conv.weight.shape[-1])
+        return super().stem(torch.where(pixels.permute(0, 3, 1, 2), images, 0.0), conv)
+
+    def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        return super().depthwise(self.scatter(x), conv)
+
+    def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
+        x, coarser = super().downsample(x, conv)
+        return x, replace(coarser, sites_per_patch=self.sites_per_patch // 2)
+
+    def sum(self, x: Tensor) -> Tensor:
+        return super().sum(self.scatter(x))
+
+    def norm(self, x: Tensor) -> Tensor:
+        return super().norm(self.scatter(x))
+
+    @property
+    def num_active(self) -> int:
+        return self.visible_ids.shape[1] * self.sites_per_patch**2

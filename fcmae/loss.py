@@ -1,0 +1,31 @@
+"""The FCMAE loss: mean squared error on hidden patches, optionally against patch-normalised pixels."""
+
+import torch
+from torch import Tensor
+
+PATCH_NORM_EPS = 1e-6
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (unbiased variance + 1e-6) of each patch of (b, L, n): each (b, L, 1)."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + PATCH_NORM_EPS).sqrt()
+
+
+def hidden_patch_loss(pred: Tensor, target: Tensor, hidden: Tensor, *, norm_pix_loss: bool) -> Tensor:
+    """Mean over hidden patches of the patch's mean squared error, in at least float32 (paper, section 3.1).
+
+    Args:
+        pred: predicted patches (b, L, n).
+        target: patches of the images (b, L, n), same order; visible ones are never read.
+        hidden: int64 ids (b, L - p) of the hidden patches.
+        norm_pix_loss: compare against each patch's pixels minus their mean, over their standard deviation.
+    """
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    ids = hidden[..., None].expand(-1, -1, pred.shape[-1])
+    pred = pred.gather(1, ids).to(dtype)
+    target = target.gather(1, ids).to(dtype)
+    if norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    return (pred - target).square().mean()
