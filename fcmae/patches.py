@@ -43,6 +43,4 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
         raise ValueError(f"{patches.shape[1]} patches do not fill a grid of {grid[0]} x {grid[1]}")
     if patches.shape[2] % (patch * patch):
         raise ValueError(f"{patches.shape[2]} values per patch are no whole channels of {patch} x {patch}")
-    return rearrange(
-        patches, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=grid[0], gw=grid[1], p=patch, q=patch
-    )
+    return rearrange(patches, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=grid[0], gw=grid[1], p=patch, q=patch)

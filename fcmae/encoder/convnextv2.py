@@ -46,9 +46,7 @@ def resolve_variant(variant: Variant) -> tuple[tuple[int, ...], tuple[int, ...]]
         return VARIANTS[variant]
     depths, dims = tuple(variant[0]), tuple(variant[1])
     if len(depths) != 4 or len(dims) != 4 or min(depths + dims) < 1:
-        raise ValueError(
-            f"a variant has four positive depths and four positive dims, got {depths} and {dims}"
-        )
+        raise ValueError(f"a variant has four positive depths and four positive dims, got {depths} and {dims}")
     return depths, dims
 
 
@@ -93,9 +91,7 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """ConvNeXt V2 block: depthwise 7x7, LayerNorm, expand by 4, GELU, GRN, project back, add (paper, figure 5)."""
 
-    def __init__(
-        self, dim: int, *, drop_path: float = 0.0, grn_scope: Literal["image", "batch"] = "image"
-    ) -> None:
+    def __init__(self, dim: int, *, drop_path: float = 0.0, grn_scope: Literal["image", "batch"] = "image") -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -167,9 +163,7 @@ class ConvNeXtV2(nn.Module):
         self.downsample_layers = nn.ModuleList(
             [nn.ModuleList([stem, nn.LayerNorm(self.dims[0], eps=1e-6)])]
             + [
-                nn.ModuleList(
-                    [nn.LayerNorm(fine, eps=1e-6), nn.Conv2d(fine, coarse, kernel_size=2, stride=2)]
-                )
+                nn.ModuleList([nn.LayerNorm(fine, eps=1e-6), nn.Conv2d(fine, coarse, kernel_size=2, stride=2)])
                 for fine, coarse in zip(self.dims[:-1], self.dims[1:], strict=True)
             ]
         )
@@ -211,9 +205,7 @@ class ConvNeXtV2(nn.Module):
                 f"got {visible_ids.dtype} {tuple(visible_ids.shape)}"
             )
         if not 1 <= visible_ids.shape[1] <= grid[0] * grid[1]:
-            raise ValueError(
-                f"{visible_ids.shape[1]} visible patches do not fit a grid of {grid[0]} x {grid[1]}"
-            )
+            raise ValueError(f"{visible_ids.shape[1]} visible patches do not fit a grid of {grid[0]} x {grid[1]}")
         return LAYOUTS[layout](grid, visible_ids)
 
     def _block(self, block: nn.Module, x: Tensor, sites: Sites) -> Tensor:

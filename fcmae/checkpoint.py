@@ -1,0 +1,196 @@
+"""Checkpoints on disk: safetensors and JSON, written so that at no instant there is none; nothing is unpickled.
+
+RUN/checkpoints/step-00001000/
+    model.safetensors       parameters by their dense names
+    optimizer.safetensors   AdamW's state, as `exp_avg.NAME` and so on
+    state.json              step, images seen, configuration, versions
+RUN/checkpoints/last        a link to the newest
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fcmae.encoder.convnextv2 import VARIANTS
+from fcmae.errors import UserError
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint read from disk."""
+
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors named `KIND.PARAMETER`, such as `exp_avg.encoder.norm.weight`."""
+    return {
+        f"{kind}.{name}": value
+        for name, parameter in model.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put `optimizer_tensors` back, each on its parameter's device."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
+
+    It is written under another name, synced to disk and renamed: a kill at any instant leaves the older ones.
+
+    Raises:
+        UserError: if it could not be written, such as for a full disk; older checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".writing-{final.name}"
+    try:
+        for leftover in folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        save_file({name: value.contiguous() for name, value in model.items()}, temporary / MODEL)
+        save_file({name: value.contiguous() for name, value in optimizer.items()}, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _fsync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        link = folder / ".writing-last"
+        os.symlink(final.name, link)
+        os.replace(link, folder / "last")
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        raise UserError(
+            f"{final}: not written, {'the disk is full' if full else error}; earlier checkpoints are intact: "
+            "free some space and start the same command with resume=auto"
+        ) from error
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest complete checkpoint folder of a run folder, or None."""
+    complete = [path for path in (run / "checkpoints").glob("step-*") if (path / STATE).is_file()]
+    return max(complete, default=None)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: if it is missing, truncated or of another kind.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
+        ) from error
+    return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state)
+
+
+def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
+    """Guess the variant whose encoder these tensors hold: its name, or depths and dims."""
+    depths: list[int] = []
+    dims: list[int] = []
+    for i in range(4):
+        stage = {
+            int(name.split(f"stages.{i}.")[1].split(".")[0]): value.shape[0]
+            for name, value in tensors.items()
+            if f"stages.{i}." in name and name.endswith("dwconv.weight")
+        }
+        if not stage:
+            return "no ConvNeXt V2"
+        depths.append(len(stage))
+        dims.append(next(iter(stage.values())))
+    shape = (tuple(depths), tuple(dims))
+    return next((name for name, known in VARIANTS.items() if known == shape), f"depths {depths}, dims {dims}")
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load tensors strictly by name and shape.
+
+    Raises:
+        UserError: naming `source`, what it holds and up to ten keys that do not fit.
+    """
+    wanted = module.state_dict()
+    missing = [f"missing {name}" for name in wanted if name not in tensors]
+    unexpected = [f"unexpected {name}" for name in tensors if name not in wanted]
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems = missing + unexpected + shapes
+    if problems:
+        raise UserError(
+            f"{source}: does not fit the model ({describe_encoder(wanted)}): it holds {describe_encoder(tensors)}; "
+            f"{len(problems)} tensors differ: {'; '.join(problems[:10])}"
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def find_weights(path: Path) -> Path:
+    """Return the safetensors file that a run folder, checkpoint folder or file stands for.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_file():
+        return path
+    for candidate in (path / MODEL, path / "checkpoints" / "last" / MODEL):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{path}: neither a run folder, a checkpoint folder nor a safetensors file")

@@ -1,0 +1,284 @@
+"""Configuration: YAML into frozen, typed sections, dotted overrides last; knows no models, data or devices."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fcmae.errors import UserError
+
+FourSizes = tuple[int, int, int, int]
+Pair = tuple[float, float]
+Channels = Annotated[tuple[float, ...], Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """The network: arguments of `fcmae.FCMAE`, by the same names."""
+
+    variant: str | tuple[FourSizes, FourSizes]
+    in_chans: Positive = 3
+    stem_stride: Literal[1, 2, 4] = 4
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    decoder_dim: Positive = 512
+    decoder_depth: Positive = 1
+    norm_pix_loss: bool = True
+    layout: Literal["auto", "masked", "packed"] = "auto"
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class DataSection(Section):
+    """Where images come from and how they become batches."""
+
+    name: str = "folder"
+    """`folder` (also a .tar file), `arrays`, or any map-style name of timm's `create_dataset`."""
+    root: str
+    split: str = "train"
+    image_size: Positive | tuple[Positive, Positive] = 224
+    """Pixels: a side, or [height, width]."""
+    batch_size: Positive = 64
+    """Images per process and micro-batch."""
+    num_workers: Annotated[int, Field(ge=0)] = 8
+    max_bad: Annotated[int, Field(ge=0)] = 100
+    """Images that may fail to decode before the run ends."""
+    mean: Channels = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.229, 0.224, 0.225)
+    crop_scale: Pair = (0.2, 1.0)
+    """Share of the image's area that a random crop covers, least and most."""
+    hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability of a horizontal flip."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must be two shares of the area, 0 < least <= most <= 1")
+        return self
+
+
+class OptimSection(Section):
+    """AdamW, warm-up and cosine; the rate is base_lr * images per update / 256."""
+
+    base_lr: NotNegative = 1.5e-4
+    min_lr: NotNegative = 0.0
+    weight_decay: NotNegative = 0.05
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    warmup_epochs: NotNegative = 40
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient, or null for no clipping."""
+    accumulate: Positive = 1
+    """Micro-batches per update."""
+
+
+class TrainSection(Section):
+    """How long and how to compute."""
+
+    epochs: Annotated[float, Field(gt=0)] = 800
+    max_steps: Positive | None = None
+    """End, schedule included, after this many updates if `epochs` would take more."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast; `auto` takes what accelerate was configured or launched with."""
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class CheckpointSection(Section):
+    """When to save the state of a run."""
+
+    every_steps: Positive = 1000
+    keep: Positive = 2
+
+
+class LogSection(Section):
+    """When to write metrics."""
+
+    every_steps: Positive = 20
+
+
+class VisualizeSection(Section):
+    """Reconstructions of fixed images, at start, at an interval and at the end."""
+
+    every_steps: Positive = 5000
+    num_images: Annotated[int, Field(ge=0)] = 8
+
+
+class RunConfig(Section):
+    """What any training run needs to know; `model` is narrowed by each kind of run."""
+
+    output: str
+    """The run folder."""
+    resume: Literal["auto", "never"] = "never"
+    """`auto` goes on, exactly, where the run in `output` stopped; `never` refuses a folder that is in use."""
+    init_from: str | None = None
+    """A run folder, checkpoint folder or safetensors file whose weights start a new run."""
+    model: Section
+    data: DataSection
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+
+class PretrainConfig(RunConfig):
+    """Everything `pretrain.py` needs to know."""
+
+    model: ModelSection
+    visualize: VisualizeSection = VisualizeSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("mean", "std"):
+            if len(getattr(self.data, key)) != self.model.in_chans:
+                raise ValueError(
+                    f"data.{key} has {len(getattr(self.data, key))} values, but model.in_chans is "
+                    f"{self.model.in_chans}: give one value per channel"
+                )
+        return self
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number and no as a word (YAML 1.2) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore[reportUnknownMemberType]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+# YAML 1.1 also reads yes, no, on and off as booleans; `precision: no` is a word.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _keys(inner, f"{prefix}{name}.")
+            yield f"{prefix}{name}"
+        else:
+            yield prefix + name
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    """The known dotted key most like `key`, as a question; empty when nothing is near."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not near:
+        leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.7)]
+    return f": did you mean '{near[0]}'?" if near else f": known are {', '.join(k for k in known if '.' not in k)}"
+
+
+def _override(values: dict[str, Any], override: str) -> str:
+    """Put `key=value` into the nested `values`; returns the dotted key."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {override!r}: expected key=value, such as optim.base_lr=3e-4")
+    *sections, leaf = key.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise UserError(f"argument {override!r}: {section!r} is a value, not a section")
+    target[leaf] = _parse_yaml(text, f"argument {override!r}")
+    return key
+
+
+def _known_key(location: Sequence[int | str], known: Sequence[str]) -> str:
+    """The longest dotted prefix of pydantic's location that is a key: it may go on into list items and unions."""
+    parts = [str(part) for part in location]
+    prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in known), ".".join(parts))
+
+
+def _describe(error: ValidationError, known: Sequence[str], source: str, overridden: Sequence[str]) -> str:
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    key = _known_key(first["loc"], known)
+    if first["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in first["loc"])
+    place = f"argument {key}" if key in overridden else f"{source}: {key}" if key else source
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_suggest(key, known)}"
+    if first["type"] == "missing":
+        return f"{place}: missing; add it to the file or give {key}=VALUE"
+    if first["type"] == "value_error":
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+    # every way in which the value fits no branch of a union
+    messages = dict.fromkeys(e["msg"].lower() for e in errors if _known_key(e["loc"], known) == key)
+    return f"{place}: {', or '.join(messages)}, got {first['input']!r}"
+
+
+def parse_config(
+    kind: type[Config], values: Mapping[str, Any], source: str, overridden: Sequence[str] = ()
+) -> Config:
+    """Validate nested `values` as a configuration of `kind`.
+
+    Raises:
+        UserError: if a key is unknown (with a suggestion), missing or of a wrong value; `source` is named.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_describe(error, list(_keys(kind)), source, overridden)) from error
+
+
+def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and `key=value` overrides, which win, into a configuration of `kind`.
+
+    Raises:
+        UserError: if the file cannot be read, or as `parse_config`.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--config {path}: {reason}; the shipped ones are in configs/") from error
+    values = _parse_yaml(text, str(path)) or {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections of 'key: value' lines, found a {type(values).__name__}")
+    overridden = [_override(values, override) for override in overrides]
+    return parse_config(kind, values, str(path), overridden)
+
+
+def to_yaml(config: Section) -> str:
+    """Return the configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None)

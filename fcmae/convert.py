@@ -1,0 +1,229 @@
+"""State dicts between our names (the official dense ones) and timm's; knows names and shapes, not training."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fcmae.encoder.convnextv2 import GRN, VARIANTS, ConvNeXtV2
+from fcmae.patches import grid_shape
+
+TIMM_NAMES = (
+    # ours (official dense)               timm
+    ("downsample_layers.0.{layer}.{p}", "stem.{layer}.{p}"),
+    ("downsample_layers.{later}.{layer}.{p}", "stages.{later}.downsample.{layer}.{p}"),
+    ("stages.{stage}.{block}.dwconv.{p}", "stages.{stage}.blocks.{block}.conv_dw.{p}"),
+    ("stages.{stage}.{block}.norm.{p}", "stages.{stage}.blocks.{block}.norm.{p}"),
+    ("stages.{stage}.{block}.pwconv{n}.{p}", "stages.{stage}.blocks.{block}.mlp.fc{n}.{p}"),
+    ("stages.{stage}.{block}.grn.gamma", "stages.{stage}.blocks.{block}.mlp.grn.weight"),
+    ("stages.{stage}.{block}.grn.beta", "stages.{stage}.blocks.{block}.mlp.grn.bias"),
+    ("norm.{p}", "head.norm.{p}"),
+    ("head.{p}", "head.fc.{p}"),
+)
+"""Every name there is; besides, GRN is (1, 1, 1, c) here and (c,) there, and `CONV_MLP` reshapes pwconv."""
+
+PLACEHOLDERS = {
+    "stage": "[0-3]",
+    "later": "[1-3]",
+    "block": "[0-9]+",
+    "layer": "[01]",
+    "n": "[12]",
+    "p": "weight|bias",
+}
+
+CONV_MLP = ("atto", "femto", "pico", "nano")
+"""The variants whose pwconv1 and pwconv2 timm holds as 1x1 convolutions (out, in, 1, 1)."""
+
+TIMM_STEM_ENLARGEMENT = {4: 1, 2: 2, 1: 1}
+"""How much larger timm has to see the images, by our stem_stride.
+
+timm's ConvNeXt with patch_size 2 has one more downsampling in its first stage, so it cannot be our
+stem_stride 2. The same function on images enlarged twice has patch_size 4, which timm can be.
+"""
+
+
+def _translate(names: Sequence[str], *, ours_to_timm: bool) -> dict[str, str]:
+    patterns = []
+    for ours, timm in TIMM_NAMES:
+        source, target = (ours, timm) if ours_to_timm else (timm, ours)
+        pattern = re.escape(source)
+        for key, choices in PLACEHOLDERS.items():
+            pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>{choices})")
+        patterns.append((re.compile(pattern), target))
+
+    translated, unknown = {}, []
+    for name in names:
+        matches = ((pattern.fullmatch(name), target) for pattern, target in patterns)
+        found = next(((match, target) for match, target in matches if match), None)
+        if found is None:
+            unknown.append(name)
+        else:
+            match, target = found
+            translated[name] = target.format(**match.groupdict())
+    if unknown:
+        source = "a ConvNeXt V2 encoder in official dense names" if ours_to_timm else "a timm convnextv2"
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise ValueError(f"not {source}: unknown keys {', '.join(map(repr, unknown[:10]))}{more}")
+    return translated
+
+
+def _state_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Read (depths, dims) off the names and shapes of one of our state dicts."""
+    convs = ["downsample_layers.0.0.weight", *(f"downsample_layers.{i}.1.weight" for i in (1, 2, 3))]
+    blocks = [{k.split(".")[2] for k in state if k.startswith(f"stages.{i}.")} for i in range(4)]
+    missing = [name for name in convs if name not in state]
+    missing += [f"stages.{i}.0" for i in range(4) if not blocks[i]]
+    if missing:
+        raise ValueError(f"not a whole ConvNeXt V2 encoder: {', '.join(missing)} missing")
+    return tuple(len(names) for names in blocks), tuple(state[name].shape[0] for name in convs)
+
+
+def _variant_name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
+    return next((name for name, variant in VARIANTS.items() if variant == (depths, dims)), None)
+
+
+def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and reshape the state dict of a `ConvNeXtV2` for timm's model of the same depths and dims.
+
+    A state without final norm gets one of weight 1 and bias 0, which is what our norm without parameters does.
+
+    Raises:
+        ValueError: if a key is unknown, or the four stages are not all there.
+    """
+    names = _translate(list(state), ours_to_timm=True)
+    depths, dims = _state_shape(state)
+    conv_mlp = _variant_name(depths, dims) in CONV_MLP
+    out: dict[str, Tensor] = {}
+    for ours, timm in names.items():
+        tensor = state[ours]
+        if ".grn." in ours:
+            tensor = tensor.flatten()
+        elif conv_mlp and ".pwconv" in ours and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        out[timm] = tensor
+    if "norm.weight" not in state:
+        like = state["downsample_layers.3.1.weight"]
+        out["head.norm.weight"] = like.new_ones(dims[-1])
+        out["head.norm.bias"] = like.new_zeros(dims[-1])
+    return out
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename and reshape the state dict of a timm convnextv2 for a `ConvNeXtV2`.
+
+    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXtV2` without classes has none.
+
+    Raises:
+        ValueError: if a key is unknown, as those of ConvNeXt V1 or of timm's patch_size 2 are.
+    """
+    out: dict[str, Tensor] = {}
+    for timm, ours in _translate(list(state), ours_to_timm=False).items():
+        tensor = state[timm]
+        if ".grn." in ours:
+            tensor = tensor.reshape(1, 1, 1, -1)
+        elif ".pwconv" in ours and tensor.ndim == 4:
+            tensor = tensor[:, :, 0, 0]
+        out[ours] = tensor
+    if "head.weight" not in out and "norm.weight" in out and "norm.bias" in out:
+        weight, bias = out["norm.weight"], out["norm.bias"]
+        if torch.equal(weight, torch.ones_like(weight)) and not bias.any():
+            del out["norm.weight"], out["norm.bias"]
+    return out
+
+
+def enlarge_stem(weight: Tensor, factor: int) -> Tensor:
+    """Return the stem kernel that sees on images enlarged by pixel repetition what `weight` sees on the originals."""
+    return weight.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
+
+
+def timm_config(
+    encoder: ConvNeXtV2,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int | tuple[int, int],
+) -> dict[str, Any]:
+    """Return the `config.json` with which timm rebuilds `encoder`, and the preprocessing it was trained with.
+
+    Args:
+        encoder: the encoder, with or without classifier.
+        mean: of the training data, per channel.
+        std: likewise.
+        image_size: side or (height, width) in pixels it was trained at.
+
+    Raises:
+        ValueError: if mean, std or image_size do not fit the encoder, or timm cannot compute it (batch GRN).
+    """
+    if len(mean) != encoder.in_chans or len(std) != encoder.in_chans:
+        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have {encoder.in_chans} channels each")
+    if any(isinstance(module, GRN) and module.scope == "batch" for module in encoder.modules()):
+        raise ValueError("timm has no GRN over the whole batch: an encoder with grn_scope='batch' has no export")
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    enlargement = TIMM_STEM_ENLARGEMENT[encoder.stem_stride]
+
+    name = _variant_name(encoder.depths, encoder.dims)
+    model_args: dict[str, Any] = {}
+    if name is None:
+        model_args |= {"depths": list(encoder.depths), "dims": list(encoder.dims)}
+    if encoder.in_chans != 3:
+        model_args["in_chans"] = encoder.in_chans
+    if encoder.stem_stride * enlargement != 4:
+        model_args["patch_size"] = encoder.stem_stride * enlargement
+
+    pretrained_cfg: dict[str, Any] = {
+        "num_classes": encoder.num_classes,
+        "input_size": [encoder.in_chans, height * enlargement, width * enlargement],
+        "pool_size": list(grid_shape((height, width), encoder.patch_size)),
+        "interpolation": "bicubic",
+        # The official evaluation crop; nothing to crop at 384 px and above, nor on thumbnails.
+        "crop_pct": 0.875 if 64 < min(height, width) < 384 else 1.0,
+        "mean": list(mean),
+        "std": list(std),
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        "paper_ids": "arXiv:2301.00808",
+    }
+    if enlargement != 1:
+        pretrained_cfg["description"] = (
+            f"Trained by fcmae at {height} x {width} with stem_stride {encoder.stem_stride}, which timm lacks: "
+            f"the stem is rewritten for images {enlargement} times as large, {height * enlargement} x "
+            f"{width * enlargement}; with pixels repeated the features are exactly the same."
+        )
+    return {
+        "architecture": f"convnextv2_{name or 'tiny'}",
+        "num_classes": encoder.num_classes,
+        "num_features": encoder.dims[-1],
+        "global_pool": "avg",
+        **({"model_args": model_args} if model_args else {}),
+        "pretrained_cfg": pretrained_cfg,
+    }
+
+
+def write_timm_folder(
+    encoder: ConvNeXtV2,
+    folder: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int | tuple[int, int],
+) -> None:
+    """Write `config.json` and `model.safetensors`, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    With stem_stride 2 timm's model takes images enlarged twice (see `TIMM_STEM_ENLARGEMENT`).
+
+    Raises:
+        ValueError: as `timm_config`.
+    """
+    config = timm_config(encoder, mean=mean, std=std, image_size=image_size)
+    state = to_timm(encoder.state_dict())
+    state["stem.0.weight"] = enlarge_stem(state["stem.0.weight"], TIMM_STEM_ENLARGEMENT[encoder.stem_stride])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

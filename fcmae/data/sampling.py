@@ -1,0 +1,70 @@
+"""Order and randomness as pure functions of (seed, epoch, index): no worker, process or restart changes them."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+Key = tuple[int, int]
+"""(epoch, sample index): all that a sample's augmentation depends on, besides the seed."""
+
+
+def derive_seed(*keys: int) -> int:
+    """Hash non-negative integers into one seed of 64 bits (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(*keys: int) -> Iterator[None]:
+    """Inside, the generators of torch (CPU), numpy and random start from `keys`; afterwards they are restored."""
+    seed = derive_seed(*keys)
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+
+
+class IndexStream(Sampler[list[Key]]):
+    """One process's endless batches of (epoch, index) keys, from image number `start` of the run on.
+
+    The run is one sequence of images, epoch after epoch, each a permutation that depends on (seed, epoch). Image
+    number n belongs to update n // (images per update), wherever it is computed: processes take consecutive
+    slices of each micro-batch. Batches may cross from one epoch into the next, so every image is seen exactly
+    once per epoch, and a set may be smaller than a batch.
+    """
+
+    def __init__(
+        self, num_samples: int, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.num_samples)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        permutations: dict[int, np.ndarray] = {}
+        first = self.start + self.rank * self.batch_size
+        while True:
+            keys: list[Key] = []
+            for position in range(first, first + self.batch_size):
+                epoch, offset = divmod(position, self.num_samples)
+                if epoch not in permutations:
+                    permutations = {e: p for e, p in permutations.items() if e == epoch - 1}
+                    permutations[epoch] = self._permutation(epoch)
+                keys.append((epoch, int(permutations[epoch][offset])))
+            yield keys
+            first += self.batch_size * self.world_size

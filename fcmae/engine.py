@@ -1,0 +1,489 @@
+"""The training loop: steps, schedule, checkpoints, progress; knows neither the model nor the images."""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fcmae import __version__
+from fcmae.checkpoint import (
+    Checkpoint,
+    load_into,
+    newest_checkpoint,
+    optimizer_tensors,
+    read_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+from fcmae.config import RunConfig, Section, parse_config, to_yaml
+from fcmae.data.batches import BadImage
+from fcmae.data.sampling import derive_seed
+from fcmae.errors import UserError
+from fcmae.metrics import MetricsLog
+from fcmae.optim import learning_rate
+
+
+class TrainBatch(Protocol):
+    """What the loop asks of a batch."""
+
+    @property
+    def indices(self) -> tuple[int, ...]: ...
+
+    @property
+    def bad(self) -> tuple[BadImage, ...]: ...
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How many updates of how many images, and the learning rate of each."""
+
+    num_samples: int
+    images_per_step: int
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    min_lr: float
+
+    @classmethod
+    def of(cls, config: RunConfig, num_samples: int, num_processes: int) -> Self:
+        images_per_step = config.data.batch_size * config.optim.accumulate * num_processes
+        total_steps = max(1, math.ceil(config.train.epochs * num_samples / images_per_step))
+        if config.train.max_steps is not None:
+            total_steps = min(total_steps, config.train.max_steps)
+        return cls(
+            num_samples=num_samples,
+            images_per_step=images_per_step,
+            total_steps=total_steps,
+            warmup_steps=round(config.optim.warmup_epochs * num_samples / images_per_step),
+            peak_lr=config.optim.base_lr * images_per_step / 256,
+            min_lr=config.optim.min_lr,
+        )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of update `step`, counted from 0."""
+        return learning_rate(
+            step,
+            peak=self.peak_lr,
+            floor=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+        )
+
+    def epoch(self, step: int) -> float:
+        """Epochs completed after `step` updates."""
+        return step * self.images_per_step / self.num_samples
+
+
+def start_accelerator(precision: str) -> Accelerator:
+    """Return the Accelerator of this process, computing in `precision` ("auto": as launched).
+
+    Raises:
+        UserError: if this device cannot compute so.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=None if precision == "auto" else precision)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"train.precision={precision}: {error}") from error
+    if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":
+            raise UserError("train.precision=fp16: needs a GPU; on CPU use bf16 or no")
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch unless told otherwise
+            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
+    return accelerator
+
+
+def claim_run_folder(config: RunConfig) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None for a new run; writes nothing.
+
+    Raises:
+        UserError: if the folder is in use and `resume` is "never", is no run folder, or holds another model.
+    """
+    run = Path(config.output)
+    if run.is_file():
+        raise UserError(f"output={run}: is a file; name a folder")
+    if not run.is_dir() or not any(run.iterdir()):
+        return None
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"output={run}: holds files that are not a run's; name another folder")
+    if config.resume == "never":
+        raise UserError(f"output={run}: not empty; go on with resume=auto, or name another folder")
+    newest = newest_checkpoint(run)
+    if newest is None:
+        return None
+    checkpoint = read_checkpoint(newest)
+    stored = parse_config(type(config), checkpoint.state["config"], str(newest))
+    for name, value in stored.model:
+        if name != "layout" and getattr(config.model, name) != value:
+            raise UserError(
+                f"{newest}: has model.{name}={value}, but model.{name}={getattr(config.model, name)} is asked for; "
+                "name another output folder, or take the old value"
+            )
+    return checkpoint
+
+
+def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:
+    """Yield "key: old -> new" for each difference between two configurations."""
+    for name, old in stored:
+        new = getattr(config, name)
+        if isinstance(old, Section):
+            yield from changed_keys(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}: {old} -> {new}"
+
+
+def require_disk(run: Path, model: nn.Module, keep: int) -> None:
+    """Check that the checkpoints will fit: weights and AdamW's two moments, `keep` + 1 times.
+
+    Raises:
+        UserError: if they will not.
+    """
+    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    needed = checkpoint_bytes(model) * (keep + 1)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"output={run}: {free / 1e9:.1f} GB free, but {keep + 1} checkpoints take {needed / 1e9:.1f} GB: "
+            "free some space, lower checkpoint.keep, or name a folder on another disk"
+        )
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Size of one checkpoint: the weights and AdamW's two moments."""
+    return sum(3 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@dataclasses.dataclass
+class Window:
+    """What has gathered since the last record, kept on the device so that no step waits for it."""
+
+    loss_sum: Tensor
+    """float64 scalar, of this process."""
+    first_bad_step: Tensor
+    """int64 scalar: the first step with a non-finite loss, -1 for none."""
+    num_losses: int = 0
+    images: int = 0
+    busy_s: float = 0.0
+    waiting_s: float = 0.0
+    indices: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    """Sample indices by step, for naming those of a non-finite loss."""
+
+    @classmethod
+    def new(cls, device: torch.device) -> Self:
+        return cls(
+            torch.zeros((), dtype=torch.float64, device=device),
+            torch.full((), -1, dtype=torch.int64, device=device),
+        )
+
+    def add(self, loss: Tensor, step: int, indices: tuple[int, ...]) -> None:
+        finite = loss.isfinite()
+        first = (self.first_bad_step < 0) & ~finite
+        self.first_bad_step = torch.where(first, step, self.first_bad_step)
+        self.loss_sum = self.loss_sum + loss.double()
+        self.num_losses += 1
+        self.images += len(indices)
+        self.indices.setdefault(step, []).extend(indices)
+
+
+class Trainer:
+    """Runs the updates of a plan, from where a checkpoint left off to the end.
+
+    Everything random in a step is reseeded from (seed, step, process), so the state of a run is its weights,
+    the optimizer's moments and the step: a resumed run equals an uninterrupted one.
+
+    Args:
+        accelerator: devices, processes, precision.
+        model: called by `compute_loss`; moved, wrapped and trained.
+        optimizer: over the model's parameters.
+        compute_loss: (wrapped model, batch) -> scalar loss.
+        plan: steps and learning rates.
+        config: of the run; written into checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        compute_loss: Callable[[nn.Module, Any], Tensor],
+        plan: Plan,
+        config: RunConfig,
+    ) -> None:
+        self.accelerator = accelerator
+        self.compute_loss = compute_loss
+        self.plan = plan
+        self.config = config
+        self.run = Path(config.output)
+        self.step = 0
+        """Updates made."""
+        self.bad: dict[int, BadImage] = {}
+        """Images that did not decode, as far as this process knows."""
+        self.bare_model = model
+        if config.train.compile:
+            model.compile(fullgraph=True)
+        self.model: nn.Module = accelerator.prepare(model)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.window = Window.new(accelerator.device)
+
+    # Checkpoints
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            UserError: if it does not fit the model.
+        """
+        load_into(self.bare_model, checkpoint.model, checkpoint.path)
+        restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer)
+        state = checkpoint.state
+        self.step = state["step"]
+        self.bad = {bad[0]: BadImage(*bad) for bad in state["bad_images"]}
+        self.window.loss_sum.fill_(state["loss_sum"] / self.accelerator.num_processes)
+        self.window.num_losses = state["num_losses"]
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        stored = parse_config(type(self.config), state["config"], str(checkpoint.path))
+        changes = [c for c in changed_keys(stored, self.config) if not c.startswith(("output:", "resume:"))]
+        if stored.data.batch_size * stored.optim.accumulate * state["num_processes"] != self.plan.images_per_step:
+            changes.append(f"images per update: now {self.plan.images_per_step}")
+        if changes:
+            self.say(f"resuming with changes, so not the same run any more: {'; '.join(changes)}")
+
+    def save(self) -> None:
+        """Write a checkpoint; the loss must have been checked."""
+        loss_sum = self.accelerator.gather(self.window.loss_sum[None]).sum().item()  # pyright: ignore[reportAttributeAccessIssue]
+        bad_images = gather_object(list(self.bad.values()))
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.run / "checkpoints",
+                step=self.step,
+                model=self.bare_model.state_dict(),
+                optimizer=optimizer_tensors(self.bare_model, self.optimizer.optimizer),
+                state={
+                    "seen_images": self.step * self.plan.images_per_step,
+                    "loss_sum": loss_sum,
+                    "num_losses": self.window.num_losses,
+                    "bad_images": sorted(set(map(tuple, bad_images))),
+                    "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                    "num_processes": self.accelerator.num_processes,
+                    "config": self.config.model_dump(mode="json"),
+                    "fcmae": __version__,
+                    "torch": torch.__version__,
+                },
+                keep=self.config.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    # Telling
+
+    def say(self, text: str) -> None:
+        """Print a line on the main process, above the progress bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def _check_images(self, batch: TrainBatch) -> None:
+        """Name and remember the images that did not decode."""
+        for bad in batch.bad:
+            if bad.index not in self.bad:
+                self.bad[bad.index] = bad
+                tqdm.write(f"skipped {bad.name}: {bad.reason} (unreadable so far: {len(self.bad)})")
+
+    def _check(self) -> float:
+        """Return the mean loss since the last record over all processes; stop the run if something is wrong."""
+        w = self.window
+        local = torch.stack([w.loss_sum, w.first_bad_step.double(), w.loss_sum.new_tensor(float(len(self.bad)))])
+        everyone = self.accelerator.gather(local[None]).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        bad_steps = [int(row[1]) for row in everyone if row[1] >= 0]
+        if bad_steps:
+            self._stop_non_finite(min(bad_steps))
+        if sum(row[2] for row in everyone) > self.config.data.max_bad:
+            self._stop_bad_images()
+        return sum(row[0] for row in everyone) / (max(w.num_losses, 1) * self.accelerator.num_processes)
+
+    def _stop_non_finite(self, step: int) -> None:
+        indices = gather_object(self.window.indices.get(step, []))
+        path = self.run / f"non-finite-step-{step + 1}.json"
+        if self.accelerator.is_main_process:
+            self.run.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"step": step + 1, "indices": indices}), encoding="utf-8")
+        newest = newest_checkpoint(self.run)
+        raise UserError(
+            f"the loss of step {step + 1} is not finite; the batch's sample indices are in {path}; "
+            f"last good checkpoint: {newest or 'none yet'}; try a lower optim.base_lr, optim.clip_grad=1, "
+            "or train.precision=bf16 instead of fp16"
+        )
+
+    def _stop_bad_images(self) -> None:
+        everyone = {bad[0]: bad for bad in gather_object(list(self.bad.values()))}
+        if len(everyone) > self.config.data.max_bad:
+            first = next(iter(everyone.values()))
+            raise UserError(
+                f"{len(everyone)} images do not decode, more than data.max_bad={self.config.data.max_bad}; "
+                f"the first is {first[1]}: {first[2]}; mend or remove them, or raise data.max_bad"
+            )
+
+    def _record(self, log: MetricsLog | None, bar: "tqdm[Any] | None") -> None:
+        loss = self._check()
+        w = self.window
+        rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
+        wait = w.waiting_s / max(w.busy_s, 1e-9)
+        lr = self.plan.lr(self.step - 1)
+        self.window = Window.new(self.accelerator.device)
+        if log is None or bar is None:
+            return
+        log.record(
+            self.step,
+            {
+                "epoch": self.plan.epoch(self.step),
+                "seen_images": self.step * self.plan.images_per_step,
+                "loss": loss,
+                "lr": lr,
+                "images_per_s": rate,
+                "data_wait": wait,
+                "time": time.time(),
+            },
+        )
+        left_s = (self.plan.total_steps - self.step) * self.plan.images_per_step / max(rate, 1e-9)
+        done = datetime.now() + timedelta(seconds=left_s)
+        clock = done.strftime("%H:%M" if left_s < 80_000 else "%a %d %b %H:%M")
+        text = (
+            f"loss {loss:.4f} · lr {lr:.2e} · {rate:.0f} images/s · data wait {wait:.0%} · "
+            f"{timedelta(seconds=round(left_s))} left, done {clock}"
+        )
+        if bar.disable:
+            epoch = f"epoch {self.plan.epoch(self.step):.2f}"
+            print(f"step {self.step}/{self.plan.total_steps} · {epoch} · {text}", flush=True)
+        else:
+            bar.set_postfix_str(text, refresh=False)
+
+    # Training
+
+    def update(self, batches: Iterator[Any]) -> None:
+        """Make one update of `accumulate` micro-batches."""
+        started = time.perf_counter()
+        accelerator = self.accelerator
+        step_lr = self.plan.lr(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = step_lr
+        torch.manual_seed(derive_seed(self.config.train.seed, self.step, accelerator.process_index))
+        micro_batches = self.config.optim.accumulate
+        for micro in range(micro_batches):
+            asked = time.perf_counter()
+            batch = next(batches)
+            self.window.waiting_s += time.perf_counter() - asked
+            self._check_images(batch)
+            batch = batch.to(accelerator.device)
+            last = micro == micro_batches - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                loss = self.compute_loss(self.model, batch)
+                accelerator.backward(loss / micro_batches)
+            self.window.add(loss.detach(), self.step, batch.indices)
+        if self.config.optim.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.window.busy_s += time.perf_counter() - started
+
+    def fit(self, batches: Iterator[Any], *, show: Callable[[int, MetricsLog], None], show_every: int) -> None:
+        """Train to the end of the plan, recording, saving and showing on the way.
+
+        Args:
+            batches: this process's batches, from the present step on.
+            show: called on the main process with (step, log) before the first step, every `show_every` steps and
+                at the end.
+
+        Raises:
+            UserError: for a non-finite loss, too many unreadable images, or a full disk.
+        """
+        main = self.accelerator.is_main_process
+        with ExitStack() as stack:
+            log = None
+            if main:
+                self.run.mkdir(parents=True, exist_ok=True)
+                (self.run / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                log = stack.enter_context(MetricsLog(self.run, self.step))
+            bar = stack.enter_context(
+                tqdm(
+                    total=self.plan.total_steps,
+                    initial=self.step,
+                    unit="step",
+                    dynamic_ncols=True,
+                    disable=not main or not sys.stderr.isatty(),
+                )
+            )
+            if log and self.step == 0:
+                show(0, log)
+            try:
+                while self.step < self.plan.total_steps:
+                    self.update(batches)
+                    bar.update()
+                    if self._due(self.config.log.every_steps):
+                        self._record(log, bar)
+                    if self._due(self.config.checkpoint.every_steps):
+                        self._check()
+                        self.save()
+                    if log and self._due(show_every):
+                        show(self.step, log)
+            except KeyboardInterrupt:
+                newest = newest_checkpoint(self.run)
+                self.say(
+                    f"stopped at step {self.step}; {newest or 'no checkpoint yet'}; resume=auto goes on from there"
+                )
+                raise
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.plan.total_steps
+
+
+def rehearse(trainer: Trainer, batches: Iterator[Any]) -> str:
+    """Make two updates, time the second, and describe the run that they predict; writes nothing."""
+    device = trainer.accelerator.device
+    plan = trainer.plan
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        trainer.update(batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    loss = trainer._check()
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
+    return "\n".join(
+        [
+            f"device         {device}, {trainer.accelerator.num_processes} process(es), "
+            f"precision {trainer.accelerator.mixed_precision}",
+            f"parameters     {parameters:,}",
+            f"images         {plan.num_samples:,}, {plan.images_per_step} per update",
+            f"updates        {plan.total_steps:,} ({plan.epoch(plan.total_steps):.1f} epochs, "
+            f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
+            f"first loss     {loss:.4f}",
+            f"one update     {seconds:.2f} s, {plan.images_per_step / seconds:.0f} images/s",
+            f"whole run      about {timedelta(seconds=round(seconds * plan.total_steps))}",
+            f"peak memory    {memory} per process",
+            f"checkpoint     {checkpoint_bytes(trainer.bare_model) / 1e6:.0f} MB each, "
+            f"{trainer.config.checkpoint.keep} kept",
+        ]
+    )

@@ -1,0 +1,41 @@
+"""Bad input, told in one line; knows nothing of what was asked for."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Something only the user can mend; the message is one line that names the file or key and the remedy.
+
+    `everywhere` says that every process of a launch meets the same error, so that one of them may tell it.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = True) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+@contextmanager
+def blame(subject: str) -> Iterator[None]:
+    """Turn a ValueError inside into a `UserError` that begins with `subject`, a file or key."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{subject}: {error}") from error
+
+
+def run_script(main: Callable[[list[str]], int]) -> int:
+    """Run `main` on the command line; bad input ends in one line on standard error and exit code 2."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif not error.everywhere:
+            print(f"error in process {rank}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

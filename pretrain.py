@@ -1,0 +1,158 @@
+"""Pretrain FCMAE on images without labels (arXiv 2301.00808, section 3).
+
+accelerate launch pretrain.py --config configs/pretrain/atto.yaml data.root=IMAGES output=runs/atto
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fcmae import FCMAE, sample_visible_ids
+from fcmae.checkpoint import find_weights, load_into, load_tensors
+from fcmae.config import PretrainConfig, load_config, to_yaml
+from fcmae.convert import write_timm_folder
+from fcmae.data import (
+    Batch,
+    IndexStream,
+    PixelNormalizer,
+    PretrainDataset,
+    derive_seed,
+    fixed_images,
+    open_source,
+    random_view,
+    stream_batches,
+    unreadable,
+)
+from fcmae.engine import Plan, Trainer, claim_run_folder, rehearse, require_disk, start_accelerator
+from fcmae.errors import blame, run_script
+from fcmae.masking import count_visible
+from fcmae.metrics import MetricsLog
+from fcmae.optim import build_adamw
+from fcmae.patches import grid_shape
+from fcmae.visualize import draw_reconstructions
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain FCMAE on images without labels.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/pretrain/atto.yaml")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, check the data, estimate time and memory; write nothing",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.base_lr=3e-4")
+    return parser.parse_intermixed_args(argv)
+
+
+def start_from(model: FCMAE, source: Path) -> None:
+    """Load the weights of a whole FCMAE or, where there is no decoder, of its encoder."""
+    path = find_weights(source)
+    tensors = load_tensors(path)
+    whole = any(name.startswith("decoder.") for name in tensors)
+    load_into(model if whole else model.encoder, tensors, path)
+
+
+def main(argv: list[str]) -> int:
+    options = parse_arguments(argv)
+    config = load_config(PretrainConfig, options.config, options.overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    accelerator = start_accelerator(config.train.precision)
+    checkpoint = None if options.dry_run else claim_run_folder(config)
+    accelerator.wait_for_everyone()  # until every process has seen the folder as it was
+
+    # The network: a sparse ConvNeXt V2 encoder and a light decoder
+    torch.manual_seed(config.train.seed)
+    with blame("model"):
+        model = FCMAE(**dict(config.model))
+    with blame("data.image_size"):
+        grid = grid_shape(config.data.size, model.patch_size)
+        count_visible(grid[0] * grid[1], config.model.mask_ratio)
+    model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
+    if config.init_from and checkpoint is None:
+        start_from(model, Path(config.init_from))
+    require_disk(Path(config.output), model, config.checkpoint.keep)
+
+    # The images: cropped, flipped and masked by (seed, epoch, index)
+    source = open_source(config.data.name, config.data.root, config.data.split, config.model.in_chans)
+    draw_ids = functools.partial(sample_visible_ids, 1, grid[0] * grid[1], config.model.mask_ratio)
+    dataset = PretrainDataset(
+        source,
+        view=random_view(config.data.size, config.data.crop_scale, config.data.hflip),
+        draw_ids=draw_ids,
+        seed=config.train.seed,
+    )
+    normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
+
+    # The training: AdamW, warm-up, half a cosine; the loss is the error on hidden patches
+    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model(normalize(batch.images), batch.visible_ids).loss
+
+    trainer = Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=build_adamw(model, weight_decay=config.optim.weight_decay, betas=config.optim.betas),
+        compute_loss=compute_loss,
+        plan=Plan.of(config, len(source), accelerator.num_processes),
+        config=config,
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    stream = IndexStream(
+        len(source),
+        batch_size=config.data.batch_size,
+        seed=config.train.seed,
+        start=trainer.step * trainer.plan.images_per_step,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    batches = stream_batches(
+        dataset, stream, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
+    )
+    if options.dry_run:
+        tried, bad = unreadable(source, 64)
+        trainer.say(rehearse(trainer, batches))
+        trainer.say(f"data           {tried} of {len(source):,} images tried, {len(bad)} unreadable")
+        for image in bad:
+            trainer.say(f"               {image.name}: {image.reason}")
+        return 0
+
+    # The pictures: original | masked | reconstruction of always the same images
+    pixels = fixed_images(source, config.visualize.num_images, config.data.size)
+    generator = torch.Generator().manual_seed(derive_seed(config.train.seed))
+    ids = torch.cat([draw_ids(generator=generator) for _ in pixels]) if len(pixels) else torch.empty(0)
+
+    def show(step: int, log: MetricsLog) -> None:
+        if len(pixels):
+            picture = draw_reconstructions(model, normalize, pixels, ids)
+            path = Path(config.output, "reconstructions", f"step-{step:08d}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(path)
+            log.picture("reconstructions", picture, step)
+
+    if trainer.step == trainer.plan.total_steps:
+        trainer.say(f"{config.output} is finished already: delete it, or name another output, to run again")
+    trainer.fit(batches, show=show, show_every=config.visualize.every_steps)
+
+    # What remains: weights for fine-tuning, and pictures to look at
+    if accelerator.is_main_process:
+        folder = Path(config.output, "encoder")
+        write_timm_folder(
+            model.encoder, folder, mean=config.data.mean, std=config.data.std, image_size=config.data.size
+        )
+        print(f"encoder          {folder}")
+        print(f"reconstructions  {Path(config.output, 'reconstructions')}")
+        print(f"curves           tensorboard --logdir {config.output}")
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

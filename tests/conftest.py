@@ -1,0 +1,80 @@
+"""What several tests share: small models with nothing trivially zero, and their outputs with all gradients."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout
+
+Module = TypeVar("Module", bound=nn.Module)
+
+TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
+"""Small enough for float64 on two cores; a stage of two blocks, all widths different."""
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def randomise(module: Module, std: float = 0.4) -> Module:
+    """Draw every parameter from a normal of this std (norm weights around 1), so that none is zero."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(std=std)
+            if p.ndim == 1 and name.endswith("weight"):
+                p += 1
+    return module
+
+
+def small_encoder(**kwargs: Any) -> ConvNeXtV2:
+    """A randomised float64 encoder of variant `TINY`."""
+    return randomise(ConvNeXtV2(kwargs.pop("variant", TINY), **kwargs).double())
+
+
+def smooth_images(b: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random images with the low frequencies of photographs, of mean 0 and variance about 1."""
+    coarse = torch.randn(b, c, h // 8 + 1, w // 8 + 1, dtype=dtype)
+    return 1.5 * F.interpolate(coarse, (h, w), mode="bicubic")
+
+
+def some_ids(b: int, num_patches: int, p: int) -> Tensor:
+    """Sorted random ids (b, p), different for each image."""
+    return torch.rand(b, num_patches).argsort(1)[:, :p].sort(1).values
+
+
+def gradients(out: Tensor, module: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed random projection of `out`, to all parameters of `module` and to `inputs`."""
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = dict(module.named_parameters()) | inputs
+    grads = torch.autograd.grad((out * weight.to(out.dtype)).sum(), list(wanted.values()))
+    return dict(zip(wanted, grads, strict=True))
+
+
+def features_and_gradients(
+    encoder: ConvNeXtV2, images: Tensor, ids: Tensor | None, layout: Layout
+) -> dict[str, Tensor]:
+    """The features, and their gradients to every parameter and to the images."""
+    images = images.detach().clone().requires_grad_()
+    features = encoder.features(images, ids, layout)
+    return {"features": features.detach()} | gradients(features, encoder, images=images)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Largest deviation over the largest magnitude; NaN and infinity count as infinite."""
+    assert a.shape == b.shape
+    a, b = a.detach(), b.detach()
+    error = (a - b).abs().max() / b.abs().max().clamp_min(1e-300)
+    return float(error) if bool(error.isfinite()) else float("inf")
+
+
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
+    """Hold that two sets of named tensors agree within a relative tolerance, each by its own scale."""
+    assert a.keys() == b.keys()
+    errors = {name: relative_error(a[name], b[name]) for name in a}
+    off = {name: error for name, error in errors.items() if error > tolerance}
+    assert not off, f"differ by more than {tolerance}: {off}"

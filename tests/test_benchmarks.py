@@ -1,0 +1,63 @@
+"""The benchmarks run, on a configuration far too small to mean anything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = ["--image-size=64", "--batch=2", "--device=cpu", "--threads=1"]
+ONCE = ["--warmup=0", "--rounds=1", "--steps=1"]
+WAYS = ["packed", "masked", "spark"]
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Import benchmarks/train_step.py and benchmarks/spark.py as the script itself does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return pytest.importorskip("train_step"), pytest.importorskip("spark")
+
+
+def test_train_step_prints_every_way_and_writes_json(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *TINY, *ONCE, f"--json={tmp_path / 'out.json'}"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+    for way in WAYS:
+        assert f"| {way} " in out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "date", "device", "threads", "torch"} <= written.keys()
+    assert [row["way"] for row in written["ways"]] == WAYS
+    for row in written["ways"]:
+        assert len(row["ms_rounds"]) == 1
+        assert row["ms"] > 0
+        assert row["peak_memory_mb"] > 0
+    assert written["ways"][WAYS.index("masked")]["ratio"] == 1.0
+
+
+def test_spark_gives_the_loss_and_gradient_of_masked(modules: tuple[Any, Any]) -> None:
+    train_step, _ = modules
+    args = train_step.parse_args([*TINY, "--image-size=96", "--layouts", *WAYS])
+    differences = train_step.check_layouts(args)
+    assert sorted(differences) == ["packed", "spark"]
+
+
+@pytest.mark.parametrize("leak", ["hide", "norm"])
+def test_a_leak_in_the_rival_stops_the_run(
+    modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, leak: str
+) -> None:
+    train_step, spark = modules
+    leaking = {"hide": lambda sites, x: x, "norm": spark.DenseSites.norm}[leak]
+    monkeypatch.setattr(spark.SparkSites, leak, leaking)
+    with pytest.raises(SystemExit, match="spark does not give the"):
+        train_step.check_layouts(train_step.parse_args([*TINY, "--layouts", "spark"]))
+
+
+def test_spark_has_the_same_parameters(modules: tuple[Any, Any]) -> None:
+    train_step, spark = modules
+    args = train_step.parse_args(TINY)
+    rival, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
+    assert isinstance(rival.encoder, spark.SparkEncoder)
+    torch.testing.assert_close(rival.state_dict(), ours.state_dict(), rtol=0, atol=0)

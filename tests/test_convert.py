@@ -1,0 +1,186 @@
+"""timm computes the same from the converted weights, and loads the folders we write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import timm.data
+import torch
+import torch.nn.functional as F
+from conftest import TINY, randomise, relative_error, small_encoder
+from torch import Tensor
+
+from fcmae.convert import enlarge_stem, from_timm, timm_config, to_timm, write_timm_folder
+from fcmae.encoder.convnextv2 import VARIANTS, ConvNeXtV2
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("variant", ["atto", "pico", "tiny"])
+def test_timm_gives_the_same_logits(variant: str) -> None:
+    ours = randomise(ConvNeXtV2(variant, num_classes=10).double(), std=0.3).eval()
+    theirs = timm.create_model(f"convnextv2_{variant}", num_classes=10, dtype=torch.float64).eval()
+    state = ours.state_dict()
+    theirs.load_state_dict(to_timm(state), strict=True)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(ours(images), theirs(images)) <= 1e-10
+    assert same_state(from_timm(to_timm(state)), dict(state))
+    assert same_state(to_timm(from_timm(theirs.state_dict())), dict(theirs.state_dict()))
+
+
+@pytest.mark.parametrize("variant", ["atto", "tiny"])
+def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_features(variant: str) -> None:
+    ours = randomise(ConvNeXtV2(variant).double(), std=0.3).eval()
+    theirs = timm.create_model(f"convnextv2_{variant}", num_classes=0, dtype=torch.float64).eval()
+    theirs.load_state_dict(to_timm(ours.state_dict()), strict=True)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(ours(images), theirs(images)) <= 1e-10
+        assert relative_error(ours.pyramid(images)[-1], theirs.forward_features(images)) <= 1e-10
+
+
+@pytest.mark.parametrize("num_classes", [0, 7])
+@pytest.mark.parametrize("variant", ["atto", TINY])
+def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
+    state = randomise(ConvNeXtV2(variant, num_classes=num_classes)).state_dict()
+    assert same_state(from_timm(to_timm(state)), dict(state))
+
+
+def test_every_variant_has_the_names_and_shapes_of_timms() -> None:
+    for variant in VARIANTS:
+        with torch.device("meta"):
+            ours = ConvNeXtV2(variant, num_classes=1000).state_dict()
+        theirs = timm.create_model(f"convnextv2_{variant}", device="meta").state_dict()
+        shapes = {name: tensor.shape for name, tensor in to_timm(ours).items()}
+        assert shapes == {name: tensor.shape for name, tensor in theirs.items()}, variant
+
+
+def test_a_final_norm_that_does_something_is_kept() -> None:
+    theirs = to_timm(small_encoder().state_dict())
+    assert "norm.weight" not in from_timm(theirs)
+    theirs["head.norm.bias"] = torch.full_like(theirs["head.norm.bias"], 0.1)
+    assert {"norm.weight", "norm.bias"} <= from_timm(theirs).keys()
+
+
+def test_unknown_keys_are_refused_by_name() -> None:
+    state = small_encoder().state_dict()
+    extra = {f"decoder.{i}.weight": torch.zeros(1) for i in range(12)}
+    with pytest.raises(ValueError, match=r"'decoder\.0\.weight'.*'decoder\.9\.weight' and 2 more$"):
+        to_timm(state | extra)
+    with pytest.raises(ValueError, match=r"unknown keys 'encoder\.norm\.weight'$"):
+        to_timm(state | {"encoder.norm.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"unknown keys 'stages\.0\.blocks\.0\.gamma'$"):
+        from_timm(to_timm(state) | {"stages.0.blocks.0.gamma": torch.zeros(8)})
+    with pytest.raises(ValueError, match=r"unknown keys 'stages\.4\.0\.norm\.weight'$"):
+        to_timm(state | {"stages.4.0.norm.weight": torch.zeros(8)})
+
+
+def test_timms_patch_size_2_is_refused_since_it_is_another_network() -> None:
+    theirs = timm.create_model("convnextv2_atto", patch_size=2, num_classes=0)
+    with pytest.raises(ValueError, match=r"stages\.0\.downsample\.0\.weight"):
+        from_timm(theirs.state_dict())
+
+
+def test_an_incomplete_state_is_refused_by_name() -> None:
+    state = small_encoder().state_dict()
+    del state["downsample_layers.2.1.weight"]
+    with pytest.raises(ValueError, match=r"downsample_layers\.2\.1\.weight missing"):
+        to_timm(state)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"variant": "atto", "stem_stride": 4},
+        {"variant": "atto", "stem_stride": 1},
+        {"variant": "atto", "stem_stride": 2},
+        {"variant": "atto", "stem_stride": 2, "in_chans": 1, "num_classes": 4},
+        {"stem_stride": 4, "in_chans": 1},
+        {"stem_stride": 1, "in_chans": 5},
+        {"stem_stride": 2, "in_chans": 5, "num_classes": 3},
+    ],
+    ids=str,
+)
+def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    encoder = small_encoder(**kwargs).eval()
+    in_chans, patch = encoder.in_chans, encoder.patch_size
+    height, width = 2 * patch, 3 * patch
+    write_timm_folder(
+        encoder, tmp_path, mean=[0.5] * in_chans, std=[0.25] * in_chans, image_size=(height, width)
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
+    assert theirs.num_classes == encoder.num_classes
+    assert theirs.num_features == encoder.dims[-1]
+    images = torch.randn(2, in_chans, height, width, dtype=torch.float64)
+    seen_by_timm = F.interpolate(images, scale_factor=2, mode="nearest") if encoder.stem_stride == 2 else images
+    assert tuple(seen_by_timm.shape[1:]) == tuple(theirs.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        assert relative_error(theirs(seen_by_timm), encoder(images)) <= 1e-10
+        features = theirs.forward_features(seen_by_timm)
+        assert features.shape[2:] == tuple(theirs.pretrained_cfg["pool_size"])
+        assert relative_error(features, encoder.pyramid(images)[-1]) <= 1e-10
+
+
+def test_timm_preprocesses_as_the_folder_says(tmp_path: Path) -> None:
+    write_timm_folder(small_encoder(), tmp_path, mean=MEAN, std=STD, image_size=224)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 224, 224)
+    assert tuple(config["mean"]) == MEAN
+    assert tuple(config["std"]) == STD
+    assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
+
+
+def test_timm_can_put_a_new_head_and_other_channels_on_the_folder(tmp_path: Path) -> None:
+    encoder = small_encoder().float()
+    write_timm_folder(encoder, tmp_path, mean=MEAN, std=STD, image_size=64)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(model.forward_features(images), encoder.pyramid(images)[-1]) <= 1e-5
+    gray = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    assert gray(torch.randn(2, 1, 64, 64)).shape == (2, 32)
+
+
+def test_the_config_names_only_what_differs_from_the_architecture() -> None:
+    with torch.device("meta"):
+        atto, other = ConvNeXtV2("atto", num_classes=7), ConvNeXtV2(TINY, in_chans=1, stem_stride=1)
+    config = timm_config(atto, mean=MEAN, std=STD, image_size=224)
+    assert config["architecture"] == "convnextv2_atto"
+    assert (config["num_classes"], config["num_features"]) == (7, 320)
+    assert "model_args" not in config
+    config = timm_config(other, mean=[0.5], std=[0.2], image_size=(32, 48))
+    assert config["model_args"] == {
+        "depths": [1, 1, 2, 1],
+        "dims": [8, 16, 24, 32],
+        "in_chans": 1,
+        "patch_size": 1,
+    }
+    assert config["pretrained_cfg"]["input_size"] == [1, 32, 48]
+    assert config["pretrained_cfg"]["pool_size"] == [4, 6]
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_what_timm_cannot_be_told_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 channels each"):
+        timm_config(small_encoder(), mean=[0.5], std=[0.5], image_size=64)
+    with pytest.raises(ValueError, match="not a multiple"):
+        timm_config(small_encoder(), mean=MEAN, std=STD, image_size=65)
+    with pytest.raises(ValueError, match="grn_scope='batch'"):
+        timm_config(small_encoder(grn_scope="batch"), mean=MEAN, std=STD, image_size=64)
+
+
+def test_an_enlarged_stem_sees_on_enlarged_images_what_the_stem_sees() -> None:
+    weight, images = torch.randn(4, 3, 2, 2).double(), torch.randn(2, 3, 8, 12).double()
+    enlarged = F.conv2d(F.interpolate(images, scale_factor=2, mode="nearest"), enlarge_stem(weight, 2), stride=4)
+    assert relative_error(enlarged, F.conv2d(images, weight, stride=2)) <= 1e-14

@@ -1,0 +1,315 @@
+"""FCMAE: the loss of the paper, masks that cover what they should, and numbers that survive every way of running."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_same, gradients, randomise, relative_error, smooth_images, some_ids
+from torch import Tensor
+
+from fcmae.encoder.convnextv2 import Layout
+from fcmae.loss import hidden_patch_loss
+from fcmae.masking import count_visible, hidden_ids, ids_to_visible, sample_visible_ids
+from fcmae.model import FCMAE
+from fcmae.patches import grid_shape, patchify, unpatchify
+
+SPARSE: tuple[Layout, ...] = ("masked", "packed")
+
+
+def small_model(**kwargs) -> FCMAE:
+    """A randomised FCMAE of patch 16 with a small decoder."""
+    defaults = {"variant": TINY, "stem_stride": 2, "decoder_dim": 20}
+    return randomise(FCMAE(**defaults | kwargs))
+
+
+def compiled_and_eager(model: FCMAE, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Loss, prediction and all gradients, compiled and eager."""
+    grid = model.patch_size * 3, model.patch_size * 4
+    dtype = next(model.parameters()).dtype
+    images, ids = smooth_images(2, 3, *grid, dtype), some_ids(2, 12, 5)
+    torch.compiler.reset()
+    results = []
+    for run in (torch.compile(model, fullgraph=True, backend=backend), model):
+        out = run(images, ids)
+        results.append({"loss": out.loss, "pred": out.pred} | gradients(out.loss, model))
+    return results[0], results[1]
+
+
+# Patches
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 48), (1, 1, 16, 16), (2, 5, 48, 16)])
+def test_unpatchify_undoes_patchify(shape: tuple[int, ...]) -> None:
+    images = torch.randn(shape)
+    patches = patchify(images, 16)
+    assert patches.shape == (shape[0], shape[2] * shape[3] // 256, 256 * shape[1])
+    assert torch.equal(unpatchify(patches, 16, (shape[2] // 16, shape[3] // 16)), images)
+
+
+def test_patch_values_come_in_p_q_c_order_and_patches_row_by_row() -> None:
+    b, c, gh, gw, patch = 2, 3, 2, 3, 4
+    images = torch.randn(b, c, gh * patch, gw * patch)
+    patches = patchify(images, patch)
+    for y in range(gh):
+        for x in range(gw):
+            for p in range(patch):
+                for q in range(patch):
+                    values = patches[:, y * gw + x, (p * patch + q) * c : (p * patch + q + 1) * c]
+                    assert torch.equal(values, images[:, :, y * patch + p, x * patch + q])
+
+
+def test_patches_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="height 40 .* 32 and 48"):
+        patchify(torch.zeros(1, 3, 40, 32), 16)
+    with pytest.raises(ValueError, match="5 patches do not fill a grid of 2 x 3"):
+        unpatchify(torch.zeros(1, 5, 48), 4, (2, 3))
+    with pytest.raises(ValueError, match="no whole channels"):
+        unpatchify(torch.zeros(1, 6, 47), 4, (2, 3))
+    assert grid_shape((96, 160), 32) == (3, 5)
+
+
+# Masks
+
+
+def test_the_visible_count_is_the_official_one() -> None:
+    assert count_visible(49, 0.6) == 19
+    assert count_visible(16, 0.6) == 6
+    assert count_visible(4, 0.999) == 1
+    assert count_visible(4, 0.001) == 3
+    assert count_visible(2, 0.5) == 1
+    for num_patches in range(2, 60):
+        for mask_ratio in np.linspace(0.01, 0.99, 30):
+            p = count_visible(num_patches, mask_ratio)
+            assert 1 <= p <= num_patches - 1
+            assert p == min(max(int(num_patches * (1 - mask_ratio)), 1), num_patches - 1)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 1.0, -0.1, 1.5, math.nan])
+def test_a_mask_ratio_outside_0_1_is_refused(mask_ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"inside \(0, 1\)"):
+        sample_visible_ids(2, 16, mask_ratio)
+    with pytest.raises(ValueError, match=r"inside \(0, 1\)"):
+        FCMAE(TINY, mask_ratio=mask_ratio)
+
+
+@pytest.mark.parametrize("num_patches", [0, 1])
+def test_fewer_than_two_patches_are_refused(num_patches: int) -> None:
+    with pytest.raises(ValueError, match="at least two patches per image"):
+        sample_visible_ids(2, num_patches, 0.6)
+
+
+def test_an_image_of_one_patch_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least two patches per image, got 1"):
+        FCMAE(TINY)(torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(("num_patches", "p"), [(49, 19), (16, 6)])
+def test_sampled_ids_are_sorted_unique_and_in_range(num_patches: int, p: int) -> None:
+    ids = sample_visible_ids(200, num_patches, 0.6)
+    assert ids.shape == (200, p)
+    assert ids.dtype == torch.int64
+    assert (ids.diff(dim=1) > 0).all()
+    assert ids.min() >= 0
+    assert ids.max() < num_patches
+
+
+def test_sampling_is_determined_by_the_generator() -> None:
+    first, again, other = (
+        sample_visible_ids(8, 49, 0.6, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(0)
+    before = torch.rand(3)
+    torch.manual_seed(0)
+    sample_visible_ids(8, 49, 0.6, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.rand(3), before)
+
+
+def test_every_patch_is_visible_equally_often() -> None:
+    n = 20_000
+    ids = sample_visible_ids(n, 16, 0.6)
+    frequency = torch.bincount(ids.flatten(), minlength=16) / n
+    p = 6 / 16
+    assert (frequency - p).abs().max() < 5 * math.sqrt(p * (1 - p) / n)
+    visible = ids_to_visible(ids, 16).double()
+    together = (visible.T @ visible / n)[~torch.eye(16, dtype=torch.bool)]
+    assert (together - 6 * 5 / (16 * 15)).abs().max() < 0.02
+
+
+def test_visible_and_hidden_ids_partition_the_patches() -> None:
+    ids = some_ids(5, 15, 4)[:, torch.randperm(4)]
+    hidden = hidden_ids(ids, 15)
+    visible = ids_to_visible(ids, 15)
+    assert visible.dtype == torch.bool
+    assert torch.equal(torch.cat([ids, hidden], 1).sort(1).values, torch.arange(15).expand(5, 15))
+    assert (hidden.diff(dim=1) > 0).all()
+    assert visible.gather(1, ids).all()
+    assert not visible.gather(1, hidden).any()
+
+
+# The loss
+
+
+def loss_of_the_paper(
+    pred: np.ndarray, images: np.ndarray, ids: np.ndarray, patch: int, normalise: bool
+) -> float:
+    """Mean over hidden patches of the mean squared error between prediction and (normalised) pixels."""
+    b, _, height, width = images.shape
+    errors = []
+    for i in range(b):
+        for k in range(height // patch * (width // patch)):
+            if k in ids[i]:
+                continue
+            y, x = divmod(k, width // patch)
+            target = images[i, :, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
+            if normalise:
+                target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
+            predicted = pred[i, k].reshape(patch, patch, -1).transpose(2, 0, 1)
+            errors.append(((predicted - target) ** 2).mean())
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("in_chans", [1, 3, 5])
+def test_the_loss_is_the_papers(in_chans: int, norm_pix_loss: bool) -> None:
+    model = small_model(in_chans=in_chans, norm_pix_loss=norm_pix_loss).double()
+    images = smooth_images(3, in_chans, 48, 80) + 1
+    out = model(images)
+    assert out.pred.shape == (3, 15, 256 * in_chans)
+    assert out.visible_ids.shape == (3, 6)
+    expected = loss_of_the_paper(
+        out.pred.detach().numpy(), images.numpy(), out.visible_ids.numpy(), 16, norm_pix_loss
+    )
+    assert out.loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_flat_patch_has_a_finite_loss() -> None:
+    out = small_model()(torch.full((2, 3, 32, 48), 0.7))
+    assert out.loss.isfinite()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.loss, [out.pred]))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_visible_patches_never_reach_the_loss(norm_pix_loss: bool) -> None:
+    pred, target = torch.randn(2, 12, 30, requires_grad=True), torch.randn(2, 12, 30)
+    ids = some_ids(2, 12, 5)
+    hidden = hidden_ids(ids, 12)
+    visible = ids_to_visible(ids, 12)[..., None]
+    loss = hidden_patch_loss(pred, target, hidden, norm_pix_loss=norm_pix_loss)
+    (grad,) = torch.autograd.grad(loss, pred)
+    assert torch.equal(grad.abs().amax(-1, keepdim=True) == 0, visible)
+    spoilt = hidden_patch_loss(
+        torch.where(visible, torch.nan, pred),
+        torch.where(visible, torch.nan, target),
+        hidden,
+        norm_pix_loss=norm_pix_loss,
+    )
+    assert torch.equal(spoilt, loss)
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+def test_hidden_pixels_never_reach_the_prediction(layout: Layout) -> None:
+    model = small_model(layout=layout)
+    images, ids = torch.randn(2, 3, 48, 48), some_ids(2, 9, 4)
+    pixels = ids_to_visible(ids, 9).view(2, 1, 3, 3).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    clean, spoilt = model(images, ids), model(torch.where(pixels, images, torch.nan), ids)
+    assert torch.equal(clean.pred, spoilt.pred)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_the_loss_starts_near_one(norm_pix_loss: bool) -> None:
+    model = FCMAE(TINY, stem_stride=2, norm_pix_loss=norm_pix_loss)
+    images = smooth_images(16, 3, 96, 96, torch.float32)
+    images = (images - images.mean()) / images.std()
+    assert model(images).loss.item() == pytest.approx(1.0, abs=0.06)
+
+
+def test_layouts_give_the_same_loss_and_gradients() -> None:
+    model = small_model(decoder_depth=2).double()
+    images, ids = smooth_images(2, 3, 48, 64), some_ids(2, 12, 5)
+    results = []
+    for layout in SPARSE:
+        model.layout = layout
+        out = model(images, ids)
+        results.append({"loss": out.loss, "pred": out.pred} | gradients(out.loss, model))
+    assert_same(results[1], results[0])
+    assert all(tensor.abs().max() > 0 for tensor in results[0].values())
+
+
+def test_the_encoders_output_does_not_change_hidden_cells_of_the_decoder_input() -> None:
+    decoder = small_model().decoder
+    features, visible = torch.randn(2, 3, 4, 32), ids_to_visible(some_ids(2, 12, 5), 12)
+    hidden = ~visible.view(2, 3, 4, 1)
+    assert torch.equal(decoder(features, visible), decoder(features.masked_fill(hidden, torch.nan), visible))
+
+
+def test_masks_are_reproducible_and_new_each_time() -> None:
+    model = small_model()
+    images = torch.randn(4, 3, 64, 64)
+    first, again, other = (
+        model(images, generator=torch.Generator().manual_seed(seed)).visible_ids for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(model(images).visible_ids, model(images).visible_ids)
+
+
+def test_given_ids_are_used_and_returned() -> None:
+    ids = some_ids(2, 9, 7)
+    assert torch.equal(small_model()(torch.randn(2, 3, 48, 48), ids).visible_ids, ids)
+
+
+def test_all_patches_visible_is_refused() -> None:
+    with pytest.raises(ValueError, match="all 9 patches are visible"):
+        small_model()(torch.randn(2, 3, 48, 48), torch.arange(9).expand(2, 9))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"decoder_depth": 0}, {"decoder_dim": 0}, {"variant": "nona"}, {"stem_stride": 8}]
+)
+def test_bad_arguments_are_refused(kwargs: dict) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(kwargs)))):
+        FCMAE(**{"variant": TINY} | kwargs)
+
+
+# Ways of running
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precisions_run(dtype: torch.dtype, layout: Layout) -> None:
+    model = small_model(layout=layout).to(dtype)
+    out = model(torch.randn(2, 3, 64, 64, dtype=dtype))
+    assert out.loss.dtype == out.pred.dtype == dtype
+    assert all(grad.isfinite().all() for grad in gradients(out.loss, model).values())
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_with_the_loss_in_float32(dtype: torch.dtype, layout: Layout) -> None:
+    model = small_model(layout=layout)
+    images, ids = smooth_images(2, 3, 64, 64, torch.float32), some_ids(2, 16, 6)
+    expected = model(images, ids).loss
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(images, ids)
+    assert out.loss.dtype == torch.float32
+    assert out.pred.dtype == dtype
+    assert relative_error(out.loss, expected) < 0.05
+    assert all(grad.isfinite().all() for grad in gradients(out.loss, model).values())
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+def test_compile_traces_the_whole_model_and_changes_nothing(layout: Layout) -> None:
+    compiled, eager = compiled_and_eager(small_model(layout=layout).double(), "aot_eager")
+    assert_same(compiled, eager)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on CPU")
+@pytest.mark.parametrize("layout", SPARSE)
+def test_inductor_agrees_with_eager(layout: Layout) -> None:
+    model = small_model(variant=((1, 1, 1, 1), (8, 8, 8, 8)), layout=layout, stem_stride=1, decoder_dim=8)
+    compiled, eager = compiled_and_eager(model, "inductor")
+    assert_same(compiled, eager, tolerance=1e-3)
