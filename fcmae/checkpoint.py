@@ -72,26 +72,29 @@ def save_checkpoint(
     """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
 
     It is written under another name, synced to disk and renamed: a kill at any instant leaves the older ones.
+    A step that is there already stays as it is: a run has one state at a step.
 
     Raises:
         UserError: if it could not be written, such as for a full disk; older checkpoints are untouched.
     """
     final = folder / f"step-{step:08d}"
+    if final.exists():
+        return final
     temporary = folder / f".writing-{final.name}"
     try:
         for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
+            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in model.items()}, temporary / MODEL)
         save_file({name: value.contiguous() for name, value in optimizer.items()}, temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _fsync(path)
-        if final.exists():
-            shutil.rmtree(final)
         os.rename(temporary, final)
         link = folder / ".writing-last"
         os.symlink(final.name, link)
+        if (folder / "last").is_dir() and not (folder / "last").is_symlink():
+            shutil.rmtree(folder / "last")  # a copy of the run that followed the link
         os.replace(link, folder / "last")
         _fsync(folder)
     except (OSError, SafetensorError) as error:

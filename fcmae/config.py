@@ -21,7 +21,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):

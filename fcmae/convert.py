@@ -137,7 +137,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def enlarge_stem(weight: Tensor, factor: int) -> Tensor:
-    """Return the stem kernel that sees on images enlarged by pixel repetition what `weight` sees on the originals."""
+    """Return the kernel that sees on images of repeated pixels what the stem `weight` sees on the originals."""
     return weight.repeat_interleave(factor, 2).repeat_interleave(factor, 3) / factor**2
 
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from datetime import datetime, timedelta
@@ -36,6 +37,22 @@ from fcmae.data.sampling import derive_seed
 from fcmae.errors import UserError
 from fcmae.metrics import MetricsLog
 from fcmae.optim import learning_rate
+
+HARMLESS = (
+    "output",
+    "resume",
+    "init_from",
+    "data.root",
+    "data.num_workers",
+    "data.max_bad",
+    "checkpoint",
+    "log",
+    "visualize",
+)
+"""Keys, with those below them, that may change while the run stays the same run."""
+
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun and the MPI launchers say how many processes there are."""
 
 
 class TrainBatch(Protocol):
@@ -97,14 +114,26 @@ def start_accelerator(precision: str) -> Accelerator:
     Raises:
         UserError: if this device cannot compute so.
     """
+    asked_for_more = "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+    if asked_for_more and not any(name in os.environ for name in PROCESS_COUNTS):
+        raise UserError(
+            "accelerate launch starts a single process on CPU, whatever --num_processes says; for N processes: "
+            "torchrun --nproc_per_node N pretrain.py --config FILE key=value ..."
+        )
+    # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
-        accelerator = Accelerator(mixed_precision=None if precision == "auto" else precision)
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=None if precision == "auto" else precision,
+        )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.precision={precision}: {error}") from error
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
             raise UserError("train.precision=fp16: needs a GPU; on CPU use bf16 or no")
-        if os.environ.get("OMP_NUM_THREADS") == "1":  # set by accelerate launch unless told otherwise
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+        if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what launchers set when not told otherwise
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
@@ -140,12 +169,12 @@ def claim_run_folder(config: RunConfig) -> Checkpoint | None:
 
 
 def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:
-    """Yield "key: old -> new" for each difference between two configurations."""
+    """Yield "key: old -> new" for each difference that matters between two configurations."""
     for name, old in stored:
         new = getattr(config, name)
         if isinstance(old, Section):
             yield from changed_keys(old, new, f"{prefix}{name}.")
-        elif old != new:
+        elif old != new and not f"{prefix}{name}".startswith(HARMLESS):
             yield f"{prefix}{name}: {old} -> {new}"
 
 
@@ -261,7 +290,7 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         stored = parse_config(type(self.config), state["config"], str(checkpoint.path))
-        changes = [c for c in changed_keys(stored, self.config) if not c.startswith(("output:", "resume:"))]
+        changes = list(changed_keys(stored, self.config))
         if stored.data.batch_size * stored.optim.accumulate * state["num_processes"] != self.plan.images_per_step:
             changes.append(f"images per update: now {self.plan.images_per_step}")
         if changes:
@@ -383,12 +412,14 @@ class Trainer:
         step_lr = self.plan.lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = step_lr
-        torch.manual_seed(derive_seed(self.config.train.seed, self.step, accelerator.process_index))
         micro_batches = self.config.optim.accumulate
         for micro in range(micro_batches):
             asked = time.perf_counter()
             batch = next(batches)
             self.window.waiting_s += time.perf_counter() - asked
+            # after the batch: a loader's first one draws from the same generator
+            seeds = self.config.train.seed, self.step, micro, accelerator.process_index
+            torch.manual_seed(derive_seed(*seeds))
             self._check_images(batch)
             batch = batch.to(accelerator.device)
             last = micro == micro_batches - 1

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout
 
+# Several threads waiting for each other on busy cores make such small models up to 100 times slower.
+torch.set_num_threads(1)
+
 Module = TypeVar("Module", bound=nn.Module)
 
 TINY = ((1, 1, 2, 1), (8, 16, 24, 32))

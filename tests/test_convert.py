@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import timm
-import timm.data
 import torch
 import torch.nn.functional as F
 from conftest import TINY, randomise, relative_error, small_encoder
@@ -18,6 +17,10 @@ from fcmae.encoder.convnextv2 import VARIANTS, ConvNeXtV2
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
+def timm_model(name: str, **kwargs: Any) -> Any:
+    return timm.create_model(name, **kwargs)
+
+
 def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
 
@@ -25,7 +28,7 @@ def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("variant", ["atto", "pico", "tiny"])
 def test_timm_gives_the_same_logits(variant: str) -> None:
     ours = randomise(ConvNeXtV2(variant, num_classes=10).double(), std=0.3).eval()
-    theirs = timm.create_model(f"convnextv2_{variant}", num_classes=10, dtype=torch.float64).eval()
+    theirs = timm_model(f"convnextv2_{variant}", num_classes=10, dtype=torch.float64).eval()
     state = ours.state_dict()
     theirs.load_state_dict(to_timm(state), strict=True)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -38,7 +41,7 @@ def test_timm_gives_the_same_logits(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["atto", "tiny"])
 def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_features(variant: str) -> None:
     ours = randomise(ConvNeXtV2(variant).double(), std=0.3).eval()
-    theirs = timm.create_model(f"convnextv2_{variant}", num_classes=0, dtype=torch.float64).eval()
+    theirs = timm_model(f"convnextv2_{variant}", num_classes=0, dtype=torch.float64).eval()
     theirs.load_state_dict(to_timm(ours.state_dict()), strict=True)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -57,7 +60,7 @@ def test_every_variant_has_the_names_and_shapes_of_timms() -> None:
     for variant in VARIANTS:
         with torch.device("meta"):
             ours = ConvNeXtV2(variant, num_classes=1000).state_dict()
-        theirs = timm.create_model(f"convnextv2_{variant}", device="meta").state_dict()
+        theirs = timm_model(f"convnextv2_{variant}", device="meta").state_dict()
         shapes = {name: tensor.shape for name, tensor in to_timm(ours).items()}
         assert shapes == {name: tensor.shape for name, tensor in theirs.items()}, variant
 
@@ -83,7 +86,7 @@ def test_unknown_keys_are_refused_by_name() -> None:
 
 
 def test_timms_patch_size_2_is_refused_since_it_is_another_network() -> None:
-    theirs = timm.create_model("convnextv2_atto", patch_size=2, num_classes=0)
+    theirs = timm_model("convnextv2_atto", patch_size=2, num_classes=0)
     with pytest.raises(ValueError, match=r"stages\.0\.downsample\.0\.weight"):
         from_timm(theirs.state_dict())
 
@@ -112,12 +115,10 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
     encoder = small_encoder(**kwargs).eval()
     in_chans, patch = encoder.in_chans, encoder.patch_size
     height, width = 2 * patch, 3 * patch
-    write_timm_folder(
-        encoder, tmp_path, mean=[0.5] * in_chans, std=[0.25] * in_chans, image_size=(height, width)
-    )
+    write_timm_folder(encoder, tmp_path, mean=[0.5] * in_chans, std=[0.25] * in_chans, image_size=(height, width))
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
-    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
+    theirs = timm_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
     assert theirs.num_classes == encoder.num_classes
     assert theirs.num_features == encoder.dims[-1]
     images = torch.randn(2, in_chans, height, width, dtype=torch.float64)
@@ -132,9 +133,10 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
 
 def test_timm_preprocesses_as_the_folder_says(tmp_path: Path) -> None:
     write_timm_folder(small_encoder(), tmp_path, mean=MEAN, std=STD, image_size=224)
-    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    config = timm.data.resolve_model_data_config(model)
-    assert config["input_size"] == (3, 224, 224)
+    model = timm_model(f"local-dir:{tmp_path}", pretrained=True)
+    timm_data: Any = timm.data
+    config = timm_data.resolve_model_data_config(model)
+    assert tuple(config["input_size"]) == (3, 224, 224)
     assert tuple(config["mean"]) == MEAN
     assert tuple(config["std"]) == STD
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
@@ -143,12 +145,12 @@ def test_timm_preprocesses_as_the_folder_says(tmp_path: Path) -> None:
 def test_timm_can_put_a_new_head_and_other_channels_on_the_folder(tmp_path: Path) -> None:
     encoder = small_encoder().float()
     write_timm_folder(encoder, tmp_path, mean=MEAN, std=STD, image_size=64)
-    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10)
+    model = timm_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert relative_error(model.forward_features(images), encoder.pyramid(images)[-1]) <= 1e-5
-    gray = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
+    gray = timm_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1)
     assert gray(torch.randn(2, 1, 64, 64)).shape == (2, 32)
 
 

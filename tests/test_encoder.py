@@ -1,5 +1,7 @@
 """The encoder is the official ConvNeXt V2: sizes, names, GRN, and what it refuses."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -84,9 +86,7 @@ def test_there_are_eight_variants() -> None:
 @pytest.mark.parametrize(
     ("variant", "in_chans", "stem_stride"), [("atto", 3, 4), ("tiny", 3, 4), (TINY, 5, 2), (TINY, 1, 1)]
 )
-def test_state_dict_has_the_official_names_and_shapes(
-    variant: Variant, in_chans: int, stem_stride: int
-) -> None:
+def test_state_dict_has_the_official_names_and_shapes(variant: Variant, in_chans: int, stem_stride: int) -> None:
     depths, dims = VARIANTS[variant] if isinstance(variant, str) else variant
     with torch.device("meta"):
         encoder = ConvNeXtV2(variant, in_chans=in_chans, stem_stride=stem_stride)
@@ -107,9 +107,7 @@ def test_decoder_has_the_official_names_and_shapes() -> None:
         "pred.weight": (3072, 512, 1, 1),
         "pred.bias": (3072,),
     }
-    assert shapes_of(model.decoder) == shapes | official_block("decoder.0", 512) | official_block(
-        "decoder.1", 512
-    )
+    assert shapes_of(model.decoder) == shapes | official_block("decoder.0", 512) | official_block("decoder.1", 512)
 
 
 def test_grn_is_algorithm_1_of_the_paper() -> None:
@@ -172,9 +170,7 @@ def test_with_classes_the_output_is_the_head_over_the_norm_over_the_mean() -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["dense", "masked", "packed"])
-def test_autocast_is_close_to_float32_and_its_gradients_are_finite(
-    layout: Layout, dtype: torch.dtype
-) -> None:
+def test_autocast_is_close_to_float32_and_its_gradients_are_finite(layout: Layout, dtype: torch.dtype) -> None:
     encoder = small_encoder(stem_stride=2).float()
     images = smooth_images(2, 3, 64, 64, torch.float32)
     ids = None if layout == "dense" else some_ids(2, 16, 6)
@@ -200,9 +196,9 @@ def test_autocast_is_close_to_float32_and_its_gradients_are_finite(
         ({"grn_scope": "pixel"}, "grn_scope"),
     ],
 )
-def test_bad_arguments_are_refused(kwargs: dict, message: str) -> None:
+def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ConvNeXtV2(**{"variant": TINY} | kwargs)
+        ConvNeXtV2(kwargs.pop("variant", TINY), **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ def stream_batches(
     Raises:
         UserError: if nearly nothing decodes.
     """
-    loader: DataLoader[Batch] = DataLoader(
+    loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
         dataset,
         batch_sampler=stream,
         num_workers=num_workers,
@@ -145,11 +145,15 @@ def stream_batches(
         raise UserError(line, everywhere=False) from error
 
 
+def spread(length: int, number: int) -> list[int]:
+    """Return up to `number` different indices spread evenly over `length`."""
+    return sorted({i * length // number for i in range(number)})
+
+
 def fixed_images(source: Source, number: int, size: tuple[int, int]) -> Tensor:
     """Return `number` readable images spread evenly over the source, uint8 (n, c, h, w), always the same."""
     images: list[Tensor] = []
-    spread = [i * len(source) // number for i in range(min(number, len(source)))]
-    for index in spread:
+    for index in spread(len(source), number):
         try:
             images.append(cover(source.load(index), size))
         except Exception:  # training names the images that do not decode
@@ -159,7 +163,7 @@ def fixed_images(source: Source, number: int, size: tuple[int, int]) -> Tensor:
 
 def unreadable(source: Source, checks: int) -> tuple[int, list[BadImage]]:
     """Try up to `checks` images spread evenly over the source: (number tried, those that do not decode)."""
-    tried = sorted({i * len(source) // checks for i in range(checks)})
+    tried = spread(len(source), checks)
     bad: list[BadImage] = []
     for index in tried:
         try:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data.dataset_factory import create_dataset
 from timm.data.readers.img_extensions import add_img_extensions
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -24,11 +24,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Tensor:
+    def load(self, index: int, /) -> Tensor:
         """Return image `index` as uint8 (c, h, w); raises whatever decoding raises."""
         ...
 
-    def describe(self, index: int) -> str:
+    def describe(self, index: int, /) -> str:
         """Return what a person would look for: the file's name, or the row."""
         ...
 

@@ -1,0 +1,180 @@
+"""Checkpoints: complete or absent, exact, and plain about what does not fit."""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fcmae.checkpoint as checkpoint
+from fcmae import FCMAE, ConvNeXtV2
+from fcmae.checkpoint import (
+    describe_encoder,
+    find_weights,
+    load_into,
+    load_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+    read_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+from fcmae.errors import UserError
+from fcmae.optim import build_adamw
+
+SMALL = ((1, 1, 1, 1), (8, 8, 16, 16))
+
+
+def save(folder: Path, step: int, keep: int = 2) -> Path:
+    tensors = {"weight": torch.full((3,), float(step))}
+    return save_checkpoint(folder, step=step, model=tensors, optimizer={}, state={"note": "x"}, keep=keep)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
+def test_the_newest_are_kept_and_last_points_at_the_newest(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (5, 10, 15, 20):
+        save(folder, step)
+    assert steps_in(folder) == [15, 20]
+    assert (folder / "last").resolve() == folder / "step-00000020"
+    assert newest_checkpoint(tmp_path) == folder / "step-00000020"
+    assert read_checkpoint(folder / "last").state["step"] == 20
+
+
+def test_a_step_that_is_saved_already_is_never_absent(tmp_path: Path) -> None:
+    written = (save(tmp_path, 5) / "model.safetensors").stat().st_ino
+    assert (save(tmp_path, 5) / "model.safetensors").stat().st_ino == written
+    assert steps_in(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("broken", ["save_file", "rename", "replace"])
+def test_a_failure_while_writing_leaves_the_older_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 5)
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint if broken == "save_file" else os, broken, fail)
+        with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact") as caught:
+            save(folder, 10)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(read_checkpoint(folder / "last").model["weight"], torch.full((3,), 5.0))
+    save(folder, 15)
+    assert not list(folder.glob(".writing*"))
+    assert newest_checkpoint(tmp_path) == folder / "step-00000015"
+
+
+def test_a_kill_while_writing_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 5)
+    (folder / ".writing-step-00000010").mkdir()
+    (folder / ".writing-step-00000010" / "model.safetensors").write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) == folder / "step-00000005"
+    save(folder, 10)
+    assert not list(folder.glob(".writing*"))
+
+
+def train_a_little(model: FCMAE, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        torch.manual_seed(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        loss = model(torch.randn(2, 3, 32, 32)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_weights_and_moments_come_back_to_the_bit(tmp_path: Path) -> None:
+    def start() -> tuple[FCMAE, torch.optim.Optimizer]:
+        model = FCMAE(SMALL, stem_stride=1, decoder_dim=16)
+        return model, build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
+
+    model, optimizer = start()
+    train_a_little(model, optimizer, range(3))
+    save_checkpoint(
+        tmp_path,
+        step=3,
+        model=model.state_dict(),
+        optimizer=optimizer_tensors(model, optimizer),
+        state={},
+        keep=1,
+    )
+    expected = train_a_little(model, optimizer, range(3, 6))
+    other, other_optimizer = start()
+    stored = read_checkpoint(tmp_path / "last")
+    load_into(other, stored.model, stored.path)
+    restore_optimizer(other, other_optimizer, stored.optimizer)
+    assert train_a_little(other, other_optimizer, range(3, 6)) == expected
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    model = path / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"model\.safetensors: not a readable safetensors file"):
+        read_checkpoint(path)
+    model.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        read_checkpoint(path)
+    (path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json: damaged"):
+        read_checkpoint(path)
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_tensors(tmp_path / "weights.pth")
+
+
+def test_weights_of_another_variant_are_told_with_both_names(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        pico = ConvNeXtV2("pico").state_dict()
+        atto = ConvNeXtV2("atto")
+    with pytest.raises(UserError, match=r"x: does not fit the model \(atto\): it holds pico") as caught:
+        load_into(atto, pico, Path("x"))
+    assert str(caught.value).count(";") <= 11
+
+
+@pytest.mark.parametrize("name", ["atto", "tiny", "huge"])
+def test_a_variant_is_recognised_by_its_tensors(name: str) -> None:
+    with torch.device("meta"):
+        assert describe_encoder(FCMAE(name).state_dict()) == name
+    assert describe_encoder({"weight": torch.zeros(1)}) == "no ConvNeXt V2"
+    assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXtV2(SMALL).state_dict())
+
+
+def test_missing_and_unexpected_keys_are_listed() -> None:
+    model: nn.Module = nn.Linear(2, 2)
+    tensors: dict[str, Tensor] = {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}
+    with pytest.raises(UserError, match=r"missing bias; unexpected extra; weight is \(2, 3\), not \(2, 2\)"):
+        load_into(model, tensors, Path("x"))
+
+
+def test_weights_are_found_in_runs_checkpoints_and_files(tmp_path: Path) -> None:
+    path = save(tmp_path / "checkpoints", 5)
+    assert find_weights(tmp_path).resolve() == path / "model.safetensors"
+    assert find_weights(path) == path / "model.safetensors"
+    assert find_weights(path / "model.safetensors") == path / "model.safetensors"
+    with pytest.raises(UserError, match="neither a run folder"):
+        find_weights(tmp_path / "elsewhere")
+
+
+def test_the_state_is_readable_json(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    assert json.loads((path / "state.json").read_text()) == {"step": 5, "note": "x"}

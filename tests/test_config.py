@@ -1,0 +1,173 @@
+"""Configuration: every shipped file is complete and true, and mistakes are told in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fcmae import VARIANTS
+from fcmae.config import PretrainConfig, Section, load_config, to_yaml
+from fcmae.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def dotted(section: Section, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, value in section:
+        keys |= dotted(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name}
+    return keys
+
+
+def dotted_dict(values: dict[str, object], prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for name, value in values.items():
+        keys |= dotted_dict(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
+    return keys
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(PretrainConfig, path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_parses_and_leaves_out_no_key(path: Path) -> None:
+    config = load_config(PretrainConfig, path)
+    assert dotted_dict(yaml.safe_load(path.read_text())) == dotted(config)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_begins_with_command_hardware_time_and_result(path: Path) -> None:
+    header = [line for line in path.read_text().split("\n\n", 1)[0].splitlines() if line.startswith("#")]
+    text = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert header
+    assert f"--config {path.relative_to(ROOT)}" in text
+    for word in ("hardware", "time", "result"):
+        assert f"\n# {word} " in text
+
+
+def test_there_is_an_imagenet_recipe_for_each_variant() -> None:
+    for name in VARIANTS:
+        config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml")
+        assert config.model.variant == name
+        assert config.data.size == (224, 224)
+        assert config.data.batch_size * config.optim.accumulate * 8 == 4096
+        assert (config.optim.base_lr, config.optim.weight_decay, config.optim.betas) == (1.5e-4, 0.05, (0.9, 0.95))
+        assert config.model.norm_pix_loss
+        assert config.optim.clip_grad is None
+
+
+def test_yaml_numbers_in_scientific_notation_are_numbers(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "optim: {base_lr: 1e-4, min_lr: 1.5E-6, betas: [9e-1, .95e0]}\n")
+    config = load_config(PretrainConfig, minimal, ["optim.weight_decay=5e-2", "train.max_steps=1e3"])
+    assert config.optim.base_lr == 1e-4
+    assert config.optim.min_lr == 1.5e-6
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.optim.weight_decay == 0.05
+    assert config.train.max_steps == 1000
+
+
+def test_the_word_no_stays_a_word(minimal: Path) -> None:
+    assert load_config(PretrainConfig, minimal, ["train.precision=no"]).train.precision == "no"
+
+
+def test_overrides_win_over_the_file_and_the_last_over_the_first(minimal: Path) -> None:
+    config = load_config(PretrainConfig, minimal, ["data.image_size=[96, 160]", "output=a", "output=b=c"])
+    assert config.data.size == (96, 160)
+    assert config.output == "b=c"
+
+
+def test_a_printed_config_reads_back_equal(minimal: Path, tmp_path: Path) -> None:
+    overrides = ["model.variant=[[1,2,3,4],[8,16,24,32]]", "optim.base_lr=1e-5", "train.precision=no"]
+    config = load_config(PretrainConfig, minimal, overrides)
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(PretrainConfig, tmp_path / "printed.yaml") == config
+
+
+def test_configs_are_frozen(minimal: Path) -> None:
+    config = load_config(PretrainConfig, minimal)
+    with pytest.raises(ValueError, match="frozen"):
+        config.output = "elsewhere"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("optim.base_rl=1", "optim.base_lr"),
+        ("optm.base_lr=1", "optim"),
+        ("base_lr=1", "optim.base_lr"),
+        ("model.mask_ration=0.5", "model.mask_ratio"),
+        ("resme=auto", "resume"),
+        ("data.img_size=32", "data.image_size"),
+    ],
+)
+def test_unknown_keys_are_refused_with_a_suggestion(minimal: Path, override: str, suggestion: str) -> None:
+    message = error_of(minimal, override)
+    assert "unknown key" in message
+    assert f"did you mean '{suggestion}'?" in message
+
+
+def test_every_key_is_refused_with_itself_as_suggestion_when_a_letter_is_doubled(minimal: Path) -> None:
+    for key in dotted(load_config(PretrainConfig, minimal)):
+        assert f"did you mean '{key}'?" in error_of(minimal, f"{key}{key[-1]}=1")
+
+
+def test_unknown_keys_in_the_file_name_the_file(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "optim: {base_rl: 1}\n")
+    assert error_of(minimal).startswith(f"{minimal}: optim.base_rl: unknown key: did you mean 'optim.base_lr'?")
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.mask_ratio=1.0", ["model.mask_ratio", "less than 1", "got 1.0"]),
+        ("model.mask_ratio=0", ["model.mask_ratio", "greater than 0"]),
+        ("model.stem_stride=3", ["model.stem_stride", "1, 2 or 4"]),
+        ("data.image_size=[1,2,3]", ["data.image_size", "[1, 2, 3]"]),
+        ("data.batch_size=0", ["data.batch_size", "greater than or equal to 1"]),
+        ("data.crop_scale=[0.5,0.2]", ["crop_scale"]),
+        ("data.std=[1,1,0]", ["data.std", "greater than 0"]),
+        ("model.in_chans=5", ["data.mean has 3 values", "model.in_chans is 5"]),
+        ("model.layout=dense", ["model.layout", "'auto', 'masked' or 'packed'"]),
+        ("train.epochs=.nan", ["train.epochs"]),
+        ("train.epochs=.inf", ["train.epochs"]),
+        ("model.variant=[[1,2],[3,4]]", ["model.variant"]),
+        ("data=3", ["data"]),
+        ("data.root.x=3", ["'root' is a value, not a section"]),
+        ("optim.base_lr=[1", ["not valid YAML"]),
+        ("nonsense", ["expected key=value"]),
+    ],
+)
+def test_wrong_values_are_told_in_one_line_with_the_key(minimal: Path, override: str, parts: list[str]) -> None:
+    message = error_of(minimal, override)
+    for part in parts:
+        assert part in message
+
+
+def test_wrong_files_are_told_in_one_line(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    assert str(missing) in error_of(missing)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: }")
+    assert "not valid YAML" in error_of(broken)
+    broken.write_text("- a\n- b\n")
+    assert "expected sections" in error_of(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in error_of(broken)
+    broken.write_text("output: a\noutput: b\n")
+    assert "'output' given twice" in error_of(broken)
+    broken.write_text("output: a\n")
+    assert "missing" in error_of(broken)

@@ -1,0 +1,279 @@
+"""Data: what is shown depends on (seed, epoch, index) alone, and bad input is named."""
+
+import pickle
+import random
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fcmae import sample_visible_ids
+from fcmae.data import (
+    Batch,
+    IndexStream,
+    PixelNormalizer,
+    PretrainDataset,
+    cover,
+    derive_seed,
+    fixed_images,
+    open_source,
+    random_view,
+    save_arrays,
+    seeded,
+    stream_batches,
+    unreadable,
+)
+from fcmae.errors import UserError
+
+
+def write_images(folder: Path, number: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(number)
+    paths = []
+    for i in range(number):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        paths.append(folder / f"{i:03d}.png")
+        Image.fromarray(pixels).convert(mode).save(paths[-1])
+    return paths
+
+
+def dataset_of(root: Path, *, seed: int = 0) -> PretrainDataset:
+    return PretrainDataset(
+        open_source("folder", str(root), "train", 3),
+        view=random_view((32, 32), (0.2, 1.0), 0.5),
+        draw_ids=lambda: sample_visible_ids(1, 16, 0.6),
+        seed=seed,
+    )
+
+
+def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[Batch]:
+    workers = kwargs.pop("num_workers", 0)
+    options = {"batch_size": 4, "seed": 0} | kwargs
+    stream = IndexStream(len(dataset), **options)
+    return list(islice(stream_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.indices == b.indices and torch.equal(a.images, b.images) and torch.equal(a.visible_ids, b.visible_ids)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images", 11)
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_masks_and_crops_are_the_same_for_any_number_of_workers(folder: Path, num_workers: int) -> None:
+    alone = take(dataset_of(folder), 7)
+    helped = take(dataset_of(folder), 7, num_workers=num_workers)
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_see_together_what_one_sees(folder: Path, world_size: int) -> None:
+    whole = take(dataset_of(folder), 6)
+    parts = [
+        take(dataset_of(folder), 6, batch_size=4 // world_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
+        assert torch.equal(batch.visible_ids, torch.cat([part[step].visible_ids for part in parts]))
+
+
+def test_a_stream_started_later_goes_on_where_the_first_would_be(folder: Path) -> None:
+    whole = take(dataset_of(folder), 8)
+    rest = take(dataset_of(folder), 3, start=5 * 4)
+    assert all(same(a, b) for a, b in zip(whole[5:], rest, strict=True))
+
+
+def test_every_image_is_seen_exactly_once_per_epoch_in_a_new_order() -> None:
+    keys = [key for batch in islice(IndexStream(11, batch_size=4, seed=0), 11) for key in batch]
+    assert [epoch for epoch, _ in keys] == [i // 11 for i in range(44)]
+    orders = [[index for epoch, index in keys if epoch == e] for e in range(4)]
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_set_smaller_than_a_batch_fills_it() -> None:
+    (batch,) = islice(IndexStream(3, batch_size=10, seed=0), 1)
+    assert Counter(epoch for epoch, _ in batch) == {0: 3, 1: 3, 2: 3, 3: 1}
+
+
+def test_epochs_seeds_and_indices_each_change_crop_and_mask(folder: Path) -> None:
+    dataset = dataset_of(folder)
+    reference = dataset[0, 0]
+    others = [dataset[1, 0], dataset_of(folder, seed=1)[0, 0], dataset[0, 1]]
+    assert all(not torch.equal(reference.image, other.image) for other in others)
+    drawn = {tuple(dataset[epoch, 0].visible_ids.tolist()) for epoch in range(20)}
+    assert len(drawn) > 15
+
+
+def test_order_depends_on_the_seed() -> None:
+    a, b = (next(iter(IndexStream(1000, batch_size=100, seed=seed))) for seed in (0, 1))
+    assert a != b
+
+
+def test_drawing_samples_leaves_the_callers_generators_alone(folder: Path) -> None:
+    dataset = dataset_of(folder)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    expected = [torch.rand(1).item(), np.random.rand(), random.random()]  # noqa: NPY002
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    dataset[0, 0]
+    assert [torch.rand(1).item(), np.random.rand(), random.random()] == expected  # noqa: NPY002
+
+
+def test_seeded_seeds_torch_numpy_and_random() -> None:
+    def draw() -> list[float]:
+        return [torch.rand(1).item(), float(np.random.rand()), random.random()]  # noqa: NPY002
+
+    with seeded(1, 2):
+        first = draw()
+    with seeded(1, 2):
+        again = draw()
+    with seeded(2, 1):
+        other = draw()
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert derive_seed(0, 1) != derive_seed(1, 0)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_folders_give_the_channels_that_are_asked_for(tmp_path: Path, channels: int, mode: str) -> None:
+    write_images(tmp_path, 1, mode=mode)
+    image = open_source("folder", str(tmp_path), "train", channels).load(0)
+    assert image.dtype == torch.uint8
+    assert image.shape == (channels, 32, 40)
+    stored = np.asarray(Image.open(tmp_path / "000.png")).reshape(32, 40, channels)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), stored)
+
+
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = open_source("folder", str(tmp_path), "train", 1).load(0)
+    assert np.array_equal(image[0].numpy(), (values >> 8).astype(np.uint8))
+
+
+def test_split_folders_and_other_file_types_are_found(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "cats", 2)
+    write_images(tmp_path / "val" / "cats", 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "one.webp")
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "two.tif")
+    assert len(open_source("folder", str(tmp_path), "train", 3)) == 4
+    assert len(open_source("folder", str(tmp_path), "val", 3)) == 1
+
+
+def test_a_tar_file_reads_like_its_folder_in_workers_too(tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "cats", 5)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    packed = take(dataset_of(tmp_path / "images.tar"), 2, num_workers=2)
+    loose = take(dataset_of(tmp_path / "images"), 2)
+    assert all(same(a, b) for a, b in zip(packed, loose, strict=True))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_arrays_of_any_channel_count_are_mapped_and_cropped(tmp_path: Path, channels: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 24, channels), dtype=np.uint8)
+    save_arrays(tmp_path / "train", images)
+    source = open_source("arrays", str(tmp_path), "train", channels)
+    assert np.array_equal(source.load(4).permute(1, 2, 0).numpy(), images[4])
+    again = pickle.loads(pickle.dumps(source))
+    assert torch.equal(again.load(5), source.load(5))
+    assert len(pickle.dumps(source)) < 1000
+    assert random_view((8, 16), (0.2, 1.0), 0.5)(source.load(0)).shape == (channels, 8, 16)
+
+
+def error_of(*arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        open_source(*arguments)  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
+    assert f"data.root={tmp_path / 'none'}: no such folder" in error_of(
+        "folder", str(tmp_path / "none"), "train", 3
+    )
+    assert "no images in it" in error_of("folder", str(tmp_path), "train", 3)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert "no images in it" in error_of("folder", str(tmp_path), "train", 3)
+
+
+def test_sets_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    write_images(tmp_path, 1)
+    assert "use data.name=arrays" in error_of("folder", str(tmp_path), "train", 5)
+    assert "no sample index" in error_of("wds/set", str(tmp_path), "train", 3)
+    assert "no sample index" in error_of("hfids/set", str(tmp_path), "train", 3)
+    assert "unknown; use folder" in error_of("foldr", str(tmp_path), "train", 3)
+    assert "data.root=" in error_of("torch/cifar10", str(tmp_path), "train", 3)
+    assert "images.npy" in error_of("arrays", str(tmp_path), "train", 3)
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.float32))
+    assert "expected uint8" in error_of("arrays", str(tmp_path), "train", 3)
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    assert "have 3 channels, but model.in_chans is 4" in error_of("arrays", str(tmp_path), "train", 4)
+    (tmp_path / "images.npy").write_bytes(b"\x93NUMPY\x01\x00junk")
+    assert "not a readable .npy" in error_of("arrays", str(tmp_path), "train", 3)
+
+
+def test_an_image_that_does_not_decode_is_replaced_and_reported(folder: Path) -> None:
+    broken = folder / "004.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (folder / "005.png").write_text("not an image at all")
+    (folder / "006.png").write_bytes(b"")
+    for workers in (0, 2):
+        batches = take(dataset_of(folder), 11, num_workers=workers)
+        bad = {image.index: image for batch in batches for image in batch.bad}
+        assert sorted(bad) == [4, 5, 6]
+        assert bad[4].name == str(broken)
+        assert bad[4].reason
+        assert not {4, 5, 6} & {index for batch in batches for index in batch.indices}
+        assert all(batch.images.shape == (4, 3, 32, 32) for batch in batches)
+    assert unreadable(open_source("folder", str(folder), "train", 3), 64)[0] == 11
+    assert len(unreadable(open_source("folder", str(folder), "train", 3), 64)[1]) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_folder_of_nothing_but_broken_images_ends_in_one_line(tmp_path: Path, num_workers: int) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_text("junk")
+    with pytest.raises(UserError, match="did not decode") as caught:
+        take(dataset_of(tmp_path), 1, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_fixed_images_are_spread_over_the_set_and_skip_broken_ones(folder: Path) -> None:
+    (folder / "000.png").write_text("junk")
+    source = open_source("folder", str(folder), "train", 3)
+    images = fixed_images(source, 4, (32, 64))
+    assert images.shape == (3, 3, 32, 64)
+    assert torch.equal(images, fixed_images(source, 4, (32, 64)))
+    assert fixed_images(source, 0, (32, 64)).numel() == 0
+    assert len(fixed_images(source, 100, (32, 64))) == 10
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (100, 20)])
+@pytest.mark.parametrize("shape", [(40, 32), (7, 300), (64, 64), (31, 33)])
+def test_cover_fills_any_size_from_any_image(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    assert cover(image, size).shape == (3, *size)
+
+
+def test_pixel_normalisation_inverts() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    normalize = PixelNormalizer((0.1, 0.5, 0.9), (0.3, 0.2, 0.1))
+    images = normalize(pixels)
+    expected = (pixels[:, 2].double() / 255 - 0.9) / 0.1
+    assert torch.allclose(images[:, 2].double(), expected, atol=1e-5)
+    assert torch.allclose(normalize.invert(images) * 255, pixels.float(), atol=1e-3)

@@ -1,0 +1,477 @@
+"""pretrain.py from end to end: exact, restartable, the same on one process or two, and plain about bad input."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import pretrain
+from fcmae.data import save_arrays
+from fcmae.errors import run_script
+
+ROOT = Path(__file__).parent.parent
+TINY = "[[1,1,1,1],[8,8,16,16]]"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 smooth random images of 32 px, as arrays."""
+    root = tmp_path_factory.mktemp("data")
+    coarse = np.random.default_rng(0).integers(0, 256, (40, 5, 5, 3), dtype=np.uint8)
+    images = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC)) for image in coarse]
+    save_arrays(root, np.stack(images))
+    return root
+
+
+@pytest.fixture
+def arguments(data: Path, tmp_path: Path) -> list[str]:
+    """A run of 12 steps of 8 images on a tiny network, recording every step."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"""
+output: {tmp_path / "run"}
+model: {{variant: {TINY}, stem_stride: 1, decoder_dim: 16, drop_path: 0.2}}
+data: {{name: arrays, root: {data}, image_size: 32, batch_size: 8, num_workers: 0}}
+optim: {{base_lr: 0.03, warmup_epochs: 1}}
+train: {{max_steps: 12}}
+checkpoint: {{every_steps: 5}}
+log: {{every_steps: 1}}
+visualize: {{every_steps: 100, num_images: 2}}
+"""
+    )
+    return ["--config", str(config)]
+
+
+def run(*arguments: str) -> int:
+    """Run pretrain.py in this process, as the script would; returns the exit code."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *arguments])
+        code = run_script(pretrain.main)
+    torch.set_num_threads(threads)
+    return code
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    by_step = {record["step"]: record["loss"] for record in records(folder)}
+    assert len(by_step) == len(records(folder)), "a step was recorded twice"
+    return by_step
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_what_the_design_promises(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "run"
+    assert f"tensorboard --logdir {folder}" in out
+    assert str(folder / "reconstructions") in out
+    assert re.search(r"step 12/12 · epoch 2\.40 · loss \d\.\d+ · lr \S+ · \d+ images/s · data wait \d+% · ", out)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "encoder",
+        "metrics.jsonl",
+        "reconstructions",
+        "tensorboard",
+    ]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "last",
+        "step-00000010",
+        "step-00000012",
+    ]
+    pictures = sorted((folder / "reconstructions").iterdir())
+    assert [path.name for path in pictures] == ["step-00000000.png", "step-00000012.png"]
+    assert Image.open(pictures[0]).size == (3 * (128 + 4) + 4, 2 * (128 + 4) + 4 + 15 + 2 * 4)
+    assert list(losses(folder)) == list(range(1, 13))
+    assert records(folder)[-1]["seen_images"] == 96
+    assert records(folder)[0]["lr"] == 0.0
+    assert timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True).num_features == 16
+
+
+def test_tensorboard_holds_the_scalars_and_the_panels(arguments: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(*arguments, "train.max_steps=3") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"loss", "lr", "images_per_s", "data_wait", "epoch"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert [event.step for event in events.Images("reconstructions")] == [0, 3]
+
+
+def test_the_same_command_gives_the_same_run_to_the_bit(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, f"output={tmp_path / 'a'}") == 0
+    assert run(*arguments, f"output={tmp_path / 'b'}", "data.num_workers=2", "log.every_steps=3") == 0
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_loss_falls(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, "train.max_steps=200", "log.every_steps=20", "optim.base_lr=0.3") == 0
+    history = list(losses(tmp_path / "run").values())
+    assert 0.9 < history[0] < 1.1
+    assert history[-1] < 0.9 * history[0]
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
+    arguments: list[str], tmp_path: Path, log_every: int
+) -> None:
+    settings = [
+        *arguments,
+        "train.max_steps=60",
+        "checkpoint.every_steps=7",
+        f"log.every_steps={log_every}",
+        "optim.accumulate=2",
+        "data.batch_size=4",
+    ]
+    assert run(*settings, f"output={tmp_path / 'whole'}") == 0
+
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "pretrain.py"), *settings, f"output={folder}", "data.num_workers=1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints" / "step-00000014").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "encoder").exists(), "the run was over before it could be killed"
+
+    assert run(*settings, f"output={folder}", "resume=auto") == 0
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert_same_weights(folder, tmp_path / "whole")
+
+
+def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_path: Path) -> None:
+    settings = [*arguments, "model.drop_path=0", "train.max_steps=6"]
+    assert run(*settings, f"output={tmp_path / 'one'}") == 0
+    assert run(*settings, f"output={tmp_path / 'four'}", "data.batch_size=2", "optim.accumulate=4") == 0
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert records(tmp_path / "four")[-1]["seen_images"] == records(tmp_path / "one")[-1]["seen_images"]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """For launching this checkout's pretrain.py from anywhere, with a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def launch(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    module = [sys.executable, "-m", *command]
+    return subprocess.run(module, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_two_processes_see_together_what_one_sees(
+    arguments: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    settings = [*arguments, "model.drop_path=0", "train.max_steps=6", "optim.accumulate=2"]
+    assert run(*settings, f"output={tmp_path / 'one'}", "data.batch_size=4") == 0
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
+    command += [str(ROOT / "pretrain.py"), *settings, f"output={tmp_path / 'two'}", "data.batch_size=2"]
+    done = launch(command, environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 6/6") == 1
+    assert "strides" not in done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one[1] == pytest.approx(two[1], abs=1e-6)
+    assert one == pytest.approx(two, abs=1e-5)
+    assert records(tmp_path / "one")[-1]["seen_images"] == records(tmp_path / "two")[-1]["seen_images"]
+
+
+def test_accelerate_launches_one_process(arguments: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
+    command = ["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision"]
+    command += ["bf16", "--dynamo_backend", "no", str(ROOT / "pretrain.py"), *arguments, "train.max_steps=2"]
+    done = launch(command, environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(losses(tmp_path / "run")) == [1, 2]
+
+
+def test_accelerate_launch_on_cpu_does_not_quietly_start_fewer_processes(
+    arguments: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    command = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "pretrain.py"), *arguments]
+    done = launch(command, environment)
+    assert done.returncode != 0
+    assert "error: accelerate launch starts a single process on CPU" in done.stderr
+    assert "torchrun --nproc_per_node" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, f"output={tmp_path / 'plain'}") == 0
+    assert run(*arguments, f"output={tmp_path / 'lean'}", "train.gradient_checkpointing=true") == 0
+    assert losses(tmp_path / "lean") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+
+
+def test_packed_and_masked_train_alike_and_resume_each_other(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, f"output={tmp_path / 'packed'}") == 0
+    masked = [*arguments, f"output={tmp_path / 'masked'}", "model.layout=masked"]
+    assert run(*masked) == 0
+    assert losses(tmp_path / "masked") == pytest.approx(losses(tmp_path / "packed"), rel=1e-3)
+    assert run(*masked, "resume=auto", "model.layout=packed", "train.max_steps=14") == 0
+    assert list(losses(tmp_path / "masked")) == list(range(1, 15))
+
+
+def test_bf16_and_clipping_train(arguments: list[str], tmp_path: Path) -> None:
+    assert (
+        run(*arguments, "train.precision=bf16", "optim.clip_grad=1.0", "train.max_steps=60", "optim.base_lr=0.3")
+        == 0
+    )
+    history = losses(tmp_path / "run")
+    assert history[60] < history[1]
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_compiled_run_gives_the_losses_of_an_eager_one(
+    arguments: list[str], tmp_path: Path, precision: str
+) -> None:
+    settings = [*arguments, "train.max_steps=4", f"train.precision={precision}", "model.drop_path=0"]
+    assert run(*settings, f"output={tmp_path / 'eager'}") == 0
+    assert run(*settings, f"output={tmp_path / 'compiled'}", "train.compile=true") == 0
+    tolerance = 1e-5 if precision == "no" else 1e-2
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=tolerance)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
+
+
+def test_print_config_prints_what_would_run_and_runs_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "optim.base_lr=1e-3", "--print-config") == 0
+    assert "base_lr: 0.001" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_size_time_and_memory_and_writes_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*arguments, "--dry-run") == 0
+    out = capsys.readouterr().out
+    for word in (
+        "parameters",
+        "updates        12",
+        "first loss",
+        "images/s",
+        "whole run",
+        "peak memory",
+        "checkpoint",
+    ):
+        assert word in out
+    assert "40 of 40 images tried, 0 unreadable" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 0
+    before = losses(tmp_path / "run")
+    assert run(*arguments, "resume=auto") == 0
+    assert "finished already" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == before
+
+
+def test_resuming_with_another_rate_says_that_it_is_another_run(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "train.max_steps=5") == 0
+    capsys.readouterr()
+    assert run(*arguments, "train.max_steps=8", "optim.base_lr=1e-4", "resume=auto") == 0
+    out = capsys.readouterr().out
+    assert "optim.base_lr: 0.03 -> 0.0001" in out
+    assert "train.max_steps: 5 -> 8" in out
+
+
+def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments) == 0
+    start = [*arguments, "train.max_steps=2", "train.seed=7", "optim.base_lr=0"]
+    assert run(*start, f"output={tmp_path / 'whole'}", f"init_from={tmp_path / 'run'}") == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+    encoder = {n.removeprefix("encoder."): v for n, v in weights(tmp_path / "run").items() if "encoder." in n}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    only = tmp_path / "only"
+    assert run(*start, f"output={only}", f"init_from={tmp_path / 'encoder.safetensors'}") == 0
+    assert all(torch.equal(weights(only)["encoder." + name], value) for name, value in encoder.items())
+    assert not torch.equal(weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"])
+
+
+# Bad input
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on standard error of a run that ends with exit code 2."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.root=/nowhere/at/all", ["data.root=/nowhere/at/all"]),
+        ("data.image_size=44", ["data.image_size", "44", "40 and 48"]),
+        ("data.image_size=[32,30]", ["width 30", "24 and 32"]),
+        ("data.image_size=8", ["at least two patches"]),
+        ("model.mask_ratio=1", ["model.mask_ratio"]),
+        ("model.variant=atoo", ["model", "unknown variant 'atoo'", "atto"]),
+        ("optim.base_rl=1", ["did you mean 'optim.base_lr'?"]),
+        ("init_from=/nowhere/at/all", ["/nowhere/at/all"]),
+        ("train.precision=fp16", ["train.precision=fp16"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, parts: list[str]
+) -> None:
+    line = failure(capsys, *arguments, override)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_itself_ends_with_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments, "data.root=/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: data.root=/nowhere")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_folder_in_use_is_not_touched_without_resume(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert "resume=auto" in failure(capsys, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    line = failure(capsys, *arguments, f"output={tmp_path / 'mine'}", "resume=auto")
+    assert "not a run's" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 0
+    line = failure(capsys, *arguments, "resume=auto", "model.variant=atto")
+    assert "model.variant=atto is asked for" in line
+    assert f"has model.variant={((1, 1, 1, 1), (8, 8, 16, 16))}" in line
+    other = [*arguments, f"output={tmp_path / 'other'}", f"init_from={tmp_path / 'run'}", "model.variant=atto"]
+    assert "does not fit the model (atto)" in failure(capsys, *other)
+
+
+def test_too_little_disk_is_told_before_anything_is_trained(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "checkpoint.keep" in failure(capsys, *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def broken_folder(folder: Path, good: int, broken: int) -> Path:
+    folder.mkdir()
+    for i in range(good + broken):
+        path = folder / f"{i:02d}.png"
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+        if i >= good:
+            path.write_bytes(path.read_bytes()[:100])
+    return folder
+
+
+def test_images_that_do_not_decode_are_skipped_counted_and_named(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = broken_folder(tmp_path / "images", 14, 2)
+    assert run(*arguments, "data.name=folder", f"data.root={folder}", "data.max_bad=2") == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped ") == 2
+    assert f"skipped {folder / '15.png'}: " in out
+    assert "unreadable so far: 2" in out
+
+
+def test_more_than_max_bad_images_end_the_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = broken_folder(tmp_path / "images", 12, 4)
+    line = failure(capsys, *arguments, "data.name=folder", f"data.root={folder}", "data.max_bad=3")
+    assert "4 images do not decode, more than data.max_bad=3" in line
+    assert str(folder) in line
+
+
+def test_a_non_finite_loss_stops_the_run_and_spares_the_last_checkpoint(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = pretrain.PixelNormalizer.forward
+    calls = iter(range(1000))
+
+    def poison(self: pretrain.PixelNormalizer, pixels: torch.Tensor) -> torch.Tensor:
+        images = build(self, pixels)
+        return images * float("nan") if next(calls) == 7 else images
+
+    monkeypatch.setattr(pretrain.PixelNormalizer, "forward", poison)
+    settings = [*arguments, "log.every_steps=4", "visualize.num_images=0"]
+    line = failure(capsys, *settings)
+    folder = tmp_path / "run"
+    assert "the loss of step 8 is not finite" in line
+    assert str(folder / "checkpoints" / "step-00000005") in line
+    report = json.loads((folder / "non-finite-step-8.json").read_text())
+    assert report["step"] == 8
+    assert len(report["indices"]) == 8
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+    monkeypatch.undo()
+    assert run(*settings, "resume=auto") == 0
+    assert run(*settings, f"output={tmp_path / 'whole'}") == 0
+    assert_same_weights(folder, tmp_path / "whole")

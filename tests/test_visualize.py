@@ -1,0 +1,59 @@
+"""Pictures: what is hidden is shown as predicted, what is visible as it is."""
+
+import numpy as np
+import pytest
+import torch
+
+from fcmae import FCMAE, patchify, sample_visible_ids
+from fcmae.data import PixelNormalizer
+from fcmae.loss import patch_statistics
+from fcmae.visualize import draw_panels, draw_reconstructions, reconstruct
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_a_perfect_prediction_reconstructs_the_image(norm_pix_loss: bool) -> None:
+    images = torch.randn(2, 3, 32, 48)
+    target = patchify(images, 8)
+    mean, std = patch_statistics(target)
+    pred = (target - mean) / std if norm_pix_loss else target
+    ids = sample_visible_ids(2, 24, 0.6)
+    reconstruction, visible = reconstruct(images, pred, ids, 8, norm_pix_loss=norm_pix_loss)
+    assert torch.allclose(reconstruction, images, atol=1e-5)
+    assert visible.float().mean().item() == pytest.approx(ids.shape[1] / 24)
+
+
+def test_visible_patches_are_pasted_in_and_hidden_ones_get_their_own_mean() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    ids = torch.tensor([[0, 5]])
+    reconstruction, visible = reconstruct(images, torch.zeros(1, 16, 192), ids, 8, norm_pix_loss=True)
+    assert torch.equal(torch.where(visible, reconstruction, 0), torch.where(visible, images, 0))
+    hidden = patchify(reconstruction, 8)[0, 1]
+    assert torch.allclose(hidden, patchify(images, 8)[0, 1].mean().expand_as(hidden), atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 160)])
+def test_panels_are_rgb_rows_of_three(channels: int, height: int, width: int) -> None:
+    images = torch.rand(2, channels, height, width)
+    visible = torch.ones(2, 1, height, width, dtype=torch.bool)
+    picture = draw_panels(images, images, visible)
+    factor = -(-128 // height)
+    assert picture.dtype == np.uint8
+    assert picture.shape[1:] == (3 * (width * factor + 4) + 4, 3)
+    body = picture[picture.shape[0] - 2 * (height * factor + 4) - 4 :]
+    shown = body[4 : 4 + height * factor : factor, 4 : 4 + width * factor : factor]
+    first = images[0, :3] if channels >= 3 else images[0, :1].expand(3, -1, -1)
+    assert np.array_equal(shown, (first * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_drawing_neither_trains_nor_changes_the_model() -> None:
+    model = FCMAE(((1, 1, 1, 1), (8, 8, 16, 16)), stem_stride=1, decoder_dim=16, drop_path=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    ids = sample_visible_ids(2, 16, 0.6)
+    normalize = PixelNormalizer((0.5,) * 3, (0.25,) * 3)
+    first, again = (draw_reconstructions(model, normalize, pixels, ids) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
