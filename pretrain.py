@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
         len(source),
         batch_size=config.data.batch_size,
         seed=config.train.seed,
-        start=trainer.step * trainer.plan.images_per_step,
+        start=trainer.seen_images,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )

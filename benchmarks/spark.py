@@ -65,6 +65,10 @@ class SparkSites(DenseSites):
     def num_active(self) -> int:
         return self.patches.num_active
 
+    @property
+    def all_active(self) -> bool:
+        return False
+
 
 class Visibility:
     """The visible patches of the batch under way, shared by a network's LayerNorms, which are not told them."""

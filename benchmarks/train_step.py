@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fcmae import FCMAE, VARIANTS, FCMAEOutput, sample_visible_ids
 from fcmae.encoder.convnextv2 import LAYOUTS, Layout
+from fcmae.optim import build_adamw
 
 REFERENCE = "masked"
 COMPILED = "+compile"
@@ -107,7 +108,7 @@ def build_batch(model: FCMAE, args: argparse.Namespace) -> tuple[Tensor, Tensor]
 def build_way(name: str, args: argparse.Namespace) -> tuple[Way, tuple[Tensor, Tensor]]:
     """Build one way by name ("packed", "packed+compile", ...) and its batch."""
     model = build_model(name.removesuffix(COMPILED), args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
     forward = torch.compile(model) if name.endswith(COMPILED) else model
     return Way(name, forward, optimizer), build_batch(model, args)
 

@@ -103,9 +103,10 @@ class Plan:
             total_steps=self.total_steps,
         )
 
-    def epoch(self, step: int) -> float:
-        """Epochs completed after `step` updates."""
-        return step * self.images_per_step / self.num_samples
+    @property
+    def total_epochs(self) -> float:
+        """Epochs of the whole run."""
+        return self.total_steps * self.images_per_step / self.num_samples
 
 
 def start_accelerator(precision: str) -> Accelerator:
@@ -204,7 +205,7 @@ class Window:
     """What has gathered since the last record, kept on the device so that no step waits for it."""
 
     loss_sum: Tensor
-    """float64 scalar, of this process."""
+    """Scalar, of this process; float64 where the device has it."""
     first_bad_step: Tensor
     """int64 scalar: the first step with a non-finite loss, -1 for none."""
     num_losses: int = 0
@@ -217,7 +218,7 @@ class Window:
     @classmethod
     def new(cls, device: torch.device) -> Self:
         return cls(
-            torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device),
             torch.full((), -1, dtype=torch.int64, device=device),
         )
 
@@ -225,7 +226,7 @@ class Window:
         finite = loss.isfinite()
         first = (self.first_bad_step < 0) & ~finite
         self.first_bad_step = torch.where(first, step, self.first_bad_step)
-        self.loss_sum = self.loss_sum + loss.double()
+        self.loss_sum = self.loss_sum + loss.to(self.loss_sum.dtype)
         self.num_losses += 1
         self.images += len(indices)
         self.indices.setdefault(step, []).extend(indices)
@@ -263,6 +264,8 @@ class Trainer:
         self.run = Path(config.output)
         self.step = 0
         """Updates made."""
+        self.seen_images = 0
+        """By all processes together: where in the stream of images the run stands."""
         self.bad: dict[int, BadImage] = {}
         """Images that did not decode, as far as this process knows."""
         self.bare_model = model
@@ -284,6 +287,7 @@ class Trainer:
         restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer)
         state = checkpoint.state
         self.step = state["step"]
+        self.seen_images = state["seen_images"]
         self.bad = {bad[0]: BadImage(*bad) for bad in state["bad_images"]}
         self.window.loss_sum.fill_(state["loss_sum"] / self.accelerator.num_processes)
         self.window.num_losses = state["num_losses"]
@@ -291,8 +295,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         stored = parse_config(type(self.config), state["config"], str(checkpoint.path))
         changes = list(changed_keys(stored, self.config))
-        if stored.data.batch_size * stored.optim.accumulate * state["num_processes"] != self.plan.images_per_step:
-            changes.append(f"images per update: now {self.plan.images_per_step}")
+        before = stored.data.batch_size * stored.optim.accumulate * state["num_processes"]
+        if before != self.plan.images_per_step:
+            changes.append(f"images per update: {before} -> {self.plan.images_per_step}")
         if changes:
             self.say(f"resuming with changes, so not the same run any more: {'; '.join(changes)}")
 
@@ -307,7 +312,7 @@ class Trainer:
                 model=self.bare_model.state_dict(),
                 optimizer=optimizer_tensors(self.bare_model, self.optimizer.optimizer),
                 state={
-                    "seen_images": self.step * self.plan.images_per_step,
+                    "seen_images": self.seen_images,
                     "loss_sum": loss_sum,
                     "num_losses": self.window.num_losses,
                     "bad_images": sorted(set(map(tuple, bad_images))),
@@ -338,7 +343,8 @@ class Trainer:
     def _check(self) -> float:
         """Return the mean loss since the last record over all processes; stop the run if something is wrong."""
         w = self.window
-        local = torch.stack([w.loss_sum, w.first_bad_step.double(), w.loss_sum.new_tensor(float(len(self.bad)))])
+        counts = w.first_bad_step.to(w.loss_sum.dtype), w.loss_sum.new_tensor(float(len(self.bad)))
+        local = torch.stack([w.loss_sum, *counts])
         everyone = self.accelerator.gather(local[None]).tolist()  # pyright: ignore[reportAttributeAccessIssue]
         bad_steps = [int(row[1]) for row in everyone if row[1] >= 0]
         if bad_steps:
@@ -378,11 +384,12 @@ class Trainer:
         self.window = Window.new(self.accelerator.device)
         if log is None or bar is None:
             return
+        epoch = self.seen_images / self.plan.num_samples
         log.record(
             self.step,
             {
-                "epoch": self.plan.epoch(self.step),
-                "seen_images": self.step * self.plan.images_per_step,
+                "epoch": epoch,
+                "seen_images": self.seen_images,
                 "loss": loss,
                 "lr": lr,
                 "images_per_s": rate,
@@ -398,8 +405,7 @@ class Trainer:
             f"{timedelta(seconds=round(left_s))} left, done {clock}"
         )
         if bar.disable:
-            epoch = f"epoch {self.plan.epoch(self.step):.2f}"
-            print(f"step {self.step}/{self.plan.total_steps} · {epoch} · {text}", flush=True)
+            print(f"step {self.step}/{self.plan.total_steps} · epoch {epoch:.2f} · {text}", flush=True)
         else:
             bar.set_postfix_str(text, refresh=False)
 
@@ -432,6 +438,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.seen_images += self.plan.images_per_step
         self.window.busy_s += time.perf_counter() - started
 
     def fit(self, batches: Iterator[Any], *, show: Callable[[int, MetricsLog], None], show_every: int) -> None:
@@ -500,7 +507,8 @@ def rehearse(trainer: Trainer, batches: Iterator[Any]) -> str:
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
     else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
     parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
     return "\n".join(
         [
@@ -508,7 +516,7 @@ def rehearse(trainer: Trainer, batches: Iterator[Any]) -> str:
             f"precision {trainer.accelerator.mixed_precision}",
             f"parameters     {parameters:,}",
             f"images         {plan.num_samples:,}, {plan.images_per_step} per update",
-            f"updates        {plan.total_steps:,} ({plan.epoch(plan.total_steps):.1f} epochs, "
+            f"updates        {plan.total_steps:,} ({plan.total_epochs:.1f} epochs, "
             f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
             f"first loss     {loss:.4f}",
             f"one update     {seconds:.2f} s, {plan.images_per_step / seconds:.0f} images/s",

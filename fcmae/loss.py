@@ -1,6 +1,7 @@
 """The FCMAE loss: mean squared error on hidden patches, optionally against patch-normalised pixels."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PATCH_NORM_EPS = 1e-6
@@ -22,10 +23,10 @@ def hidden_patch_loss(pred: Tensor, target: Tensor, hidden: Tensor, *, norm_pix_
         norm_pix_loss: compare against each patch's pixels minus their mean, over their standard deviation.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    ids = hidden[..., None].expand(-1, -1, pred.shape[-1])
-    pred = pred.gather(1, ids).to(dtype)
-    target = target.gather(1, ids).to(dtype)
+    pred = pred.gather(1, hidden[..., None].expand(-1, -1, pred.shape[-1])).to(dtype)
+    image = torch.arange(len(target), device=target.device)[:, None]
+    target = target[image, hidden].to(dtype)
     if norm_pix_loss:
         mean, std = patch_statistics(target)
         target = (target - mean) / std
-    return (pred - target).square().mean()
+    return F.mse_loss(pred, target)

@@ -21,7 +21,7 @@ class MetricsLog:
         if self.path.exists():
             self._keep_until(start)
         self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def _keep_until(self, step: int) -> None:
         kept: list[str] = []

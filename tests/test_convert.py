@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY, randomise, relative_error, small_encoder
+from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from fcmae.convert import enlarge_stem, from_timm, timm_config, to_timm, write_timm_folder
@@ -134,8 +135,7 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
 def test_timm_preprocesses_as_the_folder_says(tmp_path: Path) -> None:
     write_timm_folder(small_encoder(), tmp_path, mean=MEAN, std=STD, image_size=224)
     model = timm_model(f"local-dir:{tmp_path}", pretrained=True)
-    timm_data: Any = timm.data
-    config = timm_data.resolve_model_data_config(model)
+    config = resolve_model_data_config(model)
     assert tuple(config["input_size"]) == (3, 224, 224)
     assert tuple(config["mean"]) == MEAN
     assert tuple(config["std"]) == STD

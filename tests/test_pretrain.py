@@ -325,6 +325,15 @@ def test_resuming_with_another_rate_says_that_it_is_another_run(
     assert "train.max_steps: 5 -> 8" in out
 
 
+def test_a_run_resumed_with_another_batch_goes_on_with_the_next_image(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "train.max_steps=5") == 0
+    assert run(*arguments, "train.max_steps=7", "data.batch_size=4", "resume=auto") == 0
+    assert "images per update: 8 -> 4" in capsys.readouterr().out
+    assert [record["seen_images"] for record in records(tmp_path / "run")] == [8, 16, 24, 32, 40, 44, 48]
+
+
 def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], tmp_path: Path) -> None:
     assert run(*arguments) == 0
     start = [*arguments, "train.max_steps=2", "train.seed=7", "optim.base_lr=0"]

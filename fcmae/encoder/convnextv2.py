@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fcmae.encoder.kernels.gelu_grn import gelu_grn
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites
 from fcmae.encoder.packed import PackedSites
 from fcmae.patches import grid_shape
@@ -73,6 +75,13 @@ class GRN(nn.Module):
         scale = sites.spread(1 + self.gamma.flatten() * response)
         return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
 
+    def after_gelu(self, h: Tensor, sites: Sites) -> Tensor:
+        """GRN(GELU(h)), fused where all that is stored is active."""
+        if self.scope == "image" and sites.all_active:
+            out = gelu_grn(h.flatten(1, -2), self.gamma.flatten(), self.beta.flatten(), self.eps)
+            return out.view_as(h)
+        return self(F.gelu(h), sites)
+
 
 class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch for whole images with probability `rate` while training."""
@@ -96,14 +105,13 @@ class Block(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
         self.grn = GRN(4 * dim, scope=grn_scope)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
         h = sites.depthwise(x, self.dwconv)
-        h = self.grn(self.act(self.pwconv1(self.norm(h))), sites)
+        h = self.grn.after_gelu(self.pwconv1(self.norm(h)), sites)
         return x + self.drop_path(self.pwconv2(h), sites)
 
 

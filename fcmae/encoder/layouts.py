@@ -1,6 +1,6 @@
 """The layouts of a feature map: the only code that knows where features lie in space.
 
-A *layout* answers the seven questions of the `Sites` protocol; everything else in a ConvNeXt V2 works on the
+A *layout* answers the questions of the `Sites` protocol; everything else in a ConvNeXt V2 works on the
 last axis and runs on any of them unchanged. "Sites" are the positions at which features exist, "active" sites
 those of visible patches.
 
@@ -67,6 +67,11 @@ class Sites(Protocol):
         """Active sites per image, the same for all."""
         ...
 
+    @property
+    def all_active(self) -> bool:
+        """Whether x is (b, ..., c) with active sites only, so that sums over the middle axes are sums over them."""
+        ...
+
 
 def l2_norm(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     """L2 norm over `dim`, accumulated in at least float32; its gradient at an all-zero vector is zero."""
@@ -115,6 +120,10 @@ class DenseSites:
     def num_active(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def all_active(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
 class MaskedSites(DenseSites):
@@ -153,3 +162,7 @@ class MaskedSites(DenseSites):
     @property
     def num_active(self) -> int:
         return self.visible_ids.shape[1] * self.sites_per_patch**2
+
+    @property
+    def all_active(self) -> bool:
+        return False

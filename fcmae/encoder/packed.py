@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder.layouts import SITES_PER_PATCH, conv2d_channels_last, l2_norm
+from fcmae.encoder.layouts import SITES_PER_PATCH, l2_norm
 
 
 def _place(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -27,6 +27,11 @@ def _pick(canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     canvas = canvas.reshape(b, grid[0], h // grid[0], grid[1], w // grid[1], c)
     image = torch.arange(b, device=ids.device)[:, None]
     return canvas[image, ids // grid[1], :, ids % grid[1]]
+
+
+def _convolve(canvas: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    out = F.conv2d(canvas.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
+    return out.permute(0, 2, 3, 1)
 
 
 class _Place(torch.autograd.Function):
@@ -63,6 +68,42 @@ class _Pick(torch.autograd.Function):
         return _Place.apply(grads[0], ids, ctx.grid), None, None
 
 
+class _Depthwise(torch.autograd.Function):
+    """Depthwise convolution of packed patches: onto the canvas, convolve, back.
+
+    A Function so that the packed input is kept for the backward pass instead of the canvas, and because the
+    gradient of the input is fastest as a forward convolution with the flipped kernel, that of the bias as a sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, grid: tuple[int, int], padding: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, ids)
+        ctx.grid, ctx.padding = grid, padding
+        return _pick(_convolve(_place(x, ids, grid), weight, bias, padding), ids, grid)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        x, weight, ids = ctx.saved_tensors
+        grad = _place(grads[0], ids, ctx.grid)
+        grad_x = _pick(_convolve(grad, weight.flip(2, 3), None, ctx.padding), ids, ctx.grid)
+        _, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2),
+            _place(x, ids, ctx.grid).permute(0, 3, 1, 2),
+            weight,
+            None,
+            [1, 1],
+            [ctx.padding, ctx.padding],
+            [1, 1],
+            False,
+            [0, 0],
+            weight.shape[0],
+            [False, True, False],
+        )
+        return grad_x, grad_weight, grads[0].sum((0, 1, 2, 3)), None, None, None
+
+
 @dataclass(frozen=True)
 class PackedSites:
     """Visible patches only, stored as (b, p, k, k, c) with k sites per patch side."""
@@ -88,7 +129,12 @@ class PackedSites:
         return F.linear(windows.flatten(4), weight, conv.bias)
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self.gather(conv2d_channels_last(self.scatter(x), conv, padding=conv.padding))
+        weight, bias = conv.weight, conv.bias
+        assert bias is not None
+        if torch.is_autocast_enabled(x.device.type):  # as a convolution would, but where its backward sees it
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        return _Depthwise.apply(x, weight, bias, self.visible_ids, self.grid, conv.padding[0])
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         k = self.sites_per_patch // 2
@@ -108,3 +154,7 @@ class PackedSites:
     @property
     def num_active(self) -> int:
         return self.visible_ids.shape[1] * self.sites_per_patch**2
+
+    @property
+    def all_active(self) -> bool:
+        return True

@@ -1,0 +1,61 @@
+"""GELU followed by GRN over sites that are all active, fused: two passes and one stored map instead of many.
+
+With y = gelu(h), n = ||y|| over the sites of an image, r = n / (mean_c n + eps):
+
+    out = beta + s y,    s = 1 + gamma r
+
+and backward, with g the gradient of out, t = sum_sites g y, u = gamma t:
+
+    dn = u / (mean n + eps) - mean_c(u n) / (mean n + eps)^2
+    dy = s g + (dn / n) y,    dn / n taken as 0 where n = 0
+    dgamma = sum_images r t,    dbeta = sum g
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gelu_grn_reference(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """GRN(GELU(h)) of h (b, n, c) over the n sites of each image (paper, Algorithm 1); gamma, beta (c,)."""
+    y = F.gelu(h)
+    norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    response = norm / (norm.mean(dim=-1, keepdim=True) + eps)
+    return gamma * (y * response) + beta + y
+
+
+def gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """The same as `gelu_grn_reference`, computing norms in at least float32; gradient 0 where a norm is 0."""
+    return _GeluGRN.apply(h, gamma, beta, eps)
+
+
+class _GeluGRN(torch.autograd.Function):
+    """Keeps h and the norms; GELU is computed again in the backward pass, which saves a map of c channels."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        y = F.gelu(h)
+        norm = y.to(torch.promote_types(h.dtype, torch.float32)).square().sum(1).sqrt()  # (b, c)
+        ctx.save_for_backward(h, norm, gamma)
+        ctx.eps = eps
+        scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + eps)
+        return torch.addcmul(beta.to(h.dtype), y, scale[:, None].to(h.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grad = grads[0]
+        h, norm, gamma = ctx.saved_tensors
+        mean = norm.mean(dim=-1, keepdim=True) + ctx.eps
+        response = norm / mean
+        y = F.gelu(h)
+        t = (grad * y).sum(1, dtype=norm.dtype)  # (b, c)
+        u = gamma * t
+        grad_norm = u / mean - (u * norm).mean(dim=-1, keepdim=True) / mean**2
+        along = torch.where(norm > 0, grad_norm / norm, 0.0)
+        scale = 1 + gamma * response
+        grad_y = y.mul_(along[:, None].to(y.dtype)).addcmul_(grad, scale[:, None].to(y.dtype))
+        grad_h = torch.ops.aten.gelu_backward(grad_y, h)
+        grad_gamma = (response * t).sum(0).to(gamma.dtype)
+        return grad_h, grad_gamma, grad.sum((0, 1), dtype=norm.dtype).to(gamma.dtype), None

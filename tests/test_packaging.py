@@ -1,0 +1,92 @@
+"""What is installed: both ways with the same dependencies, and `make` tells what is missing."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_conda_and_pip_users_get_the_same_dependencies() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert sorted(pip) == sorted([*PYPROJECT["project"]["dependencies"], "--editable ."])
+    assert f"python{PYPROJECT['project']['requires-python']}" in environment["dependencies"]
+
+
+def test_the_extras_exist() -> None:
+    assert {"dev", "minkowski", "export"} <= set(PYPROJECT["project"]["optional-dependencies"])
+
+
+def test_versions_agree() -> None:
+    import fcmae
+
+    assert PYPROJECT["project"]["version"] == fcmae.__version__
+    assert f"version: {fcmae.__version__}" in (ROOT / "docs" / "CITATION.cff").read_text()
+    assert f"## {fcmae.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_photograph_is_attributed_and_together_they_stay_small() -> None:
+    photos = sorted((ROOT / "docs" / "photos").glob("*.jpg"))
+    attribution = (ROOT / "docs" / "photos" / "ATTRIBUTION.md").read_text()
+    assert len(photos) == 13
+    assert all(f"| {photo.name} " in attribution for photo in photos)
+    assert sum(photo.stat().st_size for photo in photos) < 2_000_000
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "-C", str(ROOT), "--no-print-directory", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_make_tells_which_python_it_needs(tmp_path: Path) -> None:
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make("test", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode != 0
+    assert "error: fcmae needs Python 3.11 or newer" in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_tells_in_one_line_that_torch_and_torchvision_do_not_fit(tmp_path: Path) -> None:
+    broken = tmp_path / "venv" / "bin" / "python"
+    broken.parent.mkdir(parents=True)
+    shadow = tmp_path / "shadow" / "torchvision"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in *pip*) exit 0;; esac\n'
+        f'PYTHONPATH={shadow.parent}:{ROOT} exec {sys.executable} "$@"\n'
+    )
+    broken.chmod(0o755)
+    done = make("test", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode != 0
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(r"torchvision does not work with torch \d.*nms does not exist.*reinstall both", errors[0])
+    assert not (tmp_path / "venv" / ".fcmae-ready").exists()
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "check", "bench"])
+def test_the_targets_exist(target: str, tmp_path: Path) -> None:
+    assert make("-n", target, f"VENV={tmp_path / 'venv'}").returncode == 0
+
+
+def test_ci_calls_check_and_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-2:] == ["make check", "make test"]

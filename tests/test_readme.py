@@ -1,0 +1,83 @@
+"""The README's commands and snippets run as they stand, made short by further overrides."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def shell(command: list[str], timeout: int = 250) -> str:
+    environment = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(Path.home()), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def shortened(run: Path) -> list[str]:
+    small = ["model.variant=[[1,1,1,1],[8,8,16,16]]", "model.decoder_dim=16", "data.batch_size=2"]
+    source = ["data.name=folder", f"data.root={ROOT / 'docs' / 'photos'}", "data.num_workers=0"]
+    return [*small, *source, "optim.accumulate=1", "train.max_steps=2", "train.precision=no", f"output={run}"]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a `make quickstart` of two steps."""
+    folder = tmp_path_factory.mktemp("readme") / "quickstart"
+    ready = f"{sys.prefix}/.fcmae-ready"
+    overrides = f"train.max_steps=2 visualize.num_images=2 output={folder}"
+    out = shell(["make", "-o", ready, f"VENV={sys.prefix}", "quickstart", f"ARGS={overrides}"])
+    assert f"tensorboard --logdir {folder}" in out
+    assert str(folder / "reconstructions") in out
+    assert len(list((folder / "reconstructions").glob("*.png"))) == 2
+    return folder
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: Path) -> None:
+    words = shlex.split(command)
+    if words[:2] == ["make", "quickstart"]:
+        assert (quickstart / "checkpoints" / "last").exists()
+    elif words[0] == "make":
+        shell([*words, "-n", f"VENV={sys.prefix}"])
+    elif words[0] == "tensorboard":
+        out = shell(["tensorboard", "--inspect", "--logdir", str(quickstart)])
+        assert "reconstructions" in out
+    else:
+        assert "pretrain.py" in words, f"no rule for running: {command}"
+        config = words[words.index("--config") + 1]
+        assert (ROOT / config).is_file()
+        out = shell([*words, *shortened(tmp_path / "run")])
+        if "--dry-run" in words or "--print-config" in words:
+            assert not (tmp_path / "run").exists()
+            assert out
+        else:
+            assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("snippet", blocks("python"), ids=lambda text: text.splitlines()[0])
+def test_a_snippet_of_the_readme_runs(snippet: str, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quickstart.parent)
+    exec(compile(snippet.replace("runs/quickstart", "quickstart"), "README.md", "exec"), {})
+
+
+def test_every_file_the_readme_links_to_exists() -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
