@@ -10,7 +10,8 @@ ARGS ?=
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show where the pictures are
-	@$(BIN)/accelerate launch --quiet --num_processes 1 --mixed_precision no pretrain.py --config configs/quickstart.yaml $(ARGS)
+	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 \
+	  --mixed_precision no --dynamo_backend no pretrain.py --config configs/quickstart.yaml $(ARGS)
 
 test: $(READY)  ## the test suite
 	@$(BIN)/python -m pytest

@@ -31,7 +31,9 @@ def test_gelu_grn_equals_its_reference(shape: tuple[int, int, int], dtype: torch
 
 
 def test_gelu_grn_passes_gradcheck() -> None:
-    assert torch.autograd.gradcheck(lambda h, gamma, beta: gelu_grn(h, gamma, beta, 1e-6), inputs(2, 3, 4, torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda h, gamma, beta: gelu_grn(h, gamma, beta, 1e-6), inputs(2, 3, 4, torch.float64)
+    )
 
 
 def test_gelu_grn_has_zero_gradients_along_channels_of_zeros() -> None:

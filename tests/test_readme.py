@@ -1,5 +1,6 @@
 """The README's commands and snippets run as they stand, made short by further overrides."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -48,6 +49,25 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert str(folder / "reconstructions") in out
     assert len(list((folder / "reconstructions").glob("*.png"))) == 2
     return folder
+
+
+def quickstart_losses(record: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in record.read_text().splitlines()]
+
+
+def test_the_quickstarts_loss_falls_clearly_below_one(tmp_path: Path) -> None:
+    overrides = ["train.max_steps=75", "visualize.num_images=0", f"output={tmp_path / 'run'}"]
+    shell(["python", "pretrain.py", "--config", "configs/quickstart.yaml", *overrides])
+    history = quickstart_losses(tmp_path / "run" / "metrics.jsonl")
+    assert history[-1] < 0.8
+
+
+def test_the_readme_and_the_config_tell_the_reference_records_result() -> None:
+    config = (ROOT / "configs" / "quickstart.yaml").read_text()
+    last = quickstart_losses(ROOT / "docs" / "quickstart.jsonl")[-4:]
+    told = f"1.01 to {sum(last) / 4:.2f}"
+    assert told in README
+    assert told in config
 
 
 @pytest.mark.parametrize("command", commands())

@@ -32,16 +32,21 @@ def gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
 
 
 class _GeluGRN(torch.autograd.Function):
-    """Keeps h and the norms; GELU is computed again in the backward pass, which saves a map of c channels."""
+    """Keeps h and the norms; GELU is computed again in the backward pass, which saves a map of c channels.
+
+    Buffers are used again where they can be: on a CPU, fresh memory costs more than the arithmetic.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
         y = F.gelu(h)
-        norm = y.to(torch.promote_types(h.dtype, torch.float32)).square().sum(1).sqrt()  # (b, c)
+        squares = y.to(torch.promote_types(h.dtype, torch.float32)).square()
+        norm = squares.sum(1).sqrt()  # (b, c)
         ctx.save_for_backward(h, norm, gamma)
         ctx.eps = eps
         scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + eps)
-        return torch.addcmul(beta.to(h.dtype), y, scale[:, None].to(h.dtype))
+        out = squares if squares.dtype == h.dtype else None
+        return torch.addcmul(beta.to(h.dtype), y, scale[:, None].to(h.dtype), out=out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -50,12 +55,13 @@ class _GeluGRN(torch.autograd.Function):
         mean = norm.mean(dim=-1, keepdim=True) + ctx.eps
         response = norm / mean
         y = F.gelu(h)
-        t = (grad * y).sum(1, dtype=norm.dtype)  # (b, c)
+        buffer = grad * y
+        t = buffer.sum(1, dtype=norm.dtype)  # (b, c)
         u = gamma * t
         grad_norm = u / mean - (u * norm).mean(dim=-1, keepdim=True) / mean**2
         along = torch.where(norm > 0, grad_norm / norm, 0.0)
         scale = 1 + gamma * response
-        grad_y = y.mul_(along[:, None].to(y.dtype)).addcmul_(grad, scale[:, None].to(y.dtype))
-        grad_h = torch.ops.aten.gelu_backward(grad_y, h)
+        grad_y = torch.mul(y, along[:, None].to(y.dtype), out=buffer).addcmul_(grad, scale[:, None].to(y.dtype))
+        grad_h = torch.ops.aten.gelu_backward.grad_input(grad_y, h, grad_input=grad_y)
         grad_gamma = (response * t).sum(0).to(gamma.dtype)
         return grad_h, grad_gamma, grad.sum((0, 1), dtype=norm.dtype).to(gamma.dtype), None
