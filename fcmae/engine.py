@@ -400,14 +400,19 @@ class Trainer:
         left_s = (self.plan.total_steps - self.step) * self.plan.images_per_step / max(rate, 1e-9)
         done = datetime.now() + timedelta(seconds=left_s)
         clock = done.strftime("%H:%M" if left_s < 80_000 else "%a %d %b %H:%M")
-        text = (
-            f"loss {loss:.4f} · lr {lr:.2e} · {rate:.0f} images/s · data wait {wait:.0%} · "
-            f"{timedelta(seconds=round(left_s))} left, done {clock}"
-        )
+        parts = [
+            f"loss {loss:.4f}",
+            f"lr {lr:.2e}",
+            f"{rate:.0f} images/s",
+            f"data wait {wait:.0%}",
+            f"{timedelta(seconds=round(left_s))} left",
+            f"done {clock}",
+        ]
         if bar.disable:
-            print(f"step {self.step}/{self.plan.total_steps} · epoch {epoch:.2f} · {text}", flush=True)
+            place = [f"step {self.step}/{self.plan.total_steps}", f"epoch {epoch:.2f}"]
+            print(" · ".join(place + parts), flush=True)
         else:
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_description_str(" ".join(parts), refresh=False)
 
     # Training
 
@@ -463,7 +468,7 @@ class Trainer:
                 tqdm(
                     total=self.plan.total_steps,
                     initial=self.step,
-                    unit="step",
+                    bar_format="{desc} |{bar}|{n_fmt}/{total_fmt}",
                     dynamic_ncols=True,
                     disable=not main or not sys.stderr.isatty(),
                 )

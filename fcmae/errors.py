@@ -1,5 +1,6 @@
 """Bad input, told in one line; knows nothing of what was asked for."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,10 @@ def blame(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {error}") from error
 
 
+PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+"""Operating system errors that speak of a place only the user can mend."""
+
+
 def run_script(main: Callable[[list[str]], int]) -> int:
     """Run `main` on the command line; bad input ends in one line on standard error and exit code 2."""
     rank = int(os.environ.get("RANK", "0"))
@@ -36,6 +41,22 @@ def run_script(main: Callable[[list[str]], int]) -> int:
             print(f"error: {error}", file=sys.stderr)
         elif not error.everywhere:
             print(f"error in process {rank}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in PLACES:
+            raise
+        print(
+            f"error: {error.filename or 'writing'}: {error.strerror}; free or name another place", file=sys.stderr
+        )
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+            raise
+        print(
+            "error: out of GPU memory: lower data.batch_size and raise optim.accumulate by the same factor, "
+            "or set train.precision=bf16 or train.gradient_checkpointing=true",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,12 +1,17 @@
 """pretrain.py from end to end: exact, restartable, the same on one process or two, and plain about bad input."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,6 +281,24 @@ def test_a_compiled_run_gives_the_losses_of_an_eager_one(
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
 
 
+def test_a_terminal_of_80_columns_shows_rate_data_wait_and_time_left(
+    arguments: list[str], environment: dict[str, str]
+) -> None:
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments, "visualize.num_images=0"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+    os.close(stderr)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends whose other side is closed
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 0
+    bar = r"loss \d\.\d+ lr \S+ \d+ images/s data wait \d+% [\d:]+ left done \d\d:\d\d \|"
+    assert re.search(bar, shown.decode())
+
+
 def test_print_config_prints_what_would_run_and_runs_nothing(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -427,6 +450,23 @@ def test_too_little_disk_is_told_before_anything_is_trained(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "checkpoint.keep" in failure(capsys, *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside_a_file = tmp_path / "config.yaml" / "run"
+    assert str(inside_a_file) in failure(capsys, *arguments, f"output={inside_a_file}")
+
+
+def test_running_out_of_gpu_memory_names_the_remedies(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pretrain.PixelNormalizer, "forward", fail)
+    assert "lower data.batch_size" in failure(capsys, *arguments, "visualize.num_images=0")
 
 
 def broken_folder(folder: Path, good: int, broken: int) -> Path:
