@@ -43,7 +43,7 @@ class SparkSites(DenseSites):
         return self.hide(super().stem(images * pixels, conv))
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return self.hide(conv2d_channels_last(x, conv, padding=conv.padding))
+        return self.hide(conv2d_channels_last(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups))
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         x, coarser = super().downsample(x, conv)

@@ -340,7 +340,7 @@ class Trainer:
                 self.bad[bad.index] = bad
                 tqdm.write(f"skipped {bad.name}: {bad.reason} (unreadable so far: {len(self.bad)})")
 
-    def _check(self) -> float:
+    def check(self) -> float:
         """Return the mean loss since the last record over all processes; stop the run if something is wrong."""
         w = self.window
         counts = w.first_bad_step.to(w.loss_sum.dtype), w.loss_sum.new_tensor(float(len(self.bad)))
@@ -376,7 +376,7 @@ class Trainer:
             )
 
     def _record(self, log: MetricsLog | None, bar: "tqdm[Any] | None") -> None:
-        loss = self._check()
+        loss = self.check()
         w = self.window
         rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
         wait = w.waiting_s / max(w.busy_s, 1e-9)
@@ -482,15 +482,14 @@ class Trainer:
                     if self._due(self.config.log.every_steps):
                         self._record(log, bar)
                     if self._due(self.config.checkpoint.every_steps):
-                        self._check()
+                        self.check()
                         self.save()
                     if log and self._due(show_every):
                         show(self.step, log)
             except KeyboardInterrupt:
                 newest = newest_checkpoint(self.run)
-                self.say(
-                    f"stopped at step {self.step}; {newest or 'no checkpoint yet'}; resume=auto goes on from there"
-                )
+                start = newest or "the start, as there is no checkpoint yet"
+                self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
                 raise
 
     def _due(self, every: int) -> bool:
@@ -508,7 +507,7 @@ def rehearse(trainer: Trainer, batches: Iterator[Any]) -> str:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    loss = trainer._check()
+    loss = trainer.check()
     if device.type == "cuda":
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
     else:

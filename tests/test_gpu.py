@@ -66,4 +66,4 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
             trainer.update(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert trainer._check() > 0
+    assert trainer.check() > 0

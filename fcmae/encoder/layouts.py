@@ -78,10 +78,9 @@ def l2_norm(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def conv2d_channels_last(x: Tensor, conv: nn.Conv2d, **kwargs: Any) -> Tensor:
-    """Apply `conv`'s weights to x (b, h, w, c); returns (b, h', w', c')."""
-    out = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, groups=conv.groups, **kwargs)
-    return out.permute(0, 2, 3, 1)
+def conv2d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
+    """`F.conv2d` of x (b, h, w, c); returns (b, h', w', c')."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **kwargs).permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,11 @@ class DenseSites:
         return F.conv2d(images, conv.weight, conv.bias, stride=conv.stride).permute(0, 2, 3, 1)
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        return conv2d_channels_last(x, conv, padding=conv.padding)
+        return conv2d_channels_last(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         coarser = replace(self, grid=(self.grid[0] // 2, self.grid[1] // 2))
-        return conv2d_channels_last(x, conv, stride=conv.stride), coarser
+        return conv2d_channels_last(x, conv.weight, conv.bias, stride=conv.stride), coarser
 
     def sum(self, x: Tensor) -> Tensor:
         return x.sum((1, 2))

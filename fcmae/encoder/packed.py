@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
-from fcmae.encoder.layouts import SITES_PER_PATCH, l2_norm
+from fcmae.encoder.layouts import SITES_PER_PATCH, conv2d_channels_last, l2_norm
 
 
 def _place(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -27,11 +28,6 @@ def _pick(canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     canvas = canvas.reshape(b, grid[0], h // grid[0], grid[1], w // grid[1], c)
     image = torch.arange(b, device=ids.device)[:, None]
     return canvas[image, ids // grid[1], :, ids % grid[1]]
-
-
-def _convolve(canvas: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    out = F.conv2d(canvas.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
-    return out.permute(0, 2, 3, 1)
 
 
 class _Place(torch.autograd.Function):
@@ -81,26 +77,24 @@ class _Depthwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, ids)
         ctx.grid, ctx.padding = grid, padding
-        return _pick(_convolve(_place(x, ids, grid), weight, bias, padding), ids, grid)
+        canvas = _place(x, ids, grid)
+        out = conv2d_channels_last(canvas, weight, bias, padding=padding, groups=weight.shape[0])
+        return _pick(out, ids, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, ids = ctx.saved_tensors
         grad = _place(grads[0], ids, ctx.grid)
-        grad_x = _pick(_convolve(grad, weight.flip(2, 3), None, ctx.padding), ids, ctx.grid)
-        _, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad.permute(0, 3, 1, 2),
+        flipped = weight.flip(2, 3)
+        grad_canvas = conv2d_channels_last(grad, flipped, None, padding=ctx.padding, groups=weight.shape[0])
+        grad_weight = conv2d_weight(
             _place(x, ids, ctx.grid).permute(0, 3, 1, 2),
-            weight,
-            None,
-            [1, 1],
-            [ctx.padding, ctx.padding],
-            [1, 1],
-            False,
-            [0, 0],
-            weight.shape[0],
-            [False, True, False],
+            weight.shape,
+            grad.permute(0, 3, 1, 2),
+            padding=ctx.padding,
+            groups=weight.shape[0],
         )
+        grad_x = _pick(grad_canvas, ids, ctx.grid)
         return grad_x, grad_weight, grads[0].sum((0, 1, 2, 3)), None, None, None
 
 
