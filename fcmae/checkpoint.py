@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import VARIANTS
+from fcmae.encoder.convnextv2 import variant_name
 from fcmae.errors import UserError
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -158,8 +158,7 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
             return "no ConvNeXt V2"
         depths.append(len(stage))
         dims.append(next(iter(stage.values())))
-    shape = (tuple(depths), tuple(dims))
-    return next((name for name, known in VARIANTS.items() if known == shape), f"depths {depths}, dims {dims}")
+    return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

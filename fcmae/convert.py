@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcmae.encoder.convnextv2 import GRN, VARIANTS, ConvNeXtV2
+from fcmae.encoder.convnextv2 import GRN, ConvNeXtV2, variant_name
 from fcmae.patches import grid_shape
 
 TIMM_NAMES = (
@@ -83,10 +83,6 @@ def _state_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[in
     return tuple(len(names) for names in blocks), tuple(state[name].shape[0] for name in convs)
 
 
-def _variant_name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
-    return next((name for name, variant in VARIANTS.items() if variant == (depths, dims)), None)
-
-
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename and reshape the state dict of a `ConvNeXtV2` for timm's model of the same depths and dims.
 
@@ -97,7 +93,7 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     names = _translate(list(state), ours_to_timm=True)
     depths, dims = _state_shape(state)
-    conv_mlp = _variant_name(depths, dims) in CONV_MLP
+    conv_mlp = variant_name(depths, dims) in CONV_MLP
     out: dict[str, Tensor] = {}
     for ours, timm in names.items():
         tensor = state[ours]
@@ -166,7 +162,7 @@ def timm_config(
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     enlargement = TIMM_STEM_ENLARGEMENT[encoder.stem_stride]
 
-    name = _variant_name(encoder.depths, encoder.dims)
+    name = variant_name(encoder.depths, encoder.dims)
     model_args: dict[str, Any] = {}
     if name is None:
         model_args |= {"depths": list(encoder.depths), "dims": list(encoder.dims)}

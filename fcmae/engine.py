@@ -481,11 +481,11 @@ class Trainer:
                     bar.update()
                     if self._due(self.config.log.every_steps):
                         self._record(log, bar)
-                    if self._due(self.config.checkpoint.every_steps):
-                        self.check()
-                        self.save()
                     if log and self._due(show_every):
                         show(self.step, log)
+                    if self._due(self.config.checkpoint.every_steps):  # last: a resumed run repeats nothing before
+                        self.check()
+                        self.save()
             except KeyboardInterrupt:
                 newest = newest_checkpoint(self.run)
                 start = newest or "the start, as there is no checkpoint yet"

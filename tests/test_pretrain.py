@@ -25,7 +25,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fcmae.engine
 import pretrain
+from fcmae.checkpoint import save_checkpoint
 from fcmae.data import save_arrays
 from fcmae.errors import run_script
 
@@ -140,6 +142,20 @@ def test_tensorboard_holds_the_scalars_and_the_panels(arguments: list[str], tmp_
     assert {"loss", "lr", "images_per_s", "data_wait", "epoch"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert [event.step for event in events.Images("reconstructions")] == [0, 3]
+
+
+def test_a_picture_is_drawn_before_the_checkpoint_after_which_it_would_never_be(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[int, bool] = {}
+
+    def save(folder: Path, *, step: int, **kwargs: Any) -> Path:
+        drawn[step] = (tmp_path / "run" / "reconstructions" / f"step-{step:08d}.png").is_file()
+        return save_checkpoint(folder, step=step, **kwargs)
+
+    monkeypatch.setattr(fcmae.engine, "save_checkpoint", save)
+    assert run(*arguments, "visualize.every_steps=5") == 0
+    assert drawn == {5: True, 10: True, 12: True}
 
 
 def test_the_same_command_gives_the_same_run_to_the_bit(arguments: list[str], tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def resolve_variant(variant: Variant) -> tuple[tuple[int, ...], tuple[int, ...]]
     return depths, dims
 
 
+def variant_name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
+    """Return the name in `VARIANTS` of these depths and dims, or None."""
+    return next((name for name, variant in VARIANTS.items() if variant == (depths, dims)), None)
+
+
 class GRN(nn.Module):
     """Global Response Normalization (paper, Algorithm 1): x + gamma * (x * N(x)) + beta over active sites.
 
