@@ -294,7 +294,7 @@ def _describe_use(folder: Path) -> dict[str, Any]:
     if state:
         data = state["config"]["data"]
         told = {"mean": data["mean"], "std": data["std"], "image_size": _pair(data["image_size"])}
-        told |= {"class_names": state.get("class_names")}
+        told |= {"crop_pct": data.get("crop_pct"), "class_names": state.get("class_names")}
     elif "architecture" in config:  # timm's
         cfg = config.get("pretrained_cfg", config)
         told = {key: cfg.get(key) for key in ("mean", "std", "crop_pct")}

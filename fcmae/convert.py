@@ -261,12 +261,19 @@ def shrink_stem(weight: Tensor, factor: int) -> Tensor:
     return weight[:, :, ::factor, ::factor] * factor**2
 
 
+def evaluation_crop(size: tuple[int, int]) -> float:
+    """Share of the side that evaluation at `size` crops out: the official one; all at 384 px and on thumbnails."""
+    return 0.875 if 64 < min(size) < 384 else 1.0
+
+
 def timm_config(
     encoder: ConvNeXtV2,
     *,
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int | tuple[int, int],
+    crop_pct: float | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return the `config.json` with which timm rebuilds `encoder`, and the preprocessing it was trained with.
 
@@ -275,14 +282,19 @@ def timm_config(
         mean: of the training data, per channel.
         std: likewise.
         image_size: side or (height, width) in pixels it was trained at.
+        crop_pct: share of the side that evaluation crops out; None for `evaluation_crop`.
+        class_names: of the classifier's outputs.
 
     Raises:
-        ValueError: if mean, std or image_size do not fit the encoder, or timm cannot compute it (batch GRN).
+        ValueError: if mean, std, image_size or class_names do not fit the encoder, or timm cannot compute it (batch
+            GRN).
     """
     if len(mean) != encoder.in_chans or len(std) != encoder.in_chans:
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have {encoder.in_chans} channels each")
     if any(isinstance(module, GRN) and module.scope == "batch" for module in encoder.modules()):
         raise ValueError("timm has no GRN over the whole batch: an encoder with grn_scope='batch' has no export")
+    if class_names is not None and len(class_names) != encoder.num_classes:
+        raise ValueError(f"{len(class_names)} class names for {encoder.num_classes} classes")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     enlargement = TIMM_STEM_ENLARGEMENT[encoder.stem_stride]
 
@@ -300,14 +312,15 @@ def timm_config(
         "input_size": [encoder.in_chans, height * enlargement, width * enlargement],
         "pool_size": list(grid_shape((height, width), encoder.patch_size)),
         "interpolation": "bicubic",
-        # The official evaluation crop; nothing to crop at 384 px and above, nor on thumbnails.
-        "crop_pct": 0.875 if 64 < min(height, width) < 384 else 1.0,
+        "crop_pct": evaluation_crop((height, width)) if crop_pct is None else crop_pct,
         "mean": list(mean),
         "std": list(std),
         "first_conv": "stem.0",
         "classifier": "head.fc",
         "paper_ids": "arXiv:2301.00808",
     }
+    if class_names is not None:
+        pretrained_cfg["label_names"] = list(class_names)
     if enlargement != 1:
         pretrained_cfg["description"] = (
             f"Trained by fcmae at {height} x {width} with stem_stride {encoder.stem_stride}, which timm lacks: "
@@ -332,6 +345,8 @@ def write_timm_folder(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int | tuple[int, int],
+    crop_pct: float | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write `config.json` and `model.safetensors`, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -340,7 +355,9 @@ def write_timm_folder(
     Raises:
         ValueError: as `timm_config`.
     """
-    config = timm_config(encoder, mean=mean, std=std, image_size=image_size)
+    config = timm_config(
+        encoder, mean=mean, std=std, image_size=image_size, crop_pct=crop_pct, class_names=class_names
+    )
     state = to_timm(encoder.state_dict())
     state["stem.0.weight"] = enlarge_stem(state["stem.0.weight"], TIMM_STEM_ENLARGEMENT[encoder.stem_stride])
     folder = Path(folder)
