@@ -12,7 +12,7 @@ except (ImportError, RuntimeError, OSError) as error:
 
 from fcmae.data.batches import Batch, PretrainDataset, fixed_images, stream_batches, unreadable
 from fcmae.data.sampling import IndexStream, derive_seed, seeded
-from fcmae.data.sources import Source, open_source, save_arrays
+from fcmae.data.sources import Source, labels_by, open_source, save_arrays
 from fcmae.data.transforms import PixelNormalizer, cover, random_view
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "cover",
     "derive_seed",
     "fixed_images",
+    "labels_by",
     "open_source",
     "random_view",
     "save_arrays",
