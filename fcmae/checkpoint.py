@@ -153,18 +153,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint folder tells besides tensors.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
         UserError: if a file is missing or damaged.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
-        ) from error
+    state = read_state(path)
     ema = load_tensors(path / EMA) if (path / EMA).is_file() else None
     return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state, ema)
 
@@ -402,6 +411,11 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
             tensors[name] = shrink_stem(tensors[name], TIMM_STEM_ENLARGEMENT[stride])
         with torch.device("meta"):
             problems = _misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
+    names = use.get("class_names")
+    if not _num_classes(tensors):
+        use["class_names"] = None
+    elif names and len(names) != _num_classes(tensors):
+        raise UserError(f"{file}: {_num_classes(tensors)} classes, but the files beside it name {len(names)}")
     if problems:
         raise UserError(
             f"{file}: {kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "

@@ -44,7 +44,7 @@ class Format(NamedTuple):
     tolerance: float
     """Largest difference, relative to the largest output."""
     how: str
-    """To load it, with FOLDER for the folder."""
+    """To load it, with FOLDER for the folder and a classifier in it."""
 
 
 class Exported(NamedTuple):
@@ -84,12 +84,13 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
             )
         os.replace(aside, output)
     except ImportError as error:
-        raise UserError(f"--to {to}: {error.name} is missing: pip install 'fcmae[export]'") from error
+        raise UserError(f"--to {to}: {error.name or error} is missing: pip install 'fcmae[export]'") from error
     except OSError as error:
         raise UserError(f"--output {output}: not written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Exported(tuple(sorted(output.iterdir())), difference, kind.how.replace("FOLDER", str(output)))
+    how = kind.how if encoder.num_classes else kind.how.replace("ForImageClassification", "")
+    return Exported(tuple(sorted(output.iterdir())), difference, how.replace("FOLDER", str(output)))
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def _difference(kind: Format, encoder: ConvNeXtV2, folder: Path) -> float:
         ours, theirs = encoder(images), kind.compute(folder, images)
         if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
             return float("inf")
-        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max()))
+        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30)))
     return worst
 
 
