@@ -34,7 +34,7 @@ class ModelSection(Section):
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
-    layout: Literal["auto", "masked", "packed"] = "auto"
+    layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -149,6 +149,10 @@ class PretrainConfig(RunConfig):
                     f"data.{key} has {len(getattr(self.data, key))} values, but model.in_chans is "
                     f"{self.model.in_chans}: give one value per channel"
                 )
+        if self.train.compile and self.model.layout == "minkowski":
+            raise ValueError(
+                "train.compile=true: cannot trace MinkowskiEngine; take model.layout=packed, or no compile"
+            )
         return self
 
 
