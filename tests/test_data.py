@@ -14,18 +14,19 @@ from PIL import Image
 
 from fcmae import sample_visible_ids
 from fcmae.data import (
-    Batch,
     IndexStream,
+    MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
     cover,
     derive_seed,
     fixed_images,
+    labels_by,
+    load_batches,
     open_source,
     random_view,
     save_arrays,
     seeded,
-    stream_batches,
     unreadable,
 )
 from fcmae.errors import UserError
@@ -51,14 +52,14 @@ def dataset_of(root: Path, *, seed: int = 0) -> PretrainDataset:
     )
 
 
-def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[Batch]:
+def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[MaskedBatch]:
     workers = kwargs.pop("num_workers", 0)
     options = {"batch_size": 4, "seed": 0} | kwargs
     stream = IndexStream(len(dataset), **options)
-    return list(islice(stream_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
+    return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
 
 
-def same(a: Batch, b: Batch) -> bool:
+def same(a: MaskedBatch, b: MaskedBatch) -> bool:
     return a.indices == b.indices and torch.equal(a.images, b.images) and torch.equal(a.visible_ids, b.visible_ids)
 
 
@@ -193,6 +194,132 @@ def test_arrays_of_any_channel_count_are_mapped_and_cropped(tmp_path: Path, chan
     assert torch.equal(again.load(5), source.load(5))
     assert len(pickle.dumps(source)) < 1000
     assert random_view((8, 16), (0.2, 1.0), 0.5)(source.load(0)).shape == (channels, 8, 16)
+
+
+def class_folders(root: Path) -> Path:
+    for name, number in {"owl": 2, "class10": 1, "class9": 3}.items():
+        write_images(root / name, number)
+    return root
+
+
+def test_sub_folders_are_classes_numbered_as_timm_does(tmp_path: Path) -> None:
+    source = open_source("folder", str(class_folders(tmp_path)), "train", 3)
+    assert source.class_names == ("class9", "class10", "owl")
+    assert source.labels is not None
+    assert source.class_names is not None
+    assert source.labels.dtype == np.int64
+    assert np.bincount(source.labels).tolist() == [3, 1, 2]
+    for index, label in enumerate(source.labels):
+        assert Path(source.describe(index)).parent.name == source.class_names[label]
+
+
+def test_a_tar_file_has_the_labels_of_its_folder(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    loose = open_source("folder", str(tmp_path / "images"), "train", 3)
+    packed = open_source("folder", str(tmp_path / "images.tar"), "train", 3)
+    assert packed.class_names == loose.class_names
+    assert packed.labels is not None
+    assert np.array_equal(packed.labels, loose.labels)  # pyright: ignore[reportArgumentType]
+    assert packed.labels.dtype == np.int64
+
+
+def test_images_outside_of_class_folders_leave_a_set_without_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 3)
+    flat = open_source("folder", str(tmp_path / "flat"), "train", 3)
+    assert (flat.labels, flat.class_names) == (None, None)
+    with tarfile.open(tmp_path / "flat.tar", "w") as tar:
+        tar.add(tmp_path / "flat", "flat")
+    packed = open_source("folder", str(tmp_path / "flat.tar"), "train", 3)
+    assert (packed.labels, packed.class_names) == (None, None)
+    mixed = class_folders(tmp_path / "mixed")
+    write_images(mixed, 1)
+    source = open_source("folder", str(mixed), "train", 3)
+    assert (len(source), source.labels, source.class_names) == (7, None, None)
+
+
+def test_arrays_have_labels_and_class_names_where_they_were_saved(tmp_path: Path) -> None:
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    save_arrays(tmp_path, images, [2, 0, 2], ["ant", "bee", "café au lait"])
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert source.labels is not None
+    assert source.labels.tolist() == [2, 0, 2]
+    assert source.labels.dtype == np.int64
+    assert source.class_names == ("ant", "bee", "café au lait")
+    save_arrays(tmp_path, images, np.array([1, 1, 0], np.uint8))
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 1, 0]
+    assert source.class_names is None
+    save_arrays(tmp_path, images)
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert (source.labels, source.class_names) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([0, 1], None), ([0, 1, -1], None), ([0.5, 1, 2], None), ([0, 1, 2], ["a", "b"]), (None, ["a"])]
+    + [([0, 0, 0], [name]) for name in ("", "two\nlines", " spaced")],
+)
+def test_arrays_with_labels_that_do_not_fit_are_not_written(
+    tmp_path: Path, labels: list[int] | None, names: list[str] | None
+) -> None:
+    with pytest.raises(ValueError, match=r"label|class name"):
+        save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), labels, names)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "parts"),
+    [
+        (np.arange(2), None, ["labels.npy", "2 labels for the 3 images"]),
+        (np.array([0, -1, 2]), None, ["labels.npy", "label -1 of image 1"]),
+        (np.zeros(3), None, ["labels.npy", "expected whole numbers (n,), found float64 (3,)"]),
+        (np.zeros((3, 1), np.int64), None, ["labels.npy", "(3, 1)"]),
+        (np.array([0, 5, 1]), b"a\nb\n", ["classes.txt", "2 names", "label 5"]),
+        (np.zeros(3, np.int64), b"\xff\xfe", ["classes.txt", "not a text file"]),
+    ],
+)
+def test_wrong_label_files_are_named_in_one_line(
+    tmp_path: Path, labels: np.ndarray, names: bytes | None, parts: list[str]
+) -> None:
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", labels)
+    if names is not None:
+        (tmp_path / "classes.txt").write_bytes(names)
+    message = error_of("arrays", str(tmp_path), "train", 3)
+    assert str(tmp_path) in message
+    assert all(part in message for part in parts), message
+    (tmp_path / "labels.npy").write_bytes(b"junk")
+    assert "labels.npy: not a readable .npy array" in error_of("arrays", str(tmp_path), "train", 3)
+
+
+def test_a_validation_set_that_lacks_a_class_keeps_the_numbers_of_training(tmp_path: Path) -> None:
+    train = open_source("folder", str(class_folders(tmp_path / "train")), "train", 3)
+    write_images(tmp_path / "val" / "owl", 2)
+    write_images(tmp_path / "val" / "class9", 1)
+    val = open_source("folder", str(tmp_path), "val", 3)
+    assert labels_by(val, train.class_names, "val").tolist() == [0, 2, 2]
+    assert labels_by(val, None, "val").tolist() == [0, 1, 1]
+    write_images(tmp_path / "val" / "emu", 1)
+    val = open_source("folder", str(tmp_path), "val", 3)
+    with pytest.raises(UserError, match=r"data\.root=x, split val: class 'emu' is not among the 3 classes"):
+        labels_by(val, train.class_names, "data.root=x, split val")
+
+
+def test_classes_of_one_name_keep_their_numbers(tmp_path: Path) -> None:
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 2], ["crane", "lizard", "crane"])
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert labels_by(source, source.class_names, "it").tolist() == [0, 1, 2]
+
+
+def test_asking_for_labels_that_are_not_there_says_how_to_give_them(tmp_path: Path) -> None:
+    write_images(tmp_path, 2)
+    with pytest.raises(
+        UserError, match=r"it: no labels; put the images of each class into a sub-folder .*labels\.npy"
+    ):
+        labels_by(open_source("folder", str(tmp_path), "train", 3), None, "it")
 
 
 def error_of(*arguments: object) -> str:

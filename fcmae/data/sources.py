@@ -1,7 +1,7 @@
-"""Where images come from: folders, tar files, datasets that timm opens, or memory-mapped arrays."""
+"""Where images and their labels come from: folders, tar files, datasets that timm opens, memory-mapped arrays."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -13,6 +13,7 @@ from timm.data.readers.img_extensions import add_img_extensions
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from fcmae.data.sampling import derive_seed
 from fcmae.errors import UserError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -21,6 +22,11 @@ STREAMED = ("hfids", "wds", "tfds")
 
 class Source(Protocol):
     """Images by index; loading the same index twice gives the same image."""
+
+    labels: np.ndarray | None
+    """int64 (n,), each image's class from 0 on; None where images have none."""
+    class_names: tuple[str, ...] | None
+    """By label; None without labels, or where nothing names them."""
 
     def __len__(self) -> int: ...
 
@@ -33,18 +39,49 @@ class Source(Protocol):
         ...
 
 
+def _map_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({error})") from error
+
+
+def _read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Read `labels.npy` and `classes.txt` beside an `images.npy`: (labels, class names), None where missing."""
+    path, names_path = folder / "labels.npy", folder / "classes.txt"
+    if not path.is_file():
+        return None, None
+    labels = _map_array(path)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise UserError(f"{path}: expected whole numbers (n,), found {labels.dtype} {labels.shape}")
+    if len(labels) != num_images:
+        raise UserError(f"{path}: {len(labels)} labels for the {num_images} images beside it; give one per image")
+    labels = np.asarray(labels, np.int64)
+    if labels.min() < 0:
+        raise UserError(f"{path}: label {labels.min()} of image {labels.argmin()}: classes count from 0")
+    if not names_path.is_file():
+        return labels, None
+    try:
+        names = tuple(names_path.read_text(encoding="utf-8").rstrip().splitlines())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{names_path}: not a text file; write one class name per line") from error
+    if labels.max() >= len(names):
+        raise UserError(f"{names_path}: {len(names)} names, but {path} has label {labels.max()}; one name per line")
+    return labels, names
+
+
 class ArraySource:
-    """`ROOT/SPLIT/images.npy` (or `ROOT/images.npy`): uint8 (n, h, w, c) or (n, h, w), memory-mapped."""
+    """`ROOT/SPLIT/images.npy` (or `ROOT/images.npy`): uint8 (n, h, w, c) or (n, h, w), memory-mapped.
+
+    Beside it may lie `labels.npy`, whole numbers (n,), and `classes.txt`, a class name per line.
+    """
 
     def __init__(self, root: str, split: str) -> None:
         candidates = [Path(root, split, "images.npy"), Path(root, "images.npy")]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             raise UserError(f"data.root={root}: holds no {split}/images.npy or images.npy (uint8, n x h x w x c)")
-        try:
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: not a readable .npy array ({error})") from error
+        images = _map_array(path)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
             raise UserError(
                 f"{path}: expected uint8 images (n, h, w, c), found {images.dtype} {images.shape}; "
@@ -52,6 +89,7 @@ class ArraySource:
             )
         self.root, self.split, self.path = root, split, path
         self.images = images if images.ndim == 4 else images[..., None]
+        self.labels, self.class_names = _read_labels(path.parent, len(images))
 
     def __reduce__(self) -> tuple[type["ArraySource"], tuple[str, str]]:
         return ArraySource, (self.root, self.split)  # workers map the file again instead of copying it
@@ -66,17 +104,39 @@ class ArraySource:
         return f"{self.path}[{index}]"
 
 
-def save_arrays(folder: str | Path, images: np.ndarray) -> Path:
-    """Write uint8 images (n, h, w, c) as `folder/images.npy`, to be read with `data.name=arrays`.
+def save_arrays(
+    folder: str | Path,
+    images: np.ndarray,
+    labels: np.ndarray | Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Path:
+    """Write uint8 images (n, h, w, c) as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
+
+    Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`.
 
     Raises:
-        ValueError: if they are not uint8 (n, h, w, c).
+        ValueError: if shapes, types or numbers do not fit.
     """
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (n, h, w, c), got {images.dtype} {images.shape}")
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min(initial=0) < 0:
+            raise ValueError(f"labels must be whole numbers from 0 on, one for each of {len(images)} images")
+    if class_names is not None:
+        if labels is None or labels.max(initial=-1) >= len(class_names):
+            raise ValueError(f"{len(class_names)} class names do not fit the labels")
+        if any(name != name.strip() or len(name.splitlines()) != 1 for name in class_names):
+            raise ValueError("a class name must be one line, without spaces around it")
     path = Path(folder, "images.npy")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in ("labels.npy", "classes.txt"):
+        path.with_name(stale).unlink(missing_ok=True)
     np.save(path, images, allow_pickle=False)
+    if labels is not None:
+        np.save(path.with_name("labels.npy"), labels.astype(np.int64), allow_pickle=False)
+    if class_names is not None:
+        path.with_name("classes.txt").write_text("\n".join(class_names) + "\n", encoding="utf-8")
     return path
 
 
@@ -96,11 +156,15 @@ class ImageSource:
         open_image: Callable[[int], BinaryIO | Image.Image],
         describe: Callable[[int], str],
         channels: int,
+        labels: np.ndarray | None = None,
+        class_names: tuple[str, ...] | None = None,
     ) -> None:
         self.length = length
         self.open_image = open_image
         self.describe = describe
         self.channels = channels
+        self.labels = labels
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return self.length
@@ -131,6 +195,32 @@ class _Row:
             except (KeyError, NotImplementedError, TypeError):
                 pass  # timm's readers of nameless rows
         return f"{self.name}[{index}]"
+
+
+def _timm_targets(dataset: Any) -> tuple[Any, dict[str, int] | None]:
+    """Return the class indices and the names of a timm or torchvision dataset, without opening images."""
+    reader = getattr(dataset, "reader", None)
+    if reader is None:  # torchvision's
+        names = getattr(dataset, "classes", None)
+        return getattr(dataset, "targets", None), names and {name: index for index, name in enumerate(names)}
+    if hasattr(reader, "label_key"):  # Hugging Face's
+        table = reader.dataset
+        return (table[reader.label_key] if reader.label_key in table.column_names else None), reader.class_to_idx
+    if hasattr(reader, "targets"):  # of a tar file
+        names = reader.class_name_to_idx
+        return (reader.targets, names) if len(names) > 1 else (None, None)  # one folder in a tar wraps it all
+    return [target for _, target in reader.samples], reader.class_to_idx
+
+
+def _labels_of(dataset: Any) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Return (labels, class names) of a timm or torchvision dataset, None where it has none for every image."""
+    targets, class_to_idx = _timm_targets(dataset)
+    labels = np.asarray([] if targets is None else targets)
+    unlabelled = labels.dtype.kind not in "iu" or labels.ndim != 1 or labels.min(initial=0) < 0
+    if unlabelled or "" in (class_to_idx or {}):  # timm's class of images outside of any sub-folder
+        return None, None
+    names = tuple(sorted(class_to_idx, key=class_to_idx.__getitem__)) if class_to_idx else None
+    return labels.astype(np.int64), names
 
 
 def open_source(name: str, root: str, split: str, in_chans: int) -> Source:
@@ -180,4 +270,63 @@ def open_source(name: str, root: str, split: str, in_chans: int) -> Source:
     if not length:
         raise UserError(f"data.root={root}: no images in it")
     row = _Row(dataset, name)
-    return ImageSource(length, row.open, row.describe, in_chans)
+    return ImageSource(length, row.open, row.describe, in_chans, *_labels_of(dataset))
+
+
+def labels_by(source: Source, class_names: Sequence[str] | None, what: str) -> np.ndarray:
+    """Return the labels of a source, int64 (n,), as numbers of another's `class_names`, where both have names.
+
+    Args:
+        source: such as the validation split, which may lack some of the classes.
+        class_names: such as the training split's; None leaves the source's numbers.
+        what: how messages name the source, such as "data.root=pets, split val".
+
+    Raises:
+        UserError: if it has no labels, or a class that is not among `class_names`.
+    """
+    if source.labels is None:
+        raise UserError(
+            f"{what}: no labels; put the images of each class into a sub-folder named for it and none beside them, "
+            "or a labels.npy beside images.npy"
+        )
+    if class_names is None or source.class_names is None or source.class_names == tuple(class_names):
+        return source.labels
+    number = {name: i for i, name in enumerate(class_names)}
+    numbers = np.array([number.get(name, -1) for name in source.class_names], np.int64)
+    labels = numbers[source.labels]
+    if labels.min() < 0:
+        name = source.class_names[source.labels[labels.argmin()]]
+        raise UserError(f"{what}: class {name!r} is not among the {len(number)} classes of training")
+    return labels
+
+
+class Subset:
+    """Some of the images of a source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = indices
+        self.labels = None if source.labels is None else source.labels[indices]
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Tensor:
+        return self.source.load(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+
+def share_of_each_class(source: Source, fraction: float, seed: int) -> Source:
+    """Return `fraction` of the images of each class, at least one; those of a smaller fraction are among them."""
+    assert source.labels is not None
+    if fraction == 1.0:
+        return source
+    chosen: list[np.ndarray] = []
+    for label in np.unique(source.labels):
+        members = np.flatnonzero(source.labels == label)
+        order = np.random.default_rng(derive_seed(seed, int(label))).permutation(members)
+        chosen.append(order[: max(1, round(fraction * len(members)))])
+    return Subset(source, np.sort(np.concatenate(chosen)))

@@ -95,8 +95,8 @@ class GRN(nn.Module):
         return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
 
     def after_gelu(self, h: Tensor, sites: Sites) -> Tensor:
-        """GRN(GELU(h)), fused where all that is stored is active."""
-        if self.scope == "image" and sites.all_active:
+        """GRN(GELU(h)), fused where all that is stored is active; an exported program gets the plain operations."""
+        if self.scope == "image" and sites.all_active and not torch.compiler.is_exporting():
             out = gelu_grn(h.flatten(1, -2), self.gamma.flatten(), self.beta.flatten(), self.eps)
             return out.view_as(h)
         return self(F.gelu(h), sites)

@@ -136,7 +136,7 @@ class MinkowskiSites:
 
     @cached_property
     def _neighbours(self) -> Tensor:
-        """The kernel map of the depthwise convolutions as a table of our rows, int64 (49, n), n where there is none."""
+        """The depthwise convolutions' kernel map as a table of our rows, int64 (49, n), n where there is none."""
         num_rows, device = len(self._our_rows), self._our_rows.device
         with _default_stream(device):
             kernel_map = self.manager.kernel_map(self.key, self.key, stride=1, kernel_size=KERNEL_SIZE)
