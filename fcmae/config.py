@@ -118,6 +118,25 @@ class VisualizeSection(Section):
     num_images: Annotated[int, Field(ge=0)] = 8
 
 
+class ProbeSection(Section):
+    """Labelled images that tell how good frozen features are: classes are learnt from those of `data`."""
+
+    val_split: str | None = "val"
+    """The images that are classified; null holds out a fifth of `data.split`."""
+    val_root: str | None = None
+    """Where they are; null for `data.root`."""
+    num_images: Positive | None = None
+    """Images taken of each, at most; null for all."""
+
+
+class OnlineProbeSection(ProbeSection):
+    """k-NN accuracy during pretraining; the labels never reach the training."""
+
+    knn_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Also before the first and after the last step; null for never."""
+    num_images: Positive | None = 10000
+
+
 class RunConfig(Section):
     """What any training run needs to know; `model` is narrowed by each kind of run."""
 
@@ -139,6 +158,7 @@ class PretrainConfig(RunConfig):
     """Everything `pretrain.py` needs to know."""
 
     model: ModelSection
+    eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
 
     @model_validator(mode="after")
@@ -150,6 +170,13 @@ class PretrainConfig(RunConfig):
                     f"{self.model.in_chans}: give one value per channel"
                 )
         return self
+
+
+class EvaluateConfig(Section):
+    """Everything `fcmae evaluate` needs to know beside the encoder."""
+
+    data: DataSection
+    eval: ProbeSection = ProbeSection()
 
 
 Config = TypeVar("Config", bound=Section)
