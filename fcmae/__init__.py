@@ -1,5 +1,6 @@
 """fcmae: pretrain ConvNets on your own images without labels (FCMAE and ConvNeXt V2, arXiv 2301.00808)."""
 
+from fcmae.checkpoint import load_encoder
 from fcmae.encoder import VARIANTS, ConvNeXtV2
 from fcmae.masking import sample_visible_ids
 from fcmae.model import FCMAE, FCMAEOutput
@@ -12,6 +13,7 @@ __all__ = [
     "VARIANTS",
     "ConvNeXtV2",
     "FCMAEOutput",
+    "load_encoder",
     "patchify",
     "sample_visible_ids",
     "unpatchify",

@@ -5,12 +5,17 @@ RUN/checkpoints/step-00001000/
     optimizer.safetensors   AdamW's state, as `exp_avg.NAME` and so on
     state.json              step, images seen, configuration, versions
 RUN/checkpoints/last        a link to the newest
+
+Weights that others wrote are read too, whatever the file: see `read_weights`.
 """
 
+import argparse
 import errno
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import variant_name
-from fcmae.errors import UserError
+from fcmae.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, from_any, shrink_stem
+from fcmae.encoder.convnextv2 import ConvNeXtV2, variant_name
+from fcmae.errors import UserError, blame
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+EMA, CONFIG, PREPROCESSOR = "ema.safetensors", "config.json", "preprocessor_config.json"
+WEIGHT_FILES = (MODEL, EMA, "pytorch_model.bin")
+"""What weights are called in folders whose other files describe them."""
 
 
 class Checkpoint(NamedTuple):
@@ -161,12 +170,8 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
 
 
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load tensors strictly by name and shape.
-
-    Raises:
-        UserError: naming `source`, what it holds and up to ten keys that do not fit.
-    """
+def _misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What differs, by name and shape, between the tensors and those that `module` wants."""
     wanted = module.state_dict()
     missing = [f"missing {name}" for name in wanted if name not in tensors]
     unexpected = [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -175,24 +180,231 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
         for name, value in wanted.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
-    problems = missing + unexpected + shapes
+    return missing + unexpected + shapes
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load tensors strictly by name and shape.
+
+    Raises:
+        UserError: naming `source`, what it holds and up to ten keys that do not fit.
+    """
+    problems = _misfits(module, tensors)
     if problems:
         raise UserError(
-            f"{source}: does not fit the model ({describe_encoder(wanted)}): it holds {describe_encoder(tensors)}; "
-            f"{len(problems)} tensors differ: {'; '.join(problems[:10])}"
+            f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
+            f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
         )
     module.load_state_dict(dict(tensors))
 
 
+# Weights of any origin
+
+
+class Weights(NamedTuple):
+    """A ConvNeXt V2 read from a file, and what is known of its use; None where the file does not tell."""
+
+    path: Path
+    """The file."""
+    tensors: dict[str, Tensor]
+    """By our names: the encoder, with `norm` and `head` where there is a classifier."""
+    kind: str
+    """Where it comes from, for people."""
+    class_names: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    """Per channel, of the training images in [0, 1]."""
+    std: tuple[float, ...] | None = None
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels."""
+    crop_pct: float | None = None
+    """Share of the resized image's side that evaluation crops out."""
+
+
 def find_weights(path: Path) -> Path:
-    """Return the safetensors file that a run folder, checkpoint folder or file stands for.
+    """Return the file of weights that a run folder, checkpoint folder, exported folder or file stands for.
 
     Raises:
         UserError: if there is none.
     """
     if path.is_file():
         return path
-    for candidate in (path / MODEL, path / "checkpoints" / "last" / MODEL):
+    newest = newest_checkpoint(path)
+    for candidate in (path / MODEL, path / "pytorch_model.bin", *([newest / MODEL] if newest else [])):
         if candidate.is_file():
             return candidate
-    raise UserError(f"{path}: neither a run folder, a checkpoint folder nor a safetensors file")
+    raise UserError(
+        f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; "
+        "give a run folder, a checkpoint folder, an exported folder or a file of weights"
+    )
+
+
+def _load_torch(path: Path) -> Any:
+    """Read a file of torch.save without running code from it; argparse's namespaces of settings may be in it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles: they are read or refused, nothing between
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise almost anything for damaged files
+        if "Weights only load failed" not in str(error):
+            raise UserError(f"{path}: a damaged or truncated PyTorch file; get it again") from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"{path}: a pickle that holds code{f' ({code[1]})' if code else ''}, which was not run; ask for "
+            "safetensors, or, if you trust its author, save its state dict alone with torch.save"
+        ) from error
+
+
+def _load_nested(path: Path, *, ema: bool) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors or PyTorch file, out of the entry that training scripts put them in."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":
+        return load_tensors(path)
+    if not head.startswith((b"PK", b"\x80")):
+        raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or a damaged one")
+    found = _load_torch(path)
+    keys = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+    nested = [found[key] for key in keys if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
+    if ema and not nested:
+        raise UserError(f"{path}: holds no EMA weights, only the raw ones")
+    tensors = nested[0] if nested else found
+    if not isinstance(tensors, Mapping):
+        raise UserError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
+    return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _describe_use(folder: Path) -> dict[str, Any]:
+    """Read the fields of `Weights` that the files beside weights tell: a checkpoint's, timm's or transformers'."""
+    state, config = _read_json(folder / STATE), _read_json(folder / CONFIG)
+    told: dict[str, Any] = {}
+    if state:
+        data = state["config"]["data"]
+        told = {"mean": data["mean"], "std": data["std"], "image_size": _pair(data["image_size"])}
+        told |= {"crop_pct": data.get("crop_pct"), "class_names": state.get("class_names")}
+    elif "architecture" in config:  # timm's
+        cfg = config.get("pretrained_cfg", config)
+        told = {key: cfg.get(key) for key in ("mean", "std", "crop_pct")}
+        told["class_names"] = config.get("label_names", cfg.get("label_names"))
+        if "input_size" in cfg:
+            enlargement = TIMM_STEM_ENLARGEMENT[config.get("stem_stride", 4)]
+            told["image_size"] = _pair([side // enlargement for side in cfg["input_size"][1:]])
+    elif "hidden_sizes" in config:  # transformers'
+        preprocessor = _read_json(folder / PREPROCESSOR)
+        told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
+        told["crop_pct"] = preprocessor.get("crop_pct")
+        size = preprocessor.get("size", {})
+        if "shortest_edge" in size:
+            told["image_size"] = _pair(size["shortest_edge"])
+        elif "height" in size:
+            told["image_size"] = (size["height"], size["width"])
+        if "id2label" in config:
+            labels = {int(index): name for index, name in config["id2label"].items()}
+            told["class_names"] = [labels[index] for index in sorted(labels)]
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+
+
+def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
+    """Read the weights of any ConvNeXt V2, recognised by content; a pickle's code is never run.
+
+    Args:
+        path: a run folder, checkpoint folder, exported folder or file of weights (safetensors or PyTorch): ours,
+            timm's, transformers' or the official code's.
+        ema: take the running average of the weights, which fine-tuning keeps beside them.
+
+    Raises:
+        UserError: if there are none, or they are damaged or no whole ConvNeXt V2; the message names the file.
+    """
+    path = Path(path)
+    file = find_weights(path)
+    if ema and file.name == MODEL:
+        file = file.with_name(EMA)
+        if not file.is_file():
+            raise UserError(f"{path}: holds no EMA weights, only the raw ones")
+    stored = _load_nested(file, ema=ema and file.name != EMA)
+    use: dict[str, Any] = {}
+    if file.name in WEIGHT_FILES:
+        try:
+            use = _describe_use(file.parent)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            described = file.parent / (STATE if (file.parent / STATE).is_file() else CONFIG)
+            raise UserError(f"{described}: damaged: {type(error).__name__} {error}") from error
+    with blame(str(file)):
+        tensors, kind = from_any(stored)
+        if kind == "timm" and (stride := _read_json(file.parent / CONFIG).get("stem_stride", 4)) != 4:
+            name = "downsample_layers.0.0.weight"
+            tensors[name] = shrink_stem(tensors[name], TIMM_STEM_ENLARGEMENT[stride])
+        with torch.device("meta"):
+            problems = _misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
+    if problems:
+        raise UserError(
+            f"{file}: {kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "
+            f"but {len(problems)} tensors differ: {'; '.join(problems[:10])}"
+        )
+    if file.with_name(STATE).is_file():
+        kind = "FCMAE run" if any(name.startswith("encoder.") for name in stored) else "fine-tuned run"
+    return Weights(file, tensors, kind, **use)
+
+
+def _network(tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0) -> ConvNeXtV2:
+    """Build the untrained network that has these tensors, by our names, and so many classes."""
+    depths, dims = encoder_shape(tensors)
+    stem = tensors["downsample_layers.0.0.weight"]
+    encoder = ConvNeXtV2(
+        (depths, dims),
+        in_chans=stem.shape[1],
+        num_classes=num_classes,
+        stem_stride=stem.shape[-1],
+        drop_path=drop_path,
+    )
+    if "norm.weight" in tensors and not num_classes:  # of a classifier whose head was taken off
+        encoder.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+    return encoder
+
+
+def _num_classes(tensors: Mapping[str, Tensor]) -> int:
+    return tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
+
+
+def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXtV2:
+    """Build the network of `weights`, in float32, with them in it.
+
+    Args:
+        weights: from `read_weights`.
+        num_classes: outputs of the classifier: None for the file's own classifier if it has one, 0 for none, any
+            other number than the file's for a new, untrained one.
+        drop_path: stochastic depth, see `ConvNeXtV2`.
+    """
+    tensors = dict(weights.tensors)
+    if num_classes is None:
+        num_classes = _num_classes(tensors)
+    if num_classes != _num_classes(tensors):
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    encoder = _network(tensors, num_classes=num_classes, drop_path=drop_path)
+    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
+    load_into(encoder, fresh | tensors, weights.path)
+    return encoder
+
+
+def load_encoder(
+    path: str | Path, *, ema: bool = False, num_classes: int | None = None, drop_path: float = 0.0
+) -> ConvNeXtV2:
+    """Return the ConvNeXt V2 in any file of weights: `build_encoder` of `read_weights`.
+
+    Raises:
+        UserError: as `read_weights`.
+    """
+    return build_encoder(read_weights(path, ema=ema), num_classes=num_classes, drop_path=drop_path)

@@ -171,7 +171,7 @@ def test_weights_are_found_in_runs_checkpoints_and_files(tmp_path: Path) -> None
     assert find_weights(tmp_path).resolve() == path / "model.safetensors"
     assert find_weights(path) == path / "model.safetensors"
     assert find_weights(path / "model.safetensors") == path / "model.safetensors"
-    with pytest.raises(UserError, match="neither a run folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         find_weights(tmp_path / "elsewhere")
 
 
