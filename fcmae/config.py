@@ -1,5 +1,6 @@
 """Configuration: YAML into frozen, typed sections, dotted overrides last; knows no models, data or devices."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -288,6 +289,17 @@ def parse_config(
         raise UserError(_describe(error, list(_keys(kind)), source, overridden)) from error
 
 
+def override_config(kind: type[Config], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """Put `key=value` overrides over nested `values` and validate them as a configuration of `kind`.
+
+    Raises:
+        UserError: as `parse_config`.
+    """
+    values = copy.deepcopy(dict(values))
+    overridden = [_override(values, override) for override in overrides]
+    return parse_config(kind, values, source, overridden)
+
+
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `key=value` overrides, which win, into a configuration of `kind`.
 
@@ -302,8 +314,7 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections of 'key: value' lines, found a {type(values).__name__}")
-    overridden = [_override(values, override) for override in overrides]
-    return parse_config(kind, values, str(path), overridden)
+    return override_config(kind, values, overrides, str(path))
 
 
 def to_yaml(config: Section) -> str:
