@@ -17,15 +17,15 @@ from fcmae.checkpoint import find_weights, load_into, load_tensors
 from fcmae.config import PretrainConfig, load_config, to_yaml
 from fcmae.convert import write_timm_folder
 from fcmae.data import (
-    Batch,
     IndexStream,
+    MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
     derive_seed,
     fixed_images,
+    load_batches,
     open_source,
     random_view,
-    stream_batches,
     unreadable,
 )
 from fcmae.engine import Plan, Trainer, claim_run_folder, rehearse, require_disk, start_accelerator
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
     # The training: AdamW, warm-up, half a cosine; the loss is the error on hidden patches
-    def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
+    def compute_loss(model: nn.Module, batch: MaskedBatch) -> Tensor:
         return model(normalize(batch.images), batch.visible_ids).loss
 
     trainer = Trainer(
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    batches = stream_batches(
+    batches = load_batches(
         dataset, stream, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
     )
     if options.dry_run:

@@ -3,8 +3,10 @@
 RUN/checkpoints/step-00001000/
     model.safetensors       parameters by their dense names
     optimizer.safetensors   AdamW's state, as `exp_avg.NAME` and so on
+    ema.safetensors         the moving average of the parameters, where the run keeps one
     state.json              step, images seen, configuration, versions
 RUN/checkpoints/last        a link to the newest
+RUN/checkpoints/best        a link to the one with the highest score, where the run has scores; never deleted
 
 Weights that others wrote are read too, whatever the file: see `read_weights`.
 """
@@ -42,6 +44,7 @@ class Checkpoint(NamedTuple):
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    ema: dict[str, Tensor] | None
 
 
 def _fsync(path: Path) -> None:
@@ -50,6 +53,15 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _link(link: Path, target: str) -> None:
+    """Point `link` at its sibling `target`, replacing what is there in one instant."""
+    temporary = link.with_name(f".writing-{link.name}")
+    os.symlink(target, temporary)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)  # a copy of the run that followed the link
+    os.replace(temporary, link)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -77,10 +89,13 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
+    ema: Mapping[str, Tensor] | None = None,
+    best: int | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
 
-    It is written under another name, synced to disk and renamed: a kill at any instant leaves the older ones.
+    The checkpoint of step `best` is pointed at by `folder/best` and never deleted. Each is written under another
+    name, synced to disk and renamed: a kill at any instant leaves the older ones.
     A step that is there already stays as it is: a run has one state at a step.
 
     Raises:
@@ -94,17 +109,16 @@ def save_checkpoint(
         for leftover in folder.glob(".writing-*"):
             leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in model.items()}, temporary / MODEL)
-        save_file({name: value.contiguous() for name, value in optimizer.items()}, temporary / OPTIMIZER)
+        for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (EMA, ema)):
+            if tensors is not None:
+                save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
         (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _fsync(path)
         os.rename(temporary, final)
-        link = folder / ".writing-last"
-        os.symlink(final.name, link)
-        if (folder / "last").is_dir() and not (folder / "last").is_symlink():
-            shutil.rmtree(folder / "last")  # a copy of the run that followed the link
-        os.replace(link, folder / "last")
+        _link(folder / "last", final.name)
+        if best is not None:
+            _link(folder / "best", f"step-{best:08d}")
         _fsync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +128,8 @@ def save_checkpoint(
             "free some space and start the same command with resume=auto"
         ) from error
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        if best is None or old.name != f"step-{best:08d}":
+            shutil.rmtree(old)
     return final
 
 
@@ -150,7 +165,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
         ) from error
-    return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state)
+    ema = load_tensors(path / EMA) if (path / EMA).is_file() else None
+    return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state, ema)
 
 
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:

@@ -25,18 +25,32 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class ModelSection(Section):
-    """The network: arguments of `fcmae.FCMAE`, by the same names."""
+class EncoderSection(Section):
+    """What pretraining and fine-tuning say of the encoder."""
 
     variant: str | tuple[FourSizes, FourSizes]
     in_chans: Positive = 3
     stem_stride: Literal[1, 2, 4] = 4
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ModelSection(EncoderSection):
+    """The network: arguments of `fcmae.FCMAE`, by the same names."""
+
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
     layout: Literal["auto", "masked", "packed"] = "auto"
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ClassifierSection(EncoderSection):
+    """The network of fine-tuning: arguments of `fcmae.ConvNeXtV2`, by the same names."""
+
+    num_classes: Positive | None = None
+    """Outputs; null for as many as the training set has classes."""
+    head_init_scale: NotNegative = 0.001
+    """Factor on a new classifier's first weights."""
 
 
 class DataSection(Section):
@@ -72,6 +86,30 @@ class DataSection(Section):
         return self
 
 
+class LabelledDataSection(DataSection):
+    """Where labelled images come from, and how they are augmented and evaluated."""
+
+    val_split: str | None = "val"
+    """The images that are evaluated; null for none."""
+    val_root: str | None = None
+    """Where they are; null for `root`."""
+    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each class that is trained on, at least one image; chosen by `train.seed`, smaller within larger."""
+    crop_scale: Pair = (0.08, 1.0)
+    crop_padding: Positive | None = None
+    """Pixels of mirrored border for a plain random crop; null for the random resized crop."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """A policy of timm's `auto_augment`, for one or three channels; null for none."""
+    erase_prob: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Probability of random erasing, with a normal value for each pixel."""
+    mixup: NotNegative = 0.0
+    """Alpha of mixup; 0 for none."""
+    cutmix: NotNegative = 0.0
+    """Alpha of cutmix; 0 for none. With both, each batch takes one of them."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of the side that is kept of images that are evaluated."""
+
+
 class OptimSection(Section):
     """AdamW, warm-up and cosine; the rate is base_lr * images per update / 256."""
 
@@ -86,6 +124,17 @@ class OptimSection(Section):
     """Micro-batches per update."""
 
 
+class FinetuneOptimSection(OptimSection):
+    """As in pretraining, with smaller rates for the layers nearer to the image."""
+
+    min_lr: NotNegative = 1e-6
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the rate from each layer to the one below it."""
+    layer_decay_type: Literal["single", "group"] = "single"
+    """What counts as a layer: each block, or three blocks of the third stage and each other stage."""
+
+
 class TrainSection(Section):
     """How long and how to compute."""
 
@@ -97,6 +146,24 @@ class TrainSection(Section):
     compile: bool = False
     gradient_checkpointing: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+class FinetuneTrainSection(TrainSection):
+    """How long and how to compute, and what is trained."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the moving average of the weights, which is evaluated beside them; null for none."""
+    freeze_encoder: bool = False
+    """Train the classifier alone (a linear probe)."""
+
+
+class EvalSection(Section):
+    """When to evaluate, and which weights count."""
+
+    every_epochs: Annotated[float, Field(gt=0)] = 1.0
+    ema: bool | None = None
+    """Whether `best`, RUN/model and --evaluate take the moving average; null for "where there is one"."""
 
 
 class CheckpointSection(Section):
@@ -139,7 +206,7 @@ class OnlineProbeSection(ProbeSection):
 
 
 class RunConfig(Section):
-    """What any training run needs to know; `model` is narrowed by each kind of run."""
+    """What any training run needs to know; each kind of run narrows the sections."""
 
     output: str
     """The run folder."""
@@ -147,12 +214,22 @@ class RunConfig(Section):
     """`auto` goes on, exactly, where the run in `output` stopped; `never` refuses a folder that is in use."""
     init_from: str | None = None
     """A run folder, checkpoint folder or safetensors file whose weights start a new run."""
-    model: Section
+    model: EncoderSection
     data: DataSection
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        for key in ("mean", "std"):
+            if len(getattr(self.data, key)) != self.model.in_chans:
+                raise ValueError(
+                    f"data.{key} has {len(getattr(self.data, key))} values, but model.in_chans is "
+                    f"{self.model.in_chans}: give one value per channel"
+                )
+        return self
 
 
 class PretrainConfig(RunConfig):
@@ -162,14 +239,32 @@ class PretrainConfig(RunConfig):
     eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
 
+
+class FinetuneConfig(RunConfig):
+    """Everything `finetune.py` needs to know."""
+
+    model: ClassifierSection
+    data: LabelledDataSection
+    optim: FinetuneOptimSection = FinetuneOptimSection()
+    train: FinetuneTrainSection = FinetuneTrainSection()
+    eval: EvalSection = EvalSection()
+
+    @property
+    def judge_ema(self) -> bool:
+        """Whether the moving average is what counts."""
+        return self.train.ema_decay is not None if self.eval.ema is None else self.eval.ema
+
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        for key in ("mean", "std"):
-            if len(getattr(self.data, key)) != self.model.in_chans:
-                raise ValueError(
-                    f"data.{key} has {len(getattr(self.data, key))} values, but model.in_chans is "
-                    f"{self.model.in_chans}: give one value per channel"
-                )
+    def _check_finetuning(self) -> Self:
+        if self.data.auto_augment is not None and self.model.in_chans not in (1, 3):
+            raise ValueError(
+                f"data.auto_augment={self.data.auto_augment} is for images of 1 or 3 channels, but model.in_chans "
+                f"is {self.model.in_chans}: set data.auto_augment=null"
+            )
+        if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
+            raise ValueError(f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix mix pairs")
+        if self.eval.ema and self.train.ema_decay is None:
+            raise ValueError("eval.ema=true needs a moving average: set train.ema_decay=0.9999")
         return self
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ from fcmae.checkpoint import (
 )
 from fcmae.config import RunConfig, Section, parse_config, to_yaml
 from fcmae.data.batches import BadImage
-from fcmae.data.sampling import derive_seed
+from fcmae.data.sampling import reseed
 from fcmae.errors import UserError
 from fcmae.metrics import MetricsLog
 from fcmae.optim import learning_rate
@@ -45,7 +46,10 @@ HARMLESS = (
     "data.root",
     "data.num_workers",
     "data.max_bad",
+    "data.val_",
+    "data.crop_pct",
     "checkpoint",
+    "eval",
     "log",
     "visualize",
 )
@@ -102,6 +106,10 @@ class Plan:
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
         )
+
+    def steps_in(self, epochs: float) -> int:
+        """Updates, at least one, that come nearest to a number of epochs."""
+        return max(1, round(epochs * self.num_samples / self.images_per_step))
 
     @property
     def total_epochs(self) -> float:
@@ -179,14 +187,14 @@ def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator
             yield f"{prefix}{name}: {old} -> {new}"
 
 
-def require_disk(run: Path, model: nn.Module, keep: int) -> None:
-    """Check that the checkpoints will fit: weights and AdamW's two moments, `keep` + 1 times.
+def require_disk(run: Path, model: nn.Module, keep: int, *, ema: bool = False) -> None:
+    """Check that the checkpoints will fit, `keep` + 1 times.
 
     Raises:
         UserError: if they will not.
     """
     existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    needed = checkpoint_bytes(model) * (keep + 1)
+    needed = checkpoint_bytes(model, ema=ema) * (keep + 1)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
@@ -195,9 +203,12 @@ def require_disk(run: Path, model: nn.Module, keep: int) -> None:
         )
 
 
-def checkpoint_bytes(model: nn.Module) -> int:
-    """Size of one checkpoint: the weights and AdamW's two moments."""
-    return sum(3 * parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def checkpoint_bytes(model: nn.Module, *, ema: bool = False) -> int:
+    """Size of one checkpoint: the weights, AdamW's two moments of trained ones, and the moving average."""
+    return sum(
+        (1 + ema + 2 * parameter.requires_grad) * parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+    )
 
 
 @dataclasses.dataclass
@@ -232,6 +243,14 @@ class Window:
         self.indices.setdefault(step, []).extend(indices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The evaluation with the highest score so far."""
+
+    step: int
+    score: float
+
+
 class Trainer:
     """Runs the updates of a plan, from where a checkpoint left off to the end.
 
@@ -245,6 +264,9 @@ class Trainer:
         compute_loss: (wrapped model, batch) -> scalar loss.
         plan: steps and learning rates.
         config: of the run; written into checkpoints.
+        ema_decay: of a moving average of the weights, kept in `ema`; None for none. While the run is young it is
+            step / (step + 10), so that a short run's average is not of its first weights.
+        facts: what else belongs into the checkpoints' state.json, such as class names.
     """
 
     def __init__(
@@ -256,8 +278,11 @@ class Trainer:
         compute_loss: Callable[[nn.Module, Any], Tensor],
         plan: Plan,
         config: RunConfig,
+        ema_decay: float | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self.facts = dict(facts or {})
         self.compute_loss = compute_loss
         self.plan = plan
         self.config = config
@@ -268,7 +293,12 @@ class Trainer:
         """By all processes together: where in the stream of images the run stands."""
         self.bad: dict[int, BadImage] = {}
         """Images that did not decode, as far as this process knows."""
+        self.best: Best | None = None
         self.bare_model = model
+        self.ema: ModelEmaV3 | None = None
+        if ema_decay is not None:  # copied before the model is wrapped, as copies of wrappers call the original
+            self.ema = ModelEmaV3(model, ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
+            self.ema.to(accelerator.device)
         if config.train.compile:
             model.compile(fullgraph=True)
         self.model: nn.Module = accelerator.prepare(model)
@@ -288,6 +318,10 @@ class Trainer:
         state = checkpoint.state
         self.step = state["step"]
         self.seen_images = state["seen_images"]
+        if self.ema is not None:
+            load_into(self.ema.module, checkpoint.ema or checkpoint.model, checkpoint.path)
+        if state.get("best"):
+            self.best = Best(**state["best"])
         self.bad = {bad[0]: BadImage(*bad) for bad in state["bad_images"]}
         self.window.loss_sum.fill_(state["loss_sum"] / self.accelerator.num_processes)
         self.window.num_losses = state["num_losses"]
@@ -311,11 +345,13 @@ class Trainer:
                 step=self.step,
                 model=self.bare_model.state_dict(),
                 optimizer=optimizer_tensors(self.bare_model, self.optimizer.optimizer),
-                state={
+                state=self.facts
+                | {
                     "seen_images": self.seen_images,
                     "loss_sum": loss_sum,
                     "num_losses": self.window.num_losses,
                     "bad_images": sorted(set(map(tuple, bad_images))),
+                    "best": dataclasses.asdict(self.best) if self.best else None,
                     "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                     "num_processes": self.accelerator.num_processes,
                     "config": self.config.model_dump(mode="json"),
@@ -323,6 +359,8 @@ class Trainer:
                     "torch": torch.__version__,
                 },
                 keep=self.config.checkpoint.keep,
+                ema=self.ema.module.state_dict() if self.ema else None,
+                best=self.best.step if self.best else None,
             )
         self.accelerator.wait_for_everyone()
 
@@ -422,15 +460,14 @@ class Trainer:
         accelerator = self.accelerator
         step_lr = self.plan.lr(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = step_lr
+            group["lr"] = step_lr * group["lr_scale"]
         micro_batches = self.config.optim.accumulate
         for micro in range(micro_batches):
             asked = time.perf_counter()
             batch = next(batches)
             self.window.waiting_s += time.perf_counter() - asked
             # after the batch: a loader's first one draws from the same generator
-            seeds = self.config.train.seed, self.step, micro, accelerator.process_index
-            torch.manual_seed(derive_seed(*seeds))
+            reseed(self.config.train.seed, self.step, micro, accelerator.process_index)
             self._check_images(batch)
             batch = batch.to(accelerator.device)
             last = micro == micro_batches - 1
@@ -443,16 +480,28 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.bare_model, self.step)
         self.seen_images += self.plan.images_per_step
         self.window.busy_s += time.perf_counter() - started
 
-    def fit(self, batches: Iterator[Any], *, show: Callable[[int, MetricsLog], None], show_every: int) -> None:
+    def fit(
+        self,
+        batches: Iterator[Any],
+        *,
+        show: Callable[[int, MetricsLog], None] | None = None,
+        show_every: int = 1,
+        evaluate: Callable[[int, MetricsLog | None], float] | None = None,
+        evaluate_every: int = 1,
+    ) -> None:
         """Train to the end of the plan, recording, saving and showing on the way.
 
         Args:
             batches: this process's batches, from the present step on.
             show: called on the main process with (step, log) before the first step, every `show_every` steps and
                 at the end.
+            evaluate: called on all processes with (step, log; None but on the main process) every `evaluate_every`
+                steps and at the end; returns a score, the same on all, whose highest makes the best checkpoint.
 
         Raises:
             UserError: for a non-finite loss, too many unreadable images, or a full disk.
@@ -473,7 +522,7 @@ class Trainer:
                     disable=not main or not sys.stderr.isatty(),
                 )
             )
-            if log and self.step == 0:
+            if show and log and self.step == 0:
                 show(0, log)
             try:
                 while self.step < self.plan.total_steps:
@@ -481,9 +530,14 @@ class Trainer:
                     bar.update()
                     if self._due(self.config.log.every_steps):
                         self._record(log, bar)
-                    if log and self._due(show_every):
+                    if show and log and self._due(show_every):
                         show(self.step, log)
-                    if self._due(self.config.checkpoint.every_steps):  # last: a resumed run repeats nothing before
+                    is_best = False
+                    if evaluate and self._due(evaluate_every):
+                        self.check()
+                        is_best = self._rate(evaluate(self.step, log))
+                    # last: a resumed run repeats nothing before
+                    if is_best or self._due(self.config.checkpoint.every_steps):
                         self.check()
                         self.save()
             except KeyboardInterrupt:
@@ -491,6 +545,13 @@ class Trainer:
                 start = newest or "the start, as there is no checkpoint yet"
                 self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
                 raise
+
+    def _rate(self, score: float) -> bool:
+        """Take note of a score; whether it is the best so far."""
+        if self.best is not None and score <= self.best.score:
+            return False
+        self.best = Best(self.step, score)
+        return True
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.plan.total_steps
@@ -514,6 +575,7 @@ def rehearse(trainer: Trainer, batches: Iterator[Any]) -> str:
         unit = 1 if sys.platform == "darwin" else 1024
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
     parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
+    megabytes = checkpoint_bytes(trainer.bare_model, ema=trainer.ema is not None) / 1e6
     return "\n".join(
         [
             f"device         {device}, {trainer.accelerator.num_processes} process(es), "
@@ -526,7 +588,6 @@ def rehearse(trainer: Trainer, batches: Iterator[Any]) -> str:
             f"one update     {seconds:.2f} s, {plan.images_per_step / seconds:.0f} images/s",
             f"whole run      about {timedelta(seconds=round(seconds * plan.total_steps))}",
             f"peak memory    {memory} per process",
-            f"checkpoint     {checkpoint_bytes(trainer.bare_model) / 1e6:.0f} MB each, "
-            f"{trainer.config.checkpoint.keep} kept",
+            f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
         ]
     )

@@ -1,6 +1,8 @@
 """AdamW's parameter groups and the learning rate as a pure function of the step; knows no config or files."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,16 +16,58 @@ def exempt_from_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim <= 1 or name.endswith(NO_DECAY)
 
 
-def build_adamw(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Return fused AdamW over the trainable parameters, in two groups: decayed and exempt."""
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+def layer_scales(
+    names: Iterable[str], depths: Sequence[int], *, decay: float, decay_type: Literal["single", "group"]
+) -> dict[str, float]:
+    """Return the factor on the learning rate of each parameter of a `ConvNeXtV2`: decay ** (layers above it).
+
+    "single": each block is a layer; the stem belongs to the first block, a downsampling to the block after it.
+    "group": three blocks of the third stage are a layer, each other stage is one, and the stem; the last two
+    downsamplings belong to the layer after them, as in the official optim_factory.py, whose fixed 12 layers for
+    depths 3, 3, 27, 3 become as many as the third stage needs.
+
+    Args:
+        names: of the parameters; those of no block or downsampling are the classifier's, with factor 1.
+    """
+    top = sum(depths) if decay_type == "single" else 3 + -(-depths[2] // 3)
+
+    def layer(kind: str, stage: int, block: int) -> int:
+        if decay_type == "single":
+            return sum(depths[:stage]) + block + 1
+        if kind == "downsample_layers" and stage == 0:
+            return 0
+        return (1, 2, 3 + block // 3, top)[stage]
+
+    scales: dict[str, float] = {}
+    for name in names:
+        kind, *numbers = name.split(".")[:3]
+        inside = kind in ("downsample_layers", "stages")
+        block = int(numbers[1]) if kind == "stages" else 0
+        scales[name] = decay ** (top + 1 - layer(kind, int(numbers[0]), block)) if inside else 1.0
+    return scales
+
+
+def build_adamw(
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    betas: tuple[float, float],
+    scales: Mapping[str, float] | None = None,
+) -> torch.optim.AdamW:
+    """Return fused AdamW over the trainable parameters, grouped by weight decay and `lr_scale`.
+
+    Args:
+        scales: factors on the learning rate by parameter name, as `layer_scales` gives; None for 1.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[exempt_from_decay(name, parameter)].append(parameter)
+            key = scales[name] if scales else 1.0, exempt_from_decay(name, parameter)
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[False], "weight_decay": weight_decay},
-            {"params": groups[True], "weight_decay": 0.0},
+            {"params": groups[key], "lr_scale": key[0], "weight_decay": 0.0 if key[1] else weight_decay}
+            for key in sorted(groups)
         ],
         lr=0.0,
         betas=betas,

@@ -14,19 +14,19 @@ from PIL import Image
 
 from fcmae import sample_visible_ids
 from fcmae.data import (
-    Batch,
     IndexStream,
+    MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
     cover,
     derive_seed,
     fixed_images,
     labels_by,
+    load_batches,
     open_source,
     random_view,
     save_arrays,
     seeded,
-    stream_batches,
     unreadable,
 )
 from fcmae.errors import UserError
@@ -52,14 +52,14 @@ def dataset_of(root: Path, *, seed: int = 0) -> PretrainDataset:
     )
 
 
-def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[Batch]:
+def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[MaskedBatch]:
     workers = kwargs.pop("num_workers", 0)
     options = {"batch_size": 4, "seed": 0} | kwargs
     stream = IndexStream(len(dataset), **options)
-    return list(islice(stream_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
+    return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
 
 
-def same(a: Batch, b: Batch) -> bool:
+def same(a: MaskedBatch, b: MaskedBatch) -> bool:
     return a.indices == b.indices and torch.equal(a.images, b.images) and torch.equal(a.visible_ids, b.visible_ids)
 
 

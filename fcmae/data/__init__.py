@@ -10,25 +10,44 @@ except (ImportError, RuntimeError, OSError) as error:
         "reinstall both together, pip install --upgrade --force-reinstall torch torchvision"
     ) from error
 
-from fcmae.data.batches import Batch, PretrainDataset, fixed_images, stream_batches, unreadable
-from fcmae.data.sampling import IndexStream, derive_seed, seeded
-from fcmae.data.sources import Source, labels_by, open_source, save_arrays
-from fcmae.data.transforms import PixelNormalizer, cover, random_view
+from fcmae.data.batches import (
+    NOT_COUNTED,
+    EvaluationDataset,
+    LabelledBatch,
+    LabelledDataset,
+    MaskedBatch,
+    PretrainDataset,
+    fixed_images,
+    load_batches,
+    unreadable,
+)
+from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
+from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class
+from fcmae.data.transforms import Cover, PixelNormalizer, augmented_view, cover, random_view
 
 __all__ = [
-    "Batch",
+    "NOT_COUNTED",
+    "Cover",
+    "EvaluationDataset",
     "IndexStream",
+    "LabelledBatch",
+    "LabelledDataset",
+    "MaskedBatch",
     "PixelNormalizer",
     "PretrainDataset",
     "Source",
+    "augmented_view",
     "cover",
     "derive_seed",
     "fixed_images",
     "labels_by",
+    "load_batches",
+    "one_pass",
     "open_source",
     "random_view",
+    "reseed",
     "save_arrays",
     "seeded",
-    "stream_batches",
+    "share_of_each_class",
     "unreadable",
 ]

@@ -1,20 +1,24 @@
-"""Samples and batches of pretraining: an image, its mask, and what could not be read."""
+"""Samples and batches: an image, its mask or label, and what could not be read."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.sampling import IndexStream, Key, seeded
+from fcmae.data.sampling import PADDING, Key, seeded
 from fcmae.data.sources import Source
 from fcmae.data.transforms import cover
 from fcmae.errors import UserError
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""
+
+NOT_COUNTED = -1
+"""Label of what an evaluation leaves out: the padding of a last batch, and images that did not decode."""
 
 
 class BadImage(NamedTuple):
@@ -35,73 +39,99 @@ class Sample:
 
     image: Tensor
     """uint8 (c, h, w)."""
-    visible_ids: Tensor
-    """int64 (p,)."""
     index: int
     bad: tuple[BadImage, ...]
 
 
 @dataclass(frozen=True)
+class MaskedSample(Sample):
+    """A sample of pretraining."""
+
+    visible_ids: Tensor
+    """int64 (p,)."""
+
+
+@dataclass(frozen=True)
+class LabelledSample(Sample):
+    """A sample of fine-tuning."""
+
+    label: int
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What a training step sees."""
+    """What every step sees."""
 
     images: Tensor
     """uint8 (b, c, h, w)."""
-    visible_ids: Tensor
-    """int64 (b, p)."""
     indices: tuple[int, ...]
     """Of the samples in their source."""
     bad: tuple[BadImage, ...]
-    """Images that did not decode; others took their places."""
+    """Images that did not decode; in training, others took their places."""
 
-    @classmethod
-    def collate(cls, samples: list[Sample]) -> Self:
-        return cls(
-            torch.stack([sample.image for sample in samples]),
-            torch.stack([sample.visible_ids for sample in samples]),
-            tuple(sample.index for sample in samples),
-            tuple(bad for sample in samples for bad in sample.bad),
-        )
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
     def pin_memory(self) -> Self:
-        return replace(self, images=self.images.pin_memory(), visible_ids=self.visible_ids.pin_memory())
+        return self._each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Self:
         """Copy the tensors to `device`, without waiting where the memory is pinned."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            visible_ids=self.visible_ids.to(device, non_blocking=True),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-class PretrainDataset(Dataset[Sample]):
-    """Samples by (epoch, index); crop, flip and mask depend on (seed, epoch, index) and nothing else.
+def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return what all kinds of batches have of their samples."""
+    return {
+        "images": torch.stack([sample.image for sample in samples]),
+        "indices": tuple(sample.index for sample in samples),
+        "bad": tuple(bad for sample in samples for bad in sample.bad),
+    }
+
+
+@dataclass(frozen=True)
+class MaskedBatch(Batch):
+    """What a step of pretraining sees."""
+
+    visible_ids: Tensor
+    """int64 (b, p)."""
+
+    @classmethod
+    def collate(cls, samples: Sequence[MaskedSample]) -> Self:
+        return cls(**_collate(samples), visible_ids=torch.stack([sample.visible_ids for sample in samples]))
+
+
+@dataclass(frozen=True)
+class LabelledBatch(Batch):
+    """What a step of fine-tuning, or an evaluation, sees."""
+
+    labels: Tensor
+    """int64 (b,); `NOT_COUNTED` where an evaluation has nothing to count."""
+
+    @classmethod
+    def collate(cls, samples: Sequence[LabelledSample]) -> Self:
+        return cls(**_collate(samples), labels=torch.tensor([sample.label for sample in samples]))
+
+
+class TrainDataset(Dataset[Any]):
+    """Images to train on, others in the places of those that do not decode.
 
     Args:
         source: the images.
-        view: augmentation of a uint8 image (c, h, w), drawing from torch's default generator.
-        draw_ids: draws the visible ids (1, p) of one image from the same generator.
+        view: augmentation of a uint8 image (c, h, w), drawing from the default generators.
         seed: of the run.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        view: Callable[[Tensor], Tensor],
-        draw_ids: Callable[[], Tensor],
-        seed: int,
-    ) -> None:
+    def __init__(self, source: Source, *, view: Callable[[Tensor], Tensor], seed: int) -> None:
         self.source = source
         self.view = view
-        self.draw_ids = draw_ids
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def _load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
+    def load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
         """Load image `index`, or a random other where it does not decode."""
         bad: list[BadImage] = []
         for _ in range(SUBSTITUTES):
@@ -115,27 +145,105 @@ class PretrainDataset(Dataset[Sample]):
             everywhere=False,
         )
 
-    def __getitem__(self, key: Key) -> Sample:
+
+class PretrainDataset(TrainDataset):
+    """Samples by (epoch, index); crop, flip and mask depend on (seed, epoch, index) and nothing else.
+
+    Args:
+        source: the images.
+        view: augmentation of a uint8 image (c, h, w), drawing from torch's default generator.
+        draw_ids: draws the visible ids (1, p) of one image from the same generator.
+        seed: of the run.
+    """
+
+    collate = staticmethod(MaskedBatch.collate)
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        view: Callable[[Tensor], Tensor],
+        draw_ids: Callable[[], Tensor],
+        seed: int,
+    ) -> None:
+        super().__init__(source, view=view, seed=seed)
+        self.draw_ids = draw_ids
+
+    def __getitem__(self, key: Key) -> MaskedSample:
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            image, index, bad = self._load(index)
-            return Sample(self.view(image).contiguous(), self.draw_ids()[0], index, bad)
+            image, index, bad = self.load(index)
+            return MaskedSample(self.view(image).contiguous(), index, bad, self.draw_ids()[0])
 
 
-def stream_batches(
-    dataset: PretrainDataset, stream: IndexStream, *, num_workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Yield the endless batches of `stream`, loaded in `num_workers` processes.
+class LabelledDataset(TrainDataset):
+    """Samples by (epoch, index) of a source with labels; the augmentation depends on (seed, epoch, index) alone."""
+
+    collate = staticmethod(LabelledBatch.collate)
+
+    def __getitem__(self, key: Key) -> LabelledSample:
+        assert self.source.labels is not None
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            image, index, bad = self.load(index)
+            return LabelledSample(self.view(image).contiguous(), index, bad, int(self.source.labels[index]))
+
+
+class EvaluationDataset(Dataset[LabelledSample]):
+    """Samples by index, for counting; `PADDING` and what does not decode come as black images `NOT_COUNTED`.
+
+    Args:
+        source: the images.
+        labels: int64 (n,).
+        view: from a uint8 image (c, h, w) to `shape`, without randomness.
+        shape: of the images that the model sees, (c, h, w).
+    """
+
+    collate = staticmethod(LabelledBatch.collate)
+
+    def __init__(
+        self,
+        source: Source,
+        labels: np.ndarray,
+        *,
+        view: Callable[[Tensor], Tensor],
+        shape: tuple[int, int, int],
+    ) -> None:
+        self.source = source
+        self.labels = labels
+        self.view = view
+        self.shape = shape
+
+    def __getitem__(self, index: int) -> LabelledSample:
+        bad: tuple[BadImage, ...] = ()
+        if index != PADDING:
+            try:
+                image = self.source.load(index)
+            except Exception as error:  # a broken file can make a decoder raise anything
+                bad = (BadImage.of(index, self.source, error),)
+            else:
+                return LabelledSample(self.view(image).contiguous(), index, bad, int(self.labels[index]))
+        return LabelledSample(torch.zeros(self.shape, dtype=torch.uint8), index, bad, NOT_COUNTED)
+
+
+def load_batches(
+    dataset: PretrainDataset | LabelledDataset | EvaluationDataset,
+    keys: Iterable[Any],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[Any]:
+    """Yield a batch, of the dataset's kind, for each list of keys, loaded in `num_workers` processes.
 
     Raises:
         UserError: if nearly nothing decodes.
     """
     loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
         dataset,
-        batch_sampler=stream,
+        batch_sampler=keys,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=Batch.collate,
+        collate_fn=dataset.collate,
         prefetch_factor=4 if num_workers else None,
     )
     try:

@@ -17,14 +17,23 @@ def derive_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
-@contextmanager
-def seeded(*keys: int) -> Iterator[None]:
-    """Inside, the generators of torch (CPU), numpy and random start from `keys`; afterwards they are restored."""
-    seed = derive_seed(*keys)
-    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+def _seed_cpu(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     random.seed(seed)
+
+
+def reseed(*keys: int) -> None:
+    """Start the default generators of torch (every device), numpy and random from `keys`."""
+    torch.manual_seed(derive_seed(*keys))
+    _seed_cpu(derive_seed(*keys))
+
+
+@contextmanager
+def seeded(*keys: int) -> Iterator[None]:
+    """Inside, the generators of torch (CPU), numpy and random start from `keys`; afterwards they are restored."""
+    states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    _seed_cpu(derive_seed(*keys))
     try:
         yield
     finally:
@@ -68,3 +77,18 @@ class IndexStream(Sampler[list[Key]]):
                 keys.append((epoch, int(permutations[epoch][offset])))
             yield keys
             first += self.batch_size * self.world_size
+
+
+PADDING = -1
+"""Index of no sample, which fills the last batch of a pass."""
+
+
+def one_pass(num_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Return one process's batches of a pass over all indices, in order, each index in one process's batches once.
+
+    All processes get the same number of batches, all of `batch_size`, filled with `PADDING`.
+    """
+    together = batch_size * world_size
+    padded = [*range(num_samples), *[PADDING] * (-num_samples % together)]
+    starts = range(rank * batch_size, len(padded), together)
+    return [padded[start : start + batch_size] for start in starts]

@@ -13,6 +13,7 @@ from timm.data.readers.img_extensions import add_img_extensions
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from fcmae.data.sampling import derive_seed
 from fcmae.errors import UserError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -297,3 +298,35 @@ def labels_by(source: Source, class_names: Sequence[str] | None, what: str) -> n
         name = source.class_names[source.labels[labels.argmin()]]
         raise UserError(f"{what}: class {name!r} is not among the {len(number)} classes of training")
     return labels
+
+
+class Subset:
+    """Some of the images of a source."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = indices
+        self.labels = None if source.labels is None else source.labels[indices]
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> Tensor:
+        return self.source.load(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.source.describe(int(self.indices[index]))
+
+
+def share_of_each_class(source: Source, fraction: float, seed: int) -> Source:
+    """Return `fraction` of the images of each class, at least one; those of a smaller fraction are among them."""
+    assert source.labels is not None
+    if fraction == 1.0:
+        return source
+    chosen: list[np.ndarray] = []
+    for label in np.unique(source.labels):
+        members = np.flatnonzero(source.labels == label)
+        order = np.random.default_rng(derive_seed(seed, int(label))).permutation(members)
+        chosen.append(order[: max(1, round(fraction * len(members)))])
+    return Subset(source, np.sort(np.concatenate(chosen)))
