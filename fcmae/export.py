@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.checkpoint import CONFIG, MODEL, Preprocessing, Weights, build_encoder, preprocessing, read_weights
-from fcmae.convert import to_transformers, write_timm_folder
+from fcmae.convert import dense_to_official_sparse, to_transformers, write_timm_folder
 from fcmae.encoder.convnextv2 import ConvNeXtV2
 from fcmae.errors import UserError, blame
 
@@ -175,6 +175,13 @@ def _write_official(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
     _write_description(encoder, use, folder)
 
 
+def _write_official_sparse(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
+    if encoder.num_classes:
+        raise ValueError("the official sparse code has no classifier; take official, or export an encoder")
+    torch.save({"model": dense_to_official_sparse(encoder.state_dict())}, folder / TORCH_FILE)
+    _write_description(encoder, use, folder)
+
+
 def _write_plain(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
     save_file(encoder.state_dict(), folder / MODEL, metadata={"format": "pt"})
     _write_description(encoder, use, folder)
@@ -237,6 +244,9 @@ FORMATS = {
     ),
     "official": Format(
         _write_official, _compute_ours, torch.float64, 1e-10, f'torch.load("FOLDER/{TORCH_FILE}")["model"]'
+    ),
+    "official-sparse": Format(
+        _write_official_sparse, _compute_ours, torch.float64, 1e-10, f'torch.load("FOLDER/{TORCH_FILE}")["model"]'
     ),
     "plain": Format(
         _write_plain, _compute_ours, torch.float64, 1e-10, f'safetensors.torch.load_file("FOLDER/{MODEL}")'

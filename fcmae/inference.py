@@ -102,15 +102,16 @@ def classify(
         class_names: of its outputs; their numbers where None.
         top: classes to yield, at most all.
     """
-    device = network.downsample_layers[0][0].weight.device  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std).to(device)
-    names = class_names or [str(i) for i in range(network.num_classes)]
+    names: Sequence[str] = class_names or tuple(str(i) for i in range(network.num_classes))
 
     def classify_batch(batch: list[Picture]) -> Iterator[Prediction]:
         pixels = [cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct) for image in batch]
-        likeliest = network(normalize(torch.stack(pixels).to(device))).softmax(1).topk(min(top, len(names)))
-        for image, values, ids in zip(batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-            yield Prediction(image.path, tuple(Guess(names[i], i, p) for i, p in zip(ids, values, strict=True)))
+        probabilities = network(normalize(torch.stack(pixels).to(device))).softmax(1)
+        values, indices = probabilities.topk(min(top, network.num_classes))
+        for image, ps, ids in zip(batch, values.tolist(), indices.tolist(), strict=True):
+            yield Prediction(image.path, tuple(Guess(names[i], i, p) for i, p in zip(ids, ps, strict=True)))
 
     batch: list[Picture] = []
     for image in images:
