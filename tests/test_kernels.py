@@ -56,7 +56,7 @@ def neighbour_table(b: int, h: int, w: int, k: int) -> Tensor:
     n = int(active.sum())
     rows = torch.full(active.shape, n)
     rows[active] = torch.arange(n)
-    around = F.pad(rows, (k // 2,) * 4, value=n).unfold(1, k, 1).unfold(2, k, 1)
+    around = F.pad(rows, [k // 2] * 4, value=n).unfold(1, k, 1).unfold(2, k, 1)
     return around[active].flatten(1).t().contiguous()
 
 
@@ -86,8 +86,8 @@ def test_gather_depthwise_equals_its_reference(
     shape: tuple[int, int, int, int, int], dtype: torch.dtype, version: str
 ) -> None:
     device = "cuda" if torch.cuda.is_available() and version == "triton" else "cpu"
-    *maps, k, c = shape
-    neighbours = neighbour_table(*maps, k)
+    b, h, w, k, c = shape
+    neighbours = neighbour_table(b, h, w, k)
     n = neighbours.shape[1]
     drawn = [torch.randn(size, dtype=torch.float64).to(device, dtype) for size in ((n, c), (k * k, c), (c,))]
     weight = torch.randn(n, c, dtype=torch.float64).to(device, dtype)
