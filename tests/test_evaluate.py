@@ -13,12 +13,11 @@ from torch import Tensor
 
 import fcmae.evaluate
 from fcmae.config import DataSection, ProbeSection
-from fcmae.data import cover, open_source, save_arrays
+from fcmae.data import EvaluationDataset, cover, open_source, save_arrays
 from fcmae.errors import UserError
 from fcmae.evaluate import (
     Accuracy,
     Features,
-    LabelledImages,
     Splits,
     extract_features,
     fit_logistic,
@@ -179,7 +178,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def splits_of(root: Path, *, split: str = "train", **settings: object) -> Splits:
-    data = DataSection(root=str(root), split=split)
+    data = DataSection(root=str(root), split=split, image_size=16)
     source = open_source("folder", str(root), split, 3)
     return labelled_splits(source, data, ProbeSection.model_validate(settings), 3)
 
@@ -189,51 +188,47 @@ def mean_colour(pixels: Tensor) -> Tensor:
 
 
 def extract(
-    images: LabelledImages,
+    dataset: EvaluationDataset,
     encode: Callable[[Tensor], Tensor] = mean_colour,
     *,
     batch_size: int = 4,
     num_workers: int = 0,
+    **kwargs: Any,
 ) -> Features:
     return extract_features(
-        encode,
-        images,
-        size=(16, 16),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=torch.device("cpu"),
+        encode, dataset, batch_size=batch_size, num_workers=num_workers, device=torch.device("cpu"), **kwargs
     )
 
 
 def test_features_are_of_resized_and_centred_images_with_their_labels(root: Path) -> None:
-    images = splits_of(root).train
-    found = extract(images)
-    expected = torch.stack(
-        [cover(images.source.load(int(i)), (16, 16)).float().mean((1, 2)) for i in images.indices]
-    )
-    assert torch.allclose(found.values, expected)
-    assert found.labels.tolist() == images.labels.tolist()
+    dataset = splits_of(root).train
+    found = extract(dataset)
+    views = [cover(dataset.source.load(i), (16, 16)) for i in range(15)]
+    assert torch.allclose(found.values, mean_colour(torch.stack(views)))
+    assert found.labels.tolist() == dataset.labels.tolist() == [0] * 6 + [1] * 5 + [2] * 4
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 100}, {"num_workers": 2}])
 def test_batches_and_workers_change_nothing(root: Path, options: dict[str, Any]) -> None:
-    images = splits_of(root).train
-    assert torch.equal(extract(images, **options).values, extract(images).values)
+    dataset = splits_of(root).train
+    assert torch.equal(extract(dataset, **options).values, extract(dataset).values)
 
 
 def test_images_that_do_not_decode_are_left_out(root: Path) -> None:
+    whole = extract(splits_of(root).train)
     (root / "train" / "cat" / "1.png").write_bytes(b"junk")
-    images = splits_of(root).train
-    good = [i for i in images.indices if not images.source.describe(int(i)).endswith("cat/1.png")]
-    found = extract(images)
-    assert len(found.values) == len(found.labels) == len(good) == 14
-    assert found.labels.tolist() == images.source.labels[good].tolist()  # pyright: ignore[reportOptionalSubscript]
+    dataset = splits_of(root).train
+    broken = next(i for i in range(15) if dataset.source.describe(i).endswith("cat/1.png"))
+    good = [i for i in range(15) if i != broken]
+    found = extract(dataset)
+    assert torch.equal(found.values, whole.values[good])
+    assert found.labels.tolist() == whole.labels[good].tolist()
 
 
 def test_nothing_but_broken_images_ends_in_one_line(root: Path) -> None:
     for path in (root / "val").rglob("*.png"):
         path.write_bytes(b"junk")
-    with pytest.raises(UserError, match="does not decode, nor any other"):
+    with pytest.raises(UserError, match="does not decode, nor do the other 4"):
         extract(splits_of(root).val)
 
 
@@ -249,18 +244,32 @@ def test_judging_leaves_all_generators_alone(root: Path, num_workers: int) -> No
 
     before = states()
     splits = splits_of(root)
-    train, val = (extract(images, num_workers=num_workers) for images in (splits.train, splits.val))
+    train, val = (extract(dataset, num_workers=num_workers) for dataset in (splits.train, splits.val))
     knn_accuracy(train, val, 3)
     linear_accuracy(train, val, 3)
     assert states() == before
 
 
 def test_shares_of_processes_are_the_whole_once(root: Path) -> None:
-    images = splits_of(root).train
-    shares = [images.share(rank, 4) for rank in range(4)]
-    assert sorted(int(i) for share in shares for i in share.indices) == images.indices.tolist()
-    for share in shares:
-        assert share.labels.tolist() == images.source.labels[share.indices].tolist()  # pyright: ignore[reportOptionalSubscript]
+    dataset = splits_of(root).train
+    shares = [extract(dataset, batch_size=2, rank=rank, world_size=3) for rank in range(3)]
+    together, whole = torch.cat([share.values for share in shares]), extract(dataset)
+    order = [together.tolist().index(row) for row in whole.values.tolist()]
+    assert sorted(order) == list(range(15))
+    assert torch.cat([share.labels for share in shares])[order].tolist() == whole.labels.tolist()
+
+
+def test_a_process_with_nothing_to_do_gathers_what_the_others_did(root: Path) -> None:
+    val = splits_of(root).val
+    own = extract(val)
+
+    def gather(rows: Tensor) -> Tensor:  # 5 images fill the first process's batch only
+        assert len(rows) == 8
+        return torch.cat([own.labels if rows.ndim == 1 else own.values, rows])
+
+    found = extract(val, batch_size=8, rank=1, world_size=2, gather=gather)
+    assert torch.equal(found.values, own.values)
+    assert torch.equal(found.labels, own.labels)
 
 
 # Which images
@@ -268,7 +277,7 @@ def test_shares_of_processes_are_the_whole_once(root: Path) -> None:
 
 def test_a_validation_split_is_judged_by_the_classes_of_training(root: Path) -> None:
     splits = splits_of(root)
-    assert (len(splits.train.indices), len(splits.val.indices), splits.num_classes) == (15, 5, 3)
+    assert (len(splits.train.labels), len(splits.val.labels), splits.num_classes) == (15, 5, 3)
     assert splits.val.labels.tolist() == [0, 0, 2, 2, 2]
     train, val = extract(splits.train), extract(splits.val)
     assert knn_accuracy(train, val, 3)[10].top1 == 1.0
@@ -282,11 +291,13 @@ def test_a_validation_set_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_validation_split_a_fifth_is_held_out(root: Path) -> None:
+    def names(dataset: EvaluationDataset) -> list[str]:
+        return [dataset.source.describe(i) for i in range(len(dataset.labels))]
+
     splits = splits_of(root, val_split=None)
-    assert len(splits.val.indices) == 3
-    assert sorted([*splits.train.indices, *splits.val.indices]) == list(range(15))
-    again = splits_of(root, val_split=None)
-    assert np.array_equal(splits.val.indices, again.val.indices)
+    assert len(names(splits.val)) == 3
+    assert sorted(names(splits.train) + names(splits.val)) == sorted(map(str, (root / "train").rglob("*.png")))
+    assert names(splits_of(root, val_split=None).val) == names(splits.val)
 
 
 def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path) -> None:
@@ -295,8 +306,8 @@ def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path
         save_arrays(tmp_path / split, images, np.arange(400) % 10)
     save_arrays(tmp_path / "val", 255 - images[:300], np.arange(300) // 30)
     source = open_source("arrays", str(tmp_path), "train", 3)
-    splits = labelled_splits(source, DataSection(name="arrays", root=str(tmp_path)), ProbeSection(num_images=80), 3)
-    assert len(splits.train.indices) == len(splits.val.indices) == 80
+    splits = labelled_splits(source, DataSection(name="arrays", root=str(tmp_path), image_size=16), ProbeSection(num_images=80), 3)
+    assert len(splits.train.labels) == len(splits.val.labels) == 80
     assert np.bincount(splits.train.labels).min() > 0
     assert np.bincount(splits.val.labels).min() > 0
 
