@@ -306,7 +306,9 @@ def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path
         save_arrays(tmp_path / split, images, np.arange(400) % 10)
     save_arrays(tmp_path / "val", 255 - images[:300], np.arange(300) // 30)
     source = open_source("arrays", str(tmp_path), "train", 3)
-    splits = labelled_splits(source, DataSection(name="arrays", root=str(tmp_path), image_size=16), ProbeSection(num_images=80), 3)
+    splits = labelled_splits(
+        source, DataSection(name="arrays", root=str(tmp_path), image_size=16), ProbeSection(num_images=80), 3
+    )
     assert len(splits.train.labels) == len(splits.val.labels) == 80
     assert np.bincount(splits.train.labels).min() > 0
     assert np.bincount(splits.val.labels).min() > 0
