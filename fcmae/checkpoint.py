@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, from_any, shrink_stem
+from fcmae.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, evaluation_crop, from_any, shrink_stem
 from fcmae.encoder.convnextv2 import ConvNeXtV2, variant_name
 from fcmae.errors import UserError, blame
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 EMA, CONFIG, PREPROCESSOR = "ema.safetensors", "config.json", "preprocessor_config.json"
-WEIGHT_FILES = (MODEL, EMA, "pytorch_model.bin")
+WEIGHT_FILES = (MODEL, EMA, "pytorch_model.bin", "model.pth")
 """What weights are called in folders whose other files describe them."""
 
 
@@ -153,18 +153,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint folder tells besides tensors.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
         UserError: if a file is missing or damaged.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
-        ) from error
+    state = read_state(path)
     ema = load_tensors(path / EMA) if (path / EMA).is_file() else None
     return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state, ema)
 
@@ -236,6 +245,39 @@ class Weights(NamedTuple):
     """Share of the resized image's side that evaluation crops out."""
 
 
+class Preprocessing(NamedTuple):
+    """What a network wants done to images before it classifies them."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    crop_pct: float
+    """Share of the resized image's side that is cropped out."""
+
+
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), 0.875)
+"""What the released weights want."""
+
+
+def preprocessing(weights: Weights) -> Preprocessing:
+    """Return how images are prepared for `weights`; what the file does not tell is as for the released weights.
+
+    Raises:
+        UserError: if mean and std do not fit the network's channels, or are not told for other than three.
+    """
+    in_chans = weights.tensors["downsample_layers.0.0.weight"].shape[1]
+    mean, std = weights.mean or IMAGENET.mean, weights.std or IMAGENET.std
+    if len(mean) != in_chans or len(std) != in_chans:
+        what = "the files beside it tell" if weights.mean else "it tells no mean and std, and ImageNet's have"
+        raise UserError(
+            f"{weights.path}: a network for {in_chans} channels, but {what} {len(mean)} and {len(std)}; give the "
+            "run or an exported folder, which tell them"
+        )
+    size = weights.image_size or IMAGENET.image_size
+    return Preprocessing(mean, std, size, weights.crop_pct or evaluation_crop(size))
+
+
 def find_weights(path: Path) -> Path:
     """Return the file of weights that a run folder, checkpoint folder, exported folder or file stands for.
 
@@ -245,7 +287,8 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     newest = newest_checkpoint(path)
-    for candidate in (path / MODEL, path / "pytorch_model.bin", *([newest / MODEL] if newest else [])):
+    folders = [path / name for name in WEIGHT_FILES if name != EMA]
+    for candidate in (*folders, *([newest / MODEL] if newest else [])):
         if candidate.is_file():
             return candidate
     raise UserError(
@@ -318,15 +361,18 @@ def _describe_use(folder: Path) -> dict[str, Any]:
         if "input_size" in cfg:
             enlargement = TIMM_STEM_ENLARGEMENT[config.get("stem_stride", 4)]
             told["image_size"] = _pair([side // enlargement for side in cfg["input_size"][1:]])
+    elif "network" in config:  # ours, of an exported folder
+        told = {key: config.get(key) for key in ("mean", "std", "image_size", "crop_pct", "class_names")}
     elif "hidden_sizes" in config:  # transformers'
         preprocessor = _read_json(folder / PREPROCESSOR)
         told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
-        told["crop_pct"] = preprocessor.get("crop_pct")
-        size = preprocessor.get("size", {})
-        if "shortest_edge" in size:
+        size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
+        if preprocessor.get("do_center_crop") and "height" in crop:
+            told["image_size"] = (crop["height"], crop["width"])
+            told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
+        elif "shortest_edge" in size:  # ConvNextImageProcessor's
             told["image_size"] = _pair(size["shortest_edge"])
-        elif "height" in size:
-            told["image_size"] = (size["height"], size["width"])
+            told["crop_pct"] = preprocessor.get("crop_pct")
         if "id2label" in config:
             labels = {int(index): name for index, name in config["id2label"].items()}
             told["class_names"] = [labels[index] for index in sorted(labels)]
@@ -365,6 +411,11 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
             tensors[name] = shrink_stem(tensors[name], TIMM_STEM_ENLARGEMENT[stride])
         with torch.device("meta"):
             problems = _misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
+    names = use.get("class_names")
+    if not _num_classes(tensors):
+        use["class_names"] = None
+    elif names and len(names) != _num_classes(tensors):
+        raise UserError(f"{file}: {_num_classes(tensors)} classes, but the files beside it name {len(names)}")
     if problems:
         raise UserError(
             f"{file}: {kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "

@@ -41,7 +41,7 @@ class ModelSection(EncoderSection):
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
-    layout: Literal["auto", "masked", "packed"] = "auto"
+    layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
 
 class ClassifierSection(EncoderSection):
@@ -238,6 +238,12 @@ class PretrainConfig(RunConfig):
     model: ModelSection
     eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        if self.train.compile and self.model.layout == "minkowski":
+            raise ValueError("train.compile=true: MinkowskiEngine cannot be traced; take model.layout=packed")
+        return self
 
 
 class FinetuneConfig(RunConfig):

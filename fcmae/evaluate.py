@@ -89,13 +89,18 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
     chosen, val_chosen = np.sort(chosen[:limit]), np.sort(val_chosen[:limit])
     if len(np.unique(labels[chosen])) < 2:
         raise UserError(f"{where}: nothing to tell apart, all {len(chosen)} images are of one class")
-    view = Cover(data.size, evaluation_crop(data.size))
-    shape = (in_chans, *data.size)
-    return Splits(
-        EvaluationDataset(Subset(source, chosen), labels[chosen], view=view, shape=shape),
-        EvaluationDataset(Subset(val_source, val_chosen), val_labels[val_chosen], view=view, shape=shape),
-        max(len(names or ()), int(labels.max()) + 1, int(val_labels.max()) + 1),
-    )
+    num_classes = max(len(names or ()), int(labels.max()) + 1, int(val_labels.max()) + 1)
+
+    def subset(source: Source, labels: np.ndarray, chosen: np.ndarray) -> EvaluationDataset:
+        return EvaluationDataset(
+            Subset(source, chosen),
+            labels[chosen],
+            class_names=names or (),
+            view=Cover(data.size, evaluation_crop(data.size)),
+            shape=(in_chans, *data.size),
+        )
+
+    return Splits(subset(source, labels, chosen), subset(val_source, val_labels, val_chosen), num_classes)
 
 
 def extract_features(

@@ -1,5 +1,7 @@
 """What several tests share: small models with nothing trivially zero, and their outputs with all gradients."""
 
+import importlib.util
+import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -13,10 +15,19 @@ from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
 torch.set_num_threads(1)
 
+# Triton kernels run in its interpreter where there is no GPU; Triton reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 Module = TypeVar("Module", bound=nn.Module)
 
 TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("minkowski") and importlib.util.find_spec("MinkowskiEngine") is None:
+        pytest.skip("needs MinkowskiEngine: make minkowski")
 
 
 @pytest.fixture(autouse=True)

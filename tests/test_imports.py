@@ -15,7 +15,8 @@ LEVELS = (
     ("encoder",),
     ("decoder",),
     ("loss", "model"),
-    ("checkpoint", "convert", "data", "optim", "evaluate", "diagnose", "visualize"),
+    ("checkpoint", "convert", "data", "optim", "evaluate", "export", "diagnose", "visualize"),
+    ("inference",),
     ("engine",),
     ("pretrain", "finetune", "cli", "__init__", "__main__"),
 )
@@ -27,7 +28,9 @@ ONLY_IN = {
     # package: the only parts that may import it; ours are named without "fcmae."
     "accelerate": {"engine", "pretrain", "finetune", "cli"},
     "argparse": {"pretrain", "finetune", "cli", "checkpoint"},  # checkpoint: to allow its Namespace in old files
-    "timm": {"data", "engine", "pretrain", "finetune"},  # augmentation; the moving average; mixup
+    "timm": {"data", "engine", "export", "pretrain", "finetune"},  # augmentation; moving average; check; mixup
+    "transformers": {"export"},
+    "onnxruntime": {"export"},
     "tensorboard": {"engine", "pretrain", "finetune"},
     "pickle": set(),
     "MinkowskiEngine": {"encoder.minkowski"},
