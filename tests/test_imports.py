@@ -18,7 +18,7 @@ LEVELS = (
     ("checkpoint", "convert", "data", "optim", "evaluate", "export", "diagnose", "visualize"),
     ("inference",),
     ("engine",),
-    ("pretrain", "finetune", "cli", "__init__", "__main__"),
+    ("pretrain", "finetune", "cli", "install_minkowski", "__init__", "__main__"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -137,7 +137,10 @@ def test_the_network_knows_nothing_of_sampling_files_or_training() -> None:
         if part(module) in {"encoder", "decoder"}:
             targets = imports(module)
             assert not {name for name in targets if "sample_visible_ids" in name}, module
-            assert not {name.split(".")[0] for name in targets} & {"safetensors", "pathlib", "os", "json"}, module
+            files = {"safetensors", "pathlib", "os", "json"} - (
+                {"os"} if module == "fcmae.encoder.minkowski" else set()
+            )
+            assert not {name.split(".")[0] for name in targets} & files, module  # one undoes what its engine sets
         if part(module) in MODELS:
             assert not {name for name in imports(module) if name.startswith("torch.optim")}, module
 

@@ -204,6 +204,34 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert_same_weights(folder, tmp_path / "whole")
 
 
+@pytest.mark.minkowski
+@pytest.mark.parametrize(("before", "after"), [("minkowski", "packed"), ("packed", "minkowski")])
+def test_a_run_goes_on_with_another_layout(before: str, after: str, arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, f"output={tmp_path / 'whole'}", f"model.layout={after}") == 0
+    folder = tmp_path / "changed"
+    assert run(*arguments, f"output={folder}", f"model.layout={before}") == 0
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    assert run(*arguments, f"output={folder}", f"model.layout={after}", "resume=auto") == 0
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    first, second = weights(folder), weights(tmp_path / "whole")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (value - second[name]).norm() <= 1e-3 * second[name].norm(), name
+
+
+def test_a_layout_without_its_package_ends_in_one_line_before_anything_is_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
+    assert run(*arguments, "model.layout=minkowski") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: model: layout 'minkowski' needs MinkowskiEngine, which is not installed: run make"
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_path: Path) -> None:
     settings = [*arguments, "model.drop_path=0", "train.max_steps=6"]
     assert run(*settings, f"output={tmp_path / 'one'}") == 0
