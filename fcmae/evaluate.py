@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from fcmae.config import DataSection, ProbeSection
 from fcmae.convert import evaluation_crop
-from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, fixed_images, load_batches
+from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
 from fcmae.data.sampling import one_pass, seeded
-from fcmae.data.sources import Source, Subset, labels_by, open_source
+from fcmae.data.sources import Source, Subset, labels_by, open_source, shares_images
 from fcmae.data.transforms import Cover
 from fcmae.errors import UserError
 
@@ -53,12 +53,6 @@ class Accuracy(NamedTuple):
     """None with five classes or fewer, where it says nothing."""
 
 
-def _same_images(a: Source, b: Source) -> bool:
-    if len(a) != len(b) or a.describe(0) != b.describe(0):
-        return False
-    return torch.equal(fixed_images(a, 4, (16, 16)), fixed_images(b, 4, (16, 16)))
-
-
 def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, in_chans: int) -> Splits:
     """Return the labelled images of `source`, which is `data.split`, and those of `settings.val_split`.
 
@@ -79,10 +73,10 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
         val_root = settings.val_root or data.root
         val_where = f"{val_root}, split {settings.val_split}"
         val_source = open_source(data.name, val_root, settings.val_split, in_chans)
-        if _same_images(source, val_source):
+        if data.name in ("folder", "", "arrays") and shares_images(source, val_source):
             raise UserError(
-                f"{val_where}: the same images as split {data.split}; name another with eval.val_split=NAME, "
-                "or hold out a fifth with eval.val_split=null"
+                f"{val_where}: holds images of split {data.split}, as where no split has that name; "
+                "name another with eval.val_split=NAME, or hold out a fifth with eval.val_split=null"
             )
         val_labels = labels_by(val_source, names, val_where)
         chosen, val_chosen = order, np.random.default_rng(0).permutation(len(val_source))
