@@ -8,13 +8,11 @@ import pty
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
+from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,17 +28,8 @@ import fcmae.engine
 import pretrain
 from fcmae.checkpoint import save_checkpoint
 from fcmae.data import save_arrays
-from fcmae.errors import run_script
 
-ROOT = Path(__file__).parent.parent
 TINY = "[[1,1,1,1],[8,8,16,16]]"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +63,7 @@ visualize: {{every_steps: 100, num_images: 2}}
 
 def run(*arguments: str) -> int:
     """Run pretrain.py in this process, as the script would; returns the exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", *arguments])
-        code = run_script(pretrain.main)
-    torch.set_num_threads(threads)
-    return code
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return run_main(pretrain.main, *arguments)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -238,19 +217,6 @@ def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_pat
     assert run(*settings, f"output={tmp_path / 'four'}", "data.batch_size=2", "optim.accumulate=4") == 0
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert records(tmp_path / "four")[-1]["seen_images"] == records(tmp_path / "one")[-1]["seen_images"]
-
-
-@pytest.fixture
-def environment() -> dict[str, str]:
-    """For launching this checkout's pretrain.py from anywhere, with a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free.getsockname()[1])}
-
-
-def launch(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    module = [sys.executable, "-m", *command]
-    return subprocess.run(module, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_two_processes_see_together_what_one_sees(
@@ -508,13 +474,7 @@ def test_images_without_labels_cannot_be_judged(
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on standard error of a run that ends with exit code 2."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.strip()]
-    assert len(lines) == 1, error
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    return error_line(pretrain.main, capsys, *arguments)
 
 
 @pytest.mark.parametrize(
