@@ -104,21 +104,21 @@ def classify(
     """
     device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std).to(device)
-    names: Sequence[str] = class_names or tuple(str(i) for i in range(network.num_classes))
+    names = class_names or tuple(str(i) for i in range(network.num_classes))
 
     def classify_batch(batch: list[Picture]) -> Iterator[Prediction]:
-        pixels = [cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct) for image in batch]
-        probabilities = network(normalize(torch.stack(pixels).to(device))).softmax(1)
-        values, indices = probabilities.topk(min(top, network.num_classes))
-        for image, ps, ids in zip(batch, values.tolist(), indices.tolist(), strict=True):
-            yield Prediction(image.path, tuple(Guess(names[i], i, p) for i, p in zip(ids, ps, strict=True)))
+        pixels = torch.stack([image.pixels for image in batch])
+        likeliest = network(normalize(pixels.to(device))).softmax(1).topk(min(top, network.num_classes))
+        for image, ps, ids in zip(batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            yield Prediction(image.path, tuple(Guess(names[int(i)], i, p) for i, p in zip(ids, ps, strict=True)))
 
     batch: list[Picture] = []
     for image in images:
         if isinstance(image, Unreadable):
             yield image
             continue
-        batch.append(image)
+        pixels = cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct)
+        batch.append(Picture(image.path, pixels))
         if len(batch) == BATCH:
             yield from classify_batch(batch)
             batch = []
