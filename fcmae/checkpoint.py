@@ -318,6 +318,8 @@ def _load_nested(path: Path, *, ema: bool) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
+        if ema:
+            raise UserError(f"{path}: holds no EMA weights, only the raw ones")
         return load_tensors(path)
     if not head.startswith((b"PK", b"\x80")):
         raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or a damaged one")

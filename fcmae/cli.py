@@ -80,14 +80,13 @@ def judge(
     train, val = (
         extract_features(
             encode,
-            images,
-            size=data.size,
+            dataset,
             batch_size=data.batch_size,
             num_workers=data.num_workers,
             device=device,
             progress=f"{name}, {split}" if sys.stderr.isatty() else None,
         )
-        for split, images in (("train", splits.train), ("val", splits.val))
+        for split, dataset in (("train", splits.train), ("val", splits.val))
     )
     found: dict[str, Any] = {}
     if knn:
@@ -96,7 +95,7 @@ def judge(
     if linear:
         accuracy, l2 = linear_accuracy(train, val, splits.num_classes)
         found["linear"] = accuracy._asdict() | {"l2": l2}
-    skipped = sum(len(images.indices) for images in splits[:2]) - len(train.labels) - len(val.labels)
+    skipped = sum(len(dataset.labels) for dataset in splits[:2]) - len(train.labels) - len(val.labels)
     return found | ({"unreadable_images": skipped} if skipped else {})
 
 
@@ -142,8 +141,8 @@ def evaluate(options: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "source": str(weights.path),
         "kind": weights.kind,
-        "train_images": len(splits.train.indices),
-        "val_images": len(splits.val.indices),
+        "train_images": len(splits.train.labels),
+        "val_images": len(splits.val.labels),
         "num_classes": splits.num_classes,
         "image_size": list(data.size),
     }

@@ -1,20 +1,21 @@
 """How good frozen features are: nearest neighbours and a linear probe; knows a model only as a callable."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from fcmae.config import DataSection, ProbeSection
-from fcmae.data.batches import fixed_images
-from fcmae.data.sources import Source, labels_by, open_source
-from fcmae.data.transforms import cover
+from fcmae.convert import evaluation_crop
+from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
+from fcmae.data.sampling import one_pass, seeded
+from fcmae.data.sources import Source, Subset, labels_by, open_source, shares_images
+from fcmae.data.transforms import Cover
 from fcmae.errors import UserError
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -27,30 +28,16 @@ CHUNK = 2**26
 """Numbers in the largest intermediate of nearest neighbours and probe."""
 
 
-class LabelledImages(NamedTuple):
-    """Some images of a source, with their labels."""
-
-    source: Source
-    indices: np.ndarray
-    """int64 (n,)."""
-    labels: np.ndarray
-    """int64 (n,)."""
-
-    def share(self, rank: int, world_size: int) -> Self:
-        """Return every `world_size`-th of them, from `rank` on."""
-        return self._replace(indices=self.indices[rank::world_size], labels=self.labels[rank::world_size])
-
-
 class Splits(NamedTuple):
     """Images to learn classes from, and images to classify."""
 
-    train: LabelledImages
-    val: LabelledImages
+    train: EvaluationDataset
+    val: EvaluationDataset
     num_classes: int
 
 
 class Features(NamedTuple):
-    """Of labelled images that could be read."""
+    """Of labelled images."""
 
     values: Tensor
     """float32 (n, d)."""
@@ -64,12 +51,6 @@ class Accuracy(NamedTuple):
     top1: float
     top5: float | None
     """None with five classes or fewer, where it says nothing."""
-
-
-def _same_images(a: Source, b: Source) -> bool:
-    if len(a) != len(b) or a.describe(0) != b.describe(0):
-        return False
-    return torch.equal(fixed_images(a, 4, (16, 16)), fixed_images(b, 4, (16, 16)))
 
 
 def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, in_chans: int) -> Splits:
@@ -92,87 +73,70 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
         val_root = settings.val_root or data.root
         val_where = f"{val_root}, split {settings.val_split}"
         val_source = open_source(data.name, val_root, settings.val_split, in_chans)
-        if _same_images(source, val_source):
+        if data.name in ("folder", "", "arrays") and shares_images(source, val_source):
             raise UserError(
-                f"{val_where}: the same images as split {data.split}; name another with eval.val_split=NAME, "
-                "or hold out a fifth with eval.val_split=null"
+                f"{val_where}: holds images of split {data.split}, as where no split has that name; "
+                "name another with eval.val_split=NAME, or hold out a fifth with eval.val_split=null"
             )
         val_labels = labels_by(val_source, names, val_where)
         chosen, val_chosen = order, np.random.default_rng(0).permutation(len(val_source))
     chosen, val_chosen = np.sort(chosen[:limit]), np.sort(val_chosen[:limit])
     if len(np.unique(labels[chosen])) < 2:
         raise UserError(f"{where}: nothing to tell apart, all {len(chosen)} images are of one class")
-    return Splits(
-        LabelledImages(source, chosen, labels[chosen]),
-        LabelledImages(val_source, val_chosen, val_labels[val_chosen]),
-        max(len(names or ()), int(labels.max()) + 1, int(val_labels.max()) + 1),
-    )
+    num_classes = max(len(names or ()), int(labels.max()) + 1, int(val_labels.max()) + 1)
+
+    def subset(source: Source, labels: np.ndarray, chosen: np.ndarray) -> EvaluationDataset:
+        return EvaluationDataset(
+            Subset(source, chosen),
+            labels[chosen],
+            class_names=names or (),
+            view=Cover(data.size, evaluation_crop(data.size)),
+            shape=(in_chans, *data.size),
+        )
+
+    return Splits(subset(source, labels, chosen), subset(val_source, val_labels, val_chosen), num_classes)
 
 
-class _Views(Dataset[tuple[Tensor, int] | None]):
-    """Images resized to cover `size`, cropped at the centre, with their labels; None where one does not decode."""
-
-    def __init__(self, images: LabelledImages, size: tuple[int, int]) -> None:
-        self.images = images
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.images.indices)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
-        try:
-            image = self.images.source.load(int(self.images.indices[position]))
-        except Exception:  # a broken file can make a decoder raise anything
-            return None
-        return cover(image, self.size), int(self.images.labels[position])
-
-
-def _collate(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    good = [sample for sample in samples if sample is not None]
-    return (torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])) if good else None
-
-
-@torch.no_grad()
 def extract_features(
     encode: Callable[[Tensor], Tensor],
-    images: LabelledImages,
+    dataset: EvaluationDataset,
     *,
-    size: tuple[int, int],
     batch_size: int,
     num_workers: int,
     device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Any] = lambda rows: rows,
     progress: str | None = None,
 ) -> Features:
-    """Compute the features of images, resized to cover `size` and cropped at the centre; on `device`.
-
-    Images that do not decode are left out. No random generator is touched.
+    """Compute the features of all images of a set, on `device`; images that do not decode are left out.
 
     Args:
         encode: uint8 pixels (b, c, h, w) on `device` -> features (b, d).
+        rank: of this process, which computes its share.
+        world_size: number of processes.
+        gather: the rows of all processes from those of this one.
         progress: what a progress bar is called, or None for none.
 
     Raises:
         UserError: if no image decodes, or features are not finite.
     """
-    loader: Any = DataLoader(
-        _Views(images, size),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        collate_fn=_collate,
-        generator=torch.Generator(),  # it draws a seed for its workers, elsewhere from the training's generator
-    )
+    keys = one_pass(len(dataset.labels), batch_size=batch_size, rank=rank, world_size=world_size)
+    batches = load_batches(dataset, keys, num_workers=num_workers, pin_memory=device.type == "cuda")
     values: list[Tensor] = []
     labels: list[Tensor] = []
-    with tqdm(total=len(images.indices), desc=progress, unit="images", disable=progress is None) as bar:
-        for batch in loader:
-            if batch is not None:
-                values.append(encode(batch[0].to(device, non_blocking=True)).float())
-                labels.append(batch[1])
-            bar.update(min(batch_size, len(images.indices) - bar.n))
-    if not values:
-        raise UserError(f"{images.source.describe(0)}: does not decode, nor any other image", everywhere=False)
-    features = Features(torch.cat(values), torch.cat(labels).to(device))
+    with torch.no_grad(), seeded(0):  # a loader draws a seed for its workers from the generator of training
+        for batch in tqdm(batches, progress, total=len(keys), unit="batches", disable=progress is None):
+            batch = batch.to(device)
+            values.append(encode(batch.images).float())
+            labels.append(batch.labels)
+    features = Features(gather(torch.cat(values)), gather(torch.cat(labels)))
+    counted = features.labels != NOT_COUNTED
+    if not bool(counted.any()):
+        raise UserError(
+            f"{dataset.source.describe(0)}: does not decode, nor do the other {len(dataset.labels) - 1}"
+        )
+    features = Features(*(rows[counted] for rows in features))
     if not bool(features.values.isfinite().all()):
         raise UserError("the encoder's features are not finite: its weights are broken, or its training diverged")
     return features

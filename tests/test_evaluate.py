@@ -1,6 +1,8 @@
 """Frozen features, judged: neighbours and linear probe do what their formulas say, on the right images."""
 
+import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import small_encoder
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
-import fcmae.evaluate
+import fcmae.evaluate as fcmae_evaluate
+import pretrain
+from fcmae.cli import main
 from fcmae.config import DataSection, ProbeSection
-from fcmae.data import cover, open_source, save_arrays
+from fcmae.data import EvaluationDataset, PixelNormalizer, cover, open_source, save_arrays
 from fcmae.errors import UserError
 from fcmae.evaluate import (
     Accuracy,
     Features,
-    LabelledImages,
     Splits,
     extract_features,
     fit_logistic,
@@ -56,7 +62,7 @@ def votes_one_by_one(
 
 @pytest.mark.parametrize("chunk", [1, 500, 2**26])
 def test_nearest_neighbours_vote_as_in_dino(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fcmae.evaluate, "CHUNK", chunk)
+    monkeypatch.setattr(fcmae_evaluate, "CHUNK", chunk)
     train, val = features(60), features(40, seed=1)
     found = knn_accuracy(train, val, 7, neighbours=(1, 5, 20), temperature=0.2)
     assert list(found) == [1, 5, 20]
@@ -105,7 +111,7 @@ def test_features_that_tell_nothing_score_at_chance() -> None:
 def test_the_logistic_regression_ends_where_the_gradient_vanishes(
     l2: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fcmae.evaluate, "CHUNK", chunk)
+    monkeypatch.setattr(fcmae_evaluate, "CHUNK", chunk)
     values, labels = features(200)
     found = fit_logistic(Features(values, labels), 7, l2)
     weight, bias = found.weight.clone().requires_grad_(), found.bias.clone().requires_grad_()
@@ -144,7 +150,7 @@ def test_the_penalty_is_chosen_by_what_is_held_out() -> None:
     few = features(120, noise=1.0)
     noisy = Features(torch.cat([few.values, torch.randn(120, 200, generator=generator)], 1), few.labels)
     assert linear_accuracy(noisy, noisy, 7)[1] >= 0.01
-    assert clean in fcmae.evaluate.L2
+    assert clean in fcmae_evaluate.L2
 
 
 def test_both_are_the_same_each_time_and_in_single_precision_too() -> None:
@@ -179,7 +185,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def splits_of(root: Path, *, split: str = "train", **settings: object) -> Splits:
-    data = DataSection(root=str(root), split=split)
+    data = DataSection(root=str(root), split=split, image_size=16)
     source = open_source("folder", str(root), split, 3)
     return labelled_splits(source, data, ProbeSection.model_validate(settings), 3)
 
@@ -189,51 +195,47 @@ def mean_colour(pixels: Tensor) -> Tensor:
 
 
 def extract(
-    images: LabelledImages,
+    dataset: EvaluationDataset,
     encode: Callable[[Tensor], Tensor] = mean_colour,
     *,
     batch_size: int = 4,
     num_workers: int = 0,
+    **kwargs: Any,
 ) -> Features:
     return extract_features(
-        encode,
-        images,
-        size=(16, 16),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=torch.device("cpu"),
+        encode, dataset, batch_size=batch_size, num_workers=num_workers, device=torch.device("cpu"), **kwargs
     )
 
 
 def test_features_are_of_resized_and_centred_images_with_their_labels(root: Path) -> None:
-    images = splits_of(root).train
-    found = extract(images)
-    expected = torch.stack(
-        [cover(images.source.load(int(i)), (16, 16)).float().mean((1, 2)) for i in images.indices]
-    )
-    assert torch.allclose(found.values, expected)
-    assert found.labels.tolist() == images.labels.tolist()
+    dataset = splits_of(root).train
+    found = extract(dataset)
+    views = [cover(dataset.source.load(i), (16, 16)) for i in range(15)]
+    assert torch.allclose(found.values, mean_colour(torch.stack(views)))
+    assert found.labels.tolist() == dataset.labels.tolist() == [0] * 6 + [1] * 5 + [2] * 4
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 100}, {"num_workers": 2}])
 def test_batches_and_workers_change_nothing(root: Path, options: dict[str, Any]) -> None:
-    images = splits_of(root).train
-    assert torch.equal(extract(images, **options).values, extract(images).values)
+    dataset = splits_of(root).train
+    assert torch.equal(extract(dataset, **options).values, extract(dataset).values)
 
 
 def test_images_that_do_not_decode_are_left_out(root: Path) -> None:
+    whole = extract(splits_of(root).train)
     (root / "train" / "cat" / "1.png").write_bytes(b"junk")
-    images = splits_of(root).train
-    good = [i for i in images.indices if not images.source.describe(int(i)).endswith("cat/1.png")]
-    found = extract(images)
-    assert len(found.values) == len(found.labels) == len(good) == 14
-    assert found.labels.tolist() == images.source.labels[good].tolist()  # pyright: ignore[reportOptionalSubscript]
+    dataset = splits_of(root).train
+    broken = next(i for i in range(15) if dataset.source.describe(i).endswith("cat/1.png"))
+    good = [i for i in range(15) if i != broken]
+    found = extract(dataset)
+    assert torch.equal(found.values, whole.values[good])
+    assert found.labels.tolist() == whole.labels[good].tolist()
 
 
 def test_nothing_but_broken_images_ends_in_one_line(root: Path) -> None:
     for path in (root / "val").rglob("*.png"):
         path.write_bytes(b"junk")
-    with pytest.raises(UserError, match="does not decode, nor any other"):
+    with pytest.raises(UserError, match="does not decode, nor do the other 4"):
         extract(splits_of(root).val)
 
 
@@ -249,18 +251,32 @@ def test_judging_leaves_all_generators_alone(root: Path, num_workers: int) -> No
 
     before = states()
     splits = splits_of(root)
-    train, val = (extract(images, num_workers=num_workers) for images in (splits.train, splits.val))
+    train, val = (extract(dataset, num_workers=num_workers) for dataset in (splits.train, splits.val))
     knn_accuracy(train, val, 3)
     linear_accuracy(train, val, 3)
     assert states() == before
 
 
 def test_shares_of_processes_are_the_whole_once(root: Path) -> None:
-    images = splits_of(root).train
-    shares = [images.share(rank, 4) for rank in range(4)]
-    assert sorted(int(i) for share in shares for i in share.indices) == images.indices.tolist()
-    for share in shares:
-        assert share.labels.tolist() == images.source.labels[share.indices].tolist()  # pyright: ignore[reportOptionalSubscript]
+    dataset = splits_of(root).train
+    shares = [extract(dataset, batch_size=2, rank=rank, world_size=3) for rank in range(3)]
+    together, whole = torch.cat([share.values for share in shares]), extract(dataset)
+    order = [together.tolist().index(row) for row in whole.values.tolist()]
+    assert sorted(order) == list(range(15))
+    assert torch.cat([share.labels for share in shares])[order].tolist() == whole.labels.tolist()
+
+
+def test_a_process_with_nothing_to_do_gathers_what_the_others_did(root: Path) -> None:
+    val = splits_of(root).val
+    own = extract(val)
+
+    def gather(rows: Tensor) -> Tensor:  # 5 images fill the first process's batch only
+        assert len(rows) == 8
+        return torch.cat([own.labels if rows.ndim == 1 else own.values, rows])
+
+    found = extract(val, batch_size=8, rank=1, world_size=2, gather=gather)
+    assert torch.equal(found.values, own.values)
+    assert torch.equal(found.labels, own.labels)
 
 
 # Which images
@@ -268,7 +284,7 @@ def test_shares_of_processes_are_the_whole_once(root: Path) -> None:
 
 def test_a_validation_split_is_judged_by_the_classes_of_training(root: Path) -> None:
     splits = splits_of(root)
-    assert (len(splits.train.indices), len(splits.val.indices), splits.num_classes) == (15, 5, 3)
+    assert (len(splits.train.labels), len(splits.val.labels), splits.num_classes) == (15, 5, 3)
     assert splits.val.labels.tolist() == [0, 0, 2, 2, 2]
     train, val = extract(splits.train), extract(splits.val)
     assert knn_accuracy(train, val, 3)[10].top1 == 1.0
@@ -282,11 +298,13 @@ def test_a_validation_set_may_lie_elsewhere(root: Path, tmp_path: Path) -> None:
 
 
 def test_without_a_validation_split_a_fifth_is_held_out(root: Path) -> None:
+    def names(dataset: EvaluationDataset) -> list[str]:
+        return [dataset.source.describe(i) for i in range(len(dataset.labels))]
+
     splits = splits_of(root, val_split=None)
-    assert len(splits.val.indices) == 3
-    assert sorted([*splits.train.indices, *splits.val.indices]) == list(range(15))
-    again = splits_of(root, val_split=None)
-    assert np.array_equal(splits.val.indices, again.val.indices)
+    assert len(names(splits.val)) == 3
+    assert sorted(names(splits.train) + names(splits.val)) == sorted(map(str, (root / "train").rglob("*.png")))
+    assert names(splits_of(root, val_split=None).val) == names(splits.val)
 
 
 def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path) -> None:
@@ -295,8 +313,10 @@ def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path
         save_arrays(tmp_path / split, images, np.arange(400) % 10)
     save_arrays(tmp_path / "val", 255 - images[:300], np.arange(300) // 30)
     source = open_source("arrays", str(tmp_path), "train", 3)
-    splits = labelled_splits(source, DataSection(name="arrays", root=str(tmp_path)), ProbeSection(num_images=80), 3)
-    assert len(splits.train.indices) == len(splits.val.indices) == 80
+    splits = labelled_splits(
+        source, DataSection(name="arrays", root=str(tmp_path), image_size=16), ProbeSection(num_images=80), 3
+    )
+    assert len(splits.train.labels) == len(splits.val.labels) == 80
     assert np.bincount(splits.train.labels).min() > 0
     assert np.bincount(splits.val.labels).min() > 0
 
@@ -304,7 +324,7 @@ def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_a_split_that_is_not_there_is_not_quietly_the_training_set(root: Path, split: str) -> None:
     flat = root / "train"
-    with pytest.raises(UserError, match=rf"{flat}, split {split}: the same images as split train.*val_split=null"):
+    with pytest.raises(UserError, match=rf"{flat}, split {split}: holds images of split train.*val_split=null"):
         splits_of(flat, val_split=split)
 
 
@@ -318,3 +338,137 @@ def test_sets_without_labels_or_with_one_class_are_named(root: Path) -> None:
     write_classes(root / "one" / "train", {"cat": 3})
     with pytest.raises(UserError, match="all 2 images are of one class"):
         splits_of(root / "one", val_split=None)
+
+
+# fcmae evaluate
+
+
+@pytest.fixture
+def command(root: Path, tmp_path: Path) -> list[str]:
+    """A file of weights, told where the images are."""
+    path = tmp_path / "encoder.safetensors"
+    save_file(small_encoder(stem_stride=1).float().state_dict(), path)
+    return ["evaluate", str(path), f"data.root={root}", "data.image_size=16", "data.num_workers=0"]
+
+
+def fcmae(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run the command in this process: (exit code, standard output, standard error)."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fcmae", *arguments])
+        code = main()
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_evaluate_tells_both_accuracies_and_those_of_a_random_encoder(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = fcmae(capsys, *command, "--json", "--baseline")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["train_images"], found["val_images"], found["num_classes"]) == (15, 5, 3)
+    assert list(found["knn"]) == list(found["baseline"]["knn"]) == ["10"]
+    assert found["linear"]["top1"] == 1.0, "the colours tell the classes"
+    assert found["linear"]["l2"] in fcmae_evaluate.L2
+    torch.manual_seed(1)
+    assert json.loads(fcmae(capsys, *command, "--json", "--baseline")[1]) == found
+
+    code, table, _ = fcmae(capsys, *command, "--baseline")
+    assert code == 0
+    assert "15 images to learn 3 classes from, 5 to classify, at 16 x 16 px" in table
+    for title, kind in (("k-NN, k = 10", "knn"), ("linear probe", "linear")):
+        (line,) = [line for line in table.splitlines() if line.startswith(title)]
+        trained, random = (part[kind]["10"] if kind == "knn" else part[kind] for part in (found, found["baseline"]))
+        assert line.split()[-4:] == [f"{trained['top1']:.2%}", "-", f"{random['top1']:.2%}", "-"]
+
+
+@pytest.mark.parametrize(("flag", "other"), [("knn", "linear"), ("linear", "knn")])
+def test_evaluate_does_what_it_is_asked_for(
+    command: list[str], capsys: pytest.CaptureFixture[str], flag: str, other: str
+) -> None:
+    found = json.loads(fcmae(capsys, *command, "--json", f"--{flag}")[1])
+    assert flag in found
+    assert other not in found
+
+
+def test_a_run_is_judged_on_its_own_images_before_others(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"output: {tmp_path / 'run'}\n"
+        "model: {variant: [[1, 1, 1, 1], [8, 8, 16, 16]], stem_stride: 1, decoder_dim: 16}\n"
+        f"data: {{root: {root}, image_size: 16, batch_size: 4, num_workers: 0}}\n"
+        "train: {max_steps: 1}\n"
+        "eval: {num_images: 6}\n"
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert pretrain.main(["--config", str(config)]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    code, out, err = fcmae(capsys, "evaluate", str(tmp_path / "run"))
+    assert (code, err) == (0, "")
+    assert "(FCMAE run)" in out
+    assert "15 images to learn 3 classes from, 5 to classify, at 16 x 16 px" in out
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "last")
+    out = fcmae(capsys, "evaluate", checkpoint, "--knn", "eval.val_split=null")[1]
+    assert "12 images to learn 3 classes from, 3 to classify" in out
+    code, _, err = fcmae(capsys, "evaluate", checkpoint, "data.split=val", "eval.val_split=train")
+    assert code == 2
+    assert f"{root}, split train: class 'cat' is not among the 2 classes of training" in err
+
+
+def test_a_classifier_is_judged_by_its_features(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    encoder = small_encoder(stem_stride=1, num_classes=4).float()
+    save_file(encoder.state_dict(), tmp_path / "classifier.safetensors")
+    judged = json.loads(
+        fcmae(capsys, "evaluate", str(tmp_path / "classifier.safetensors"), *command[2:], "--json")[1]
+    )
+    encoder.head = torch.nn.Identity()
+    splits = splits_of(Path(command[2].removeprefix("data.root=")))
+    normalize = PixelNormalizer((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    train, val = (extract(dataset, lambda pixels: encoder(normalize(pixels))) for dataset in splits[:2])
+    assert judged["knn"] == {"10": knn_accuracy(train, val, 3)[10]._asdict()}
+
+
+def test_images_that_do_not_decode_are_counted(
+    command: list[str], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "train" / "cat" / "1.png").write_bytes(b"junk")
+    assert "1 images do not decode" in fcmae(capsys, *command, "--knn")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["data.root=/nowhere"], ["data.root=/nowhere"]),
+        (["data.image_size=20"], ["data.image_size", "16 and 24"]),
+        (["data.mean=[0.5]"], ["data.mean", "takes 3 channels"]),
+        (["data.rot=x"], ["did you mean 'data.root'?"]),
+        (["eval.val_split=test"], ["split test: holds images of split train", "eval.val_split=null"]),
+        (["eval.num_images=0"], ["eval.num_images"]),
+        (["--ema"], ["holds no EMA weights"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
+) -> None:
+    code, out, err = fcmae(capsys, *command, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(part in err for part in parts), err
+
+
+def test_weights_that_tell_of_no_images_need_to_be_told(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = fcmae(capsys, *command[:2])
+    assert code == 2
+    assert "data.root: missing" in err
+    code, _, err = fcmae(capsys, "evaluate", "/nowhere/at/all", *command[2:])
+    assert code == 2
+    assert "/nowhere/at/all: no such file or folder" in err

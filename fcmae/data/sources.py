@@ -300,6 +300,15 @@ def labels_by(source: Source, class_names: Sequence[str] | None, what: str) -> n
     return labels
 
 
+def shares_images(source: Source, other: Source) -> bool:
+    """Whether the first image of a folder, tar file or array is among those of another.
+
+    So it is where timm, for want of a folder named for the split, takes the whole of the root.
+    """
+    first = source.describe(0)
+    return any(other.describe(index) == first for index in range(len(other)))
+
+
 class Subset:
     """Some of the images of a source."""
 
