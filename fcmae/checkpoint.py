@@ -382,6 +382,8 @@ def _told_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 def _told_by_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
     size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
+    if isinstance(size, int):  # of older files
+        size = {"shortest_edge": size}
     if preprocessor.get("do_center_crop") and "height" in crop:
         told["image_size"] = [crop["height"], crop["width"]]
         told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
