@@ -9,7 +9,7 @@ from conftest import TINY
 
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data import Batch, PixelNormalizer
+from fcmae.data import MaskedBatch, PixelNormalizer
 from fcmae.engine import Plan, Trainer, start_accelerator
 from fcmae.optim import build_adamw
 
@@ -56,7 +56,7 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
         config=config,
     )
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8))
-    batch = Batch(pixels, sample_visible_ids(4, 16, 0.6), (0, 1, 2, 3), ()).pin_memory()
+    batch = MaskedBatch(pixels, sample_visible_ids(4, 16, 0.6), (0, 1, 2, 3), ()).pin_memory()
     batches = iter([batch] * 10)
     for _ in range(2):
         trainer.update(batches)
