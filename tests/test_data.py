@@ -27,8 +27,10 @@ from fcmae.data import (
     random_view,
     save_arrays,
     seeded,
+    shares_images,
     unreadable,
 )
+from fcmae.data.sources import Subset
 from fcmae.errors import UserError
 
 
@@ -320,6 +322,21 @@ def test_asking_for_labels_that_are_not_there_says_how_to_give_them(tmp_path: Pa
         UserError, match=r"it: no labels; put the images of each class into a sub-folder .*labels\.npy"
     ):
         labels_by(open_source("folder", str(tmp_path), "train", 3), None, "it")
+
+
+def test_a_split_that_is_the_whole_root_shares_images_with_every_other(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "a-test")
+    class_folders(tmp_path / "val")
+    train, test, val, whole = (
+        open_source("folder", str(tmp_path), split, 3) for split in ("train", "a-test", "val", "none")
+    )
+    assert not shares_images(train, val)
+    assert not shares_images(test, train)
+    for split in (train, test, val):
+        assert shares_images(split, whole)
+        assert shares_images(whole, split)
+    assert shares_images(Subset(train, np.array([4, 5])), whole)
 
 
 def error_of(*arguments: object) -> str:
