@@ -225,6 +225,19 @@ def test_a_tar_file_has_the_labels_of_its_folder(tmp_path: Path) -> None:
     assert packed.labels is not None
     assert np.array_equal(packed.labels, loose.labels)  # pyright: ignore[reportArgumentType]
     assert packed.labels.dtype == np.int64
+    assert packed.describe(0) == f"{tmp_path / 'images.tar'}/images/class9/000.png"
+
+
+def test_tar_files_of_the_same_names_share_no_images(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images")
+    for name in ("train.tar", "val.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(tmp_path / "images", "images")
+    train, val, again = (
+        open_source("folder", str(tmp_path / name), "any", 3) for name in ("train.tar", "val.tar", "train.tar")
+    )
+    assert not shares_images(train, val)
+    assert shares_images(train, again)
 
 
 def test_images_outside_of_class_folders_leave_a_set_without_labels(tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ class _Row:
     def describe(self, index: int) -> str:
         if self.reader is not None:
             try:
-                return str(self.reader.filename(index, absolute=True))
+                name = str(self.reader.filename(index, absolute=True))
+                return f"{self.reader.root}/{name}" if hasattr(self.reader, "tar_state") else name
             except (KeyError, NotImplementedError, TypeError):
                 pass  # timm's readers of nameless rows
         return f"{self.name}[{index}]"
