@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, from_any, shrink_stem
+from fcmae.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, evaluation_crop, from_any, shrink_stem
 from fcmae.encoder.convnextv2 import ConvNeXtV2, variant_name
 from fcmae.errors import UserError, blame
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 EMA, CONFIG, PREPROCESSOR = "ema.safetensors", "config.json", "preprocessor_config.json"
-WEIGHT_FILES = (MODEL, EMA, "pytorch_model.bin")
+WEIGHT_FILES = (MODEL, EMA, "pytorch_model.bin", "model.pth")
 """What weights are called in folders whose other files describe them."""
 
 
@@ -153,18 +153,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint folder tells besides tensors.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
         UserError: if a file is missing or damaged.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
-        ) from error
+    state = read_state(path)
     ema = load_tensors(path / EMA) if (path / EMA).is_file() else None
     return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state, ema)
 
@@ -236,6 +245,39 @@ class Weights(NamedTuple):
     """Share of the resized image's side that evaluation crops out."""
 
 
+class Preprocessing(NamedTuple):
+    """What a network wants done to images before it classifies them."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    crop_pct: float
+    """Share of the resized image's side that is cropped out."""
+
+
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), 0.875)
+"""What the released weights want."""
+
+
+def preprocessing(weights: Weights) -> Preprocessing:
+    """Return how images are prepared for `weights`; what the file does not tell is as for the released weights.
+
+    Raises:
+        UserError: if mean and std do not fit the network's channels, or are not told for other than three.
+    """
+    in_chans = weights.tensors["downsample_layers.0.0.weight"].shape[1]
+    mean, std = weights.mean or IMAGENET.mean, weights.std or IMAGENET.std
+    if len(mean) != in_chans or len(std) != in_chans:
+        what = "the files beside it tell" if weights.mean else "it tells no mean and std, and ImageNet's have"
+        raise UserError(
+            f"{weights.path}: a network for {in_chans} channels, but {what} {len(mean)} and {len(std)}; give the "
+            "run or an exported folder, which tell them"
+        )
+    size = weights.image_size or IMAGENET.image_size
+    return Preprocessing(mean, std, size, weights.crop_pct or evaluation_crop(size))
+
+
 def find_weights(path: Path) -> Path:
     """Return the file of weights that a run folder, checkpoint folder, exported folder or file stands for.
 
@@ -245,7 +287,8 @@ def find_weights(path: Path) -> Path:
     if path.is_file():
         return path
     newest = newest_checkpoint(path)
-    for candidate in (path / MODEL, path / "pytorch_model.bin", *([newest / MODEL] if newest else [])):
+    folders = [path / name for name in WEIGHT_FILES if name != EMA]
+    for candidate in (*folders, *([newest / MODEL] if newest else [])):
         if candidate.is_file():
             return candidate
     raise UserError(
@@ -275,6 +318,8 @@ def _load_nested(path: Path, *, ema: bool) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
+        if ema:
+            raise UserError(f"{path}: holds no EMA weights, only the raw ones")
         return load_tensors(path)
     if not head.startswith((b"PK", b"\x80")):
         raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or a damaged one")
@@ -299,38 +344,70 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _strings(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(map(str, values))
+
+
+def _floats(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+TOLD: Mapping[str, Callable[[Any], Any]] = {
+    "class_names": _strings,
+    "mean": _floats,
+    "std": _floats,
+    "image_size": _pair,
+    "crop_pct": float,
+}
+"""What the files beside weights may tell of them, as in `Weights`."""
+
+
+def _told_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    cfg = config.get("pretrained_cfg", config)
+    told = {key: cfg.get(key) for key in ("mean", "std", "crop_pct")}
+    told["class_names"] = config.get("label_names", cfg.get("label_names"))
+    if "input_size" in cfg:
+        told["image_size"] = [side // _enlargement(config) for side in cfg["input_size"][1:]]
+    return told
+
+
+def _told_by_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
+    size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
+    if preprocessor.get("do_center_crop") and "height" in crop:
+        told["image_size"] = [crop["height"], crop["width"]]
+        told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
+    elif "shortest_edge" in size:  # ConvNextImageProcessor's
+        told |= {"image_size": size["shortest_edge"], "crop_pct": preprocessor.get("crop_pct")}
+    names = config.get("id2label")
+    if names and list(names.values()) != [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
+        told["class_names"] = [names[index] for index in sorted(names, key=int)]
+    return told
+
+
+def _enlargement(config: Mapping[str, Any]) -> int:
+    """How much larger than ours the images are that the weights beside timm's `config` are for."""
+    return TIMM_STEM_ENLARGEMENT[config.get("stem_stride", 4)]
 
 
 def _describe_use(folder: Path) -> dict[str, Any]:
-    """Read the fields of `Weights` that the files beside weights tell: a checkpoint's, timm's or transformers'."""
-    state, config = _read_json(folder / STATE), _read_json(folder / CONFIG)
-    told: dict[str, Any] = {}
-    if state:
-        data = state["config"]["data"]
-        told = {"mean": data["mean"], "std": data["std"], "image_size": _pair(data["image_size"])}
-        told |= {"crop_pct": data.get("crop_pct"), "class_names": state.get("class_names")}
-    elif "architecture" in config:  # timm's
-        cfg = config.get("pretrained_cfg", config)
-        told = {key: cfg.get(key) for key in ("mean", "std", "crop_pct")}
-        told["class_names"] = config.get("label_names", cfg.get("label_names"))
-        if "input_size" in cfg:
-            enlargement = TIMM_STEM_ENLARGEMENT[config.get("stem_stride", 4)]
-            told["image_size"] = _pair([side // enlargement for side in cfg["input_size"][1:]])
-    elif "hidden_sizes" in config:  # transformers'
-        preprocessor = _read_json(folder / PREPROCESSOR)
-        told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
-        told["crop_pct"] = preprocessor.get("crop_pct")
-        size = preprocessor.get("size", {})
-        if "shortest_edge" in size:
-            told["image_size"] = _pair(size["shortest_edge"])
-        elif "height" in size:
-            told["image_size"] = (size["height"], size["width"])
-        if "id2label" in config:
-            labels = {int(index): name for index, name in config["id2label"].items()}
-            told["class_names"] = [labels[index] for index in sorted(labels)]
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    """Read the fields of `Weights` that a checkpoint's, our, timm's or transformers' files beside weights tell."""
+    config = _read_json(folder / CONFIG)
+    told: Mapping[str, Any] = {}
+    if (folder / STATE).is_file():
+        state = read_state(folder)
+        told = state["config"]["data"] | {"class_names": state.get("class_names")}
+    elif "network" in config:  # ours, of an exported folder
+        told = config
+    elif "architecture" in config:
+        told = _told_by_timm(config)
+    elif "hidden_sizes" in config:
+        told = _told_by_transformers(config, _read_json(folder / PREPROCESSOR))
+    return {key: cast(told[key]) for key, cast in TOLD.items() if told.get(key) is not None}
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
@@ -352,19 +429,25 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
             raise UserError(f"{path}: holds no EMA weights, only the raw ones")
     stored = _load_nested(file, ema=ema and file.name != EMA)
     use: dict[str, Any] = {}
+    enlargement = 1
     if file.name in WEIGHT_FILES:
         try:
-            use = _describe_use(file.parent)
+            use, enlargement = _describe_use(file.parent), _enlargement(_read_json(file.parent / CONFIG))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             described = file.parent / (STATE if (file.parent / STATE).is_file() else CONFIG)
-            raise UserError(f"{described}: damaged: {type(error).__name__} {error}") from error
+            raise UserError(f"{described}: damaged ({type(error).__name__}: {error})") from error
     with blame(str(file)):
         tensors, kind = from_any(stored)
-        if kind == "timm" and (stride := _read_json(file.parent / CONFIG).get("stem_stride", 4)) != 4:
+        if kind == "timm" and enlargement != 1:
             name = "downsample_layers.0.0.weight"
-            tensors[name] = shrink_stem(tensors[name], TIMM_STEM_ENLARGEMENT[stride])
+            tensors[name] = shrink_stem(tensors[name], enlargement)
         with torch.device("meta"):
             problems = _misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
+    names = use.get("class_names")
+    if not _num_classes(tensors):
+        use["class_names"] = None
+    elif names and len(names) != _num_classes(tensors):
+        raise UserError(f"{file}: {_num_classes(tensors)} classes, but the files beside it name {len(names)}")
     if problems:
         raise UserError(
             f"{file}: {kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "
@@ -392,7 +475,8 @@ def _network(tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: floa
 
 
 def _num_classes(tensors: Mapping[str, Tensor]) -> int:
-    return tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
+    head = tensors.get("head.weight")
+    return 0 if head is None or head.ndim != 2 else head.shape[0]
 
 
 def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXtV2:

@@ -42,9 +42,9 @@ def run_script(main: Callable[[list[str]], int]) -> int:
         elif not error.everywhere:
             print(f"error in process {rank}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1
     except OSError as error:
         if error.errno not in PLACES:
             raise

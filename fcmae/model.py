@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.decoder import Decoder
-from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout, Variant
+from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout, Variant, require_layout
 from fcmae.loss import hidden_patch_loss
 from fcmae.masking import count_visible, hidden_ids, ids_to_visible, sample_visible_ids
 from fcmae.patches import grid_shape, patchify
@@ -39,7 +39,7 @@ class FCMAE(nn.Module):
         drop_path: stochastic depth of the encoder's last block.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the layout needs a package that is missing.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class FCMAE(nn.Module):
     ) -> None:
         super().__init__()
         count_visible(2, mask_ratio)
+        require_layout(layout)
         if decoder_depth < 1 or decoder_dim < 1:
             raise ValueError(f"got decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: both at least 1")
         self.encoder = ConvNeXtV2(variant, in_chans=in_chans, stem_stride=stem_stride, drop_path=drop_path)

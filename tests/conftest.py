@@ -1,5 +1,6 @@
 """What several tests share: small models with nothing trivially zero, and scripts run as a user would."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -21,12 +22,20 @@ from fcmae.errors import run_script
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
 torch.set_num_threads(1)
 
+# Triton kernels run in its interpreter where there is no GPU; Triton reads this when a kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).parent.parent
 
 Module = TypeVar("Module", bound=nn.Module)
 
 TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("minkowski") and importlib.util.find_spec("MinkowskiEngine") is None:
+        pytest.skip("needs MinkowskiEngine: make minkowski")
 
 
 @pytest.fixture(autouse=True)

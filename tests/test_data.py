@@ -37,9 +37,11 @@ from fcmae.data import (
     save_arrays,
     seeded,
     share_of_each_class,
+    shares_images,
     unreadable,
 )
 from fcmae.data.sampling import PADDING
+from fcmae.data.sources import Subset
 from fcmae.errors import UserError
 
 
@@ -234,6 +236,19 @@ def test_a_tar_file_has_the_labels_of_its_folder(tmp_path: Path) -> None:
     assert packed.labels is not None
     assert np.array_equal(packed.labels, loose.labels)  # pyright: ignore[reportArgumentType]
     assert packed.labels.dtype == np.int64
+    assert packed.describe(0) == f"{tmp_path / 'images.tar'}/images/class9/000.png"
+
+
+def test_tar_files_of_the_same_names_share_no_images(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images")
+    for name in ("train.tar", "val.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(tmp_path / "images", "images")
+    train, val, again = (
+        open_source("folder", str(tmp_path / name), "any", 3) for name in ("train.tar", "val.tar", "train.tar")
+    )
+    assert not shares_images(train, val)
+    assert shares_images(train, again)
 
 
 def test_images_outside_of_class_folders_leave_a_set_without_labels(tmp_path: Path) -> None:
@@ -331,6 +346,21 @@ def test_asking_for_labels_that_are_not_there_says_how_to_give_them(tmp_path: Pa
         UserError, match=r"it: no labels; put the images of each class into a sub-folder .*labels\.npy"
     ):
         labels_by(open_source("folder", str(tmp_path), "train", 3), None, "it")
+
+
+def test_a_split_that_is_the_whole_root_shares_images_with_every_other(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "a-test")
+    class_folders(tmp_path / "val")
+    train, test, val, whole = (
+        open_source("folder", str(tmp_path), split, 3) for split in ("train", "a-test", "val", "none")
+    )
+    assert not shares_images(train, val)
+    assert not shares_images(test, train)
+    for split in (train, test, val):
+        assert shares_images(split, whole)
+        assert shares_images(whole, split)
+    assert shares_images(Subset(train, np.array([4, 5])), whole)
 
 
 def error_of(*arguments: object) -> str:

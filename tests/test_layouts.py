@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from fcmae.encoder.convnextv2 import GRN, Block, ConvNeXtV2, DropPath, Layout
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
+from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites
 from fcmae.masking import count_visible, ids_to_visible
 
-SPARSE: tuple[Layout, ...] = ("masked", "packed")
+MINKOWSKI = pytest.param("minkowski", marks=pytest.mark.minkowski)
+SPARSE = ("masked", "packed", MINKOWSKI)
 GEOMETRIES = {
     # (height, width), stem stride
     "224/4": ((224, 224), 4),
@@ -32,6 +34,8 @@ GEOMETRIES = {
 def make_sites(layout: Layout, grid: tuple[int, int], ids: Tensor, k: int) -> Sites:
     if layout == "masked":
         return MaskedSites((grid[0] * k, grid[1] * k), ids, sites_per_patch=k)
+    if layout == "minkowski":
+        return MinkowskiSites.of_patches(grid, ids, sites_per_patch=k)
     return PackedSites(grid, ids, sites_per_patch=k)
 
 
@@ -45,14 +49,17 @@ def pixels_of(ids: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("mask_ratio", [0.25, 0.6, 0.9])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_masked_and_packed_agree(geometry: str, mask_ratio: float, batch: int, in_chans: int) -> None:
+@pytest.mark.parametrize("layout", ["packed", MINKOWSKI])
+def test_every_layout_agrees_with_masked(
+    layout: Layout, geometry: str, mask_ratio: float, batch: int, in_chans: int
+) -> None:
     (h, w), stem_stride = GEOMETRIES[geometry]
     encoder = small_encoder(variant=((1, 1, 1, 1), (4, 6, 8, 12)), in_chans=in_chans, stem_stride=stem_stride)
     num_patches = (h // encoder.patch_size) * (w // encoder.patch_size)
     ids = some_ids(batch, num_patches, count_visible(num_patches, mask_ratio))
     images = torch.randn(batch, in_chans, h, w, dtype=torch.float64)
     masked = features_and_gradients(encoder, images, ids, "masked")
-    assert_same(features_and_gradients(encoder, images, ids, "packed"), masked)
+    assert_same(features_and_gradients(encoder, images, ids, layout), masked)
     assert all(grad.abs().max() > 0 for grad in masked.values())
 
 
@@ -148,14 +155,15 @@ def test_the_gradient_of_the_norm_is_zero_where_the_norm_is(layout: Layout) -> N
     assert grad.isfinite().all()
 
 
-def test_last_row_and_column_may_be_hidden_in_every_image() -> None:
+@pytest.mark.parametrize("layout", ["packed", MINKOWSKI])
+def test_last_row_and_column_may_be_hidden_in_every_image(layout: Layout) -> None:
     encoder = small_encoder(stem_stride=1)
     inner = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9, 10])
     ids = torch.stack([inner[[0, 4, 8]], inner[[1, 2, 3]]])
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     masked = features_and_gradients(encoder, images, ids, "masked")
     assert masked["features"].shape == (2, 4, 4, 32)
-    assert_same(features_and_gradients(encoder, images, ids, "packed"), masked)
+    assert_same(features_and_gradients(encoder, images, ids, layout), masked)
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2, 4])
@@ -169,13 +177,13 @@ def test_all_patches_visible_is_dense(layout: Layout, stem_stride: int) -> None:
     assert_same(features_and_gradients(encoder, images, ids, layout), dense)
 
 
-def test_a_single_patch_is_enough() -> None:
+@pytest.mark.parametrize("layout", SPARSE)
+def test_a_single_patch_is_enough(layout: Layout) -> None:
     encoder = small_encoder(stem_stride=1)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     dense = features_and_gradients(encoder, images, None, "dense")
-    for layout in SPARSE:
-        ids = torch.zeros(2, 1, dtype=torch.int64)
-        assert_same(features_and_gradients(encoder, images, ids, layout), dense)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    assert_same(features_and_gradients(encoder, images, ids, layout), dense)
 
 
 @pytest.mark.parametrize("layout", SPARSE)

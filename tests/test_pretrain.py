@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -66,8 +67,9 @@ def run(*arguments: str) -> int:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    by_step = {record["step"]: record["loss"] for record in records(folder)}
-    assert len(by_step) == len(records(folder)), "a step was recorded twice"
+    found = [record for record in records(folder) if "loss" in record]
+    by_step = {record["step"]: record["loss"] for record in found}
+    assert len(by_step) == len(found), "a step was recorded twice"
     return by_step
 
 
@@ -179,6 +181,34 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert run(*settings, f"output={folder}", "resume=auto") == 0
     assert losses(folder) == losses(tmp_path / "whole")
     assert_same_weights(folder, tmp_path / "whole")
+
+
+@pytest.mark.minkowski
+@pytest.mark.parametrize(("before", "after"), [("minkowski", "packed"), ("packed", "minkowski")])
+def test_a_run_goes_on_with_another_layout(before: str, after: str, arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, f"output={tmp_path / 'whole'}", f"model.layout={after}") == 0
+    folder = tmp_path / "changed"
+    assert run(*arguments, f"output={folder}", f"model.layout={before}") == 0
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    assert run(*arguments, f"output={folder}", f"model.layout={after}", "resume=auto") == 0
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    first, second = weights(folder), weights(tmp_path / "whole")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (value - second[name]).norm() <= 1e-3 * second[name].norm(), name
+
+
+def test_a_layout_without_its_package_ends_in_one_line_before_anything_is_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
+    assert run(*arguments, "model.layout=minkowski") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: model: layout 'minkowski' needs MinkowskiEngine, which is not installed: run make"
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_path: Path) -> None:
@@ -353,6 +383,92 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], 
     assert not torch.equal(weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"])
 
 
+# k-NN on the way
+
+
+@pytest.fixture
+def labelled(data: Path, tmp_path: Path) -> list[str]:
+    """The same images to train on, with labels, and others to classify; judged every 4 steps."""
+    images = np.load(data / "images.npy")
+    save_arrays(tmp_path / "labelled" / "train", images, np.arange(40) % 4, ["a", "b", "c", "d"])
+    save_arrays(tmp_path / "labelled" / "val", images[:9, ::-1], np.arange(9) % 3, ["a", "b", "d"])
+    return [f"data.root={tmp_path / 'labelled'}", "eval.knn_every_epochs=0.8"]
+
+
+def knn(folder: Path) -> dict[int, float]:
+    found = [record for record in records(folder) if "knn_top1" in record]
+    by_step = {record["step"]: record["knn_top1"] for record in found}
+    assert len(by_step) == len(found), "a step was judged twice"
+    return by_step
+
+
+def test_knn_is_recorded_from_start_to_end_and_changes_nothing_of_the_training(
+    arguments: list[str], labelled: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    judged, alone = tmp_path / "judged", tmp_path / "alone"
+    workers = "data.num_workers=1"
+    assert run(*arguments, *labelled, f"output={judged}", workers, "checkpoint.keep=9") == 0
+    out = capsys.readouterr().out
+    assert run(*arguments, *labelled, f"output={alone}", workers, "eval.knn_every_epochs=null") == 0
+    assert list(knn(judged)) == [0, 4, 8, 12]
+    assert all(0 <= value <= 1 for value in knn(judged).values())
+    assert f"step 12 · k-NN top1 {knn(judged)[12]:.2%}\n" in out
+    events = EventAccumulator(str(judged / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("knn_top1")] == [0, 4, 8, 12]
+    assert not knn(alone)
+    assert losses(judged) == losses(alone)
+    for name in ("model", "optimizer"):
+        path = Path("checkpoints", "last", f"{name}.safetensors")
+        assert (judged / path).read_bytes() == (alone / path).read_bytes()
+    assert len(list((judged / "checkpoints").glob("step-*"))) == 3, "no checkpoint but the usual"
+
+
+def test_knn_of_a_resumed_run_equals_that_of_the_uninterrupted_one(
+    arguments: list[str], labelled: list[str], tmp_path: Path
+) -> None:
+    assert run(*arguments, *labelled, "checkpoint.every_steps=4") == 0
+    folder = tmp_path / "run"
+    whole = knn(folder), losses(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    assert run(*arguments, *labelled, "resume=auto") == 0
+    assert (knn(folder), losses(folder)) == whole
+    shutil.rmtree(folder / "checkpoints")  # as if stopped before the first
+    assert run(*arguments, *labelled, "resume=auto") == 0
+    assert (knn(folder), losses(folder)) == whole
+
+
+def test_two_processes_judge_as_one(
+    arguments: list[str], labelled: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    settings = [*arguments, *labelled, "model.drop_path=0", "train.max_steps=2", "eval.num_images=39"]
+    assert run(*settings, f"output={tmp_path / 'one'}") == 0
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
+    command += [str(ROOT / "pretrain.py"), *settings, f"output={tmp_path / 'two'}", "data.batch_size=4"]
+    done = launch(command, environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("k-NN top1") == 2
+    assert knn(tmp_path / "one") == knn(tmp_path / "two")
+
+
+def test_features_are_judged_in_bf16_and_on_held_out_images(
+    arguments: list[str], labelled: list[str], tmp_path: Path
+) -> None:
+    settings = [*arguments, *labelled, "train.max_steps=2", "train.precision=bf16"]
+    assert run(*settings, "eval.val_split=null", "eval.num_images=20") == 0
+    assert list(knn(tmp_path / "run")) == [0, 2]
+
+
+def test_images_without_labels_cannot_be_judged(
+    arguments: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failure(capsys, *arguments, "eval.knn_every_epochs=1")
+    assert f"{data}, split train: no labels" in line
+    assert not (tmp_path / "run").exists()
+
+
 # Bad input
 
 
@@ -420,8 +536,6 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_too_little_disk_is_told_before_anything_is_trained(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "checkpoint.keep" in failure(capsys, *arguments)

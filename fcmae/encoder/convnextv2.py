@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fcmae.encoder.kernels.gelu_grn import gelu_grn
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites
+from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
 from fcmae.patches import grid_shape
 
-Layout = Literal["auto", "dense", "masked", "packed"]
+Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
 Variant = str | tuple[tuple[int, ...], tuple[int, ...]]
 
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -33,6 +34,7 @@ LAYOUTS: dict[str, Callable[[tuple[int, int], Tensor], Sites]] = {
     # name: (patch grid, visible_ids) -> the first stage's sites; "dense" needs no ids and is made apart
     "masked": lambda grid, ids: MaskedSites((grid[0] * SITES_PER_PATCH, grid[1] * SITES_PER_PATCH), ids),
     "packed": PackedSites,
+    "minkowski": MinkowskiSites.of_patches,
 }
 
 
@@ -55,6 +57,18 @@ def resolve_variant(variant: Variant) -> tuple[tuple[int, ...], tuple[int, ...]]
 def variant_name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
     """Return the name in `VARIANTS` of these depths and dims, or None."""
     return next((name for name, variant in VARIANTS.items() if variant == (depths, dims)), None)
+
+
+def require_layout(layout: Layout) -> None:
+    """Check that `layout` can be computed here.
+
+    Raises:
+        ValueError: if it is unknown, or needs a package that is missing, saying how to get it.
+    """
+    if layout not in ("auto", "dense", *LAYOUTS):
+        raise ValueError(f"unknown layout {layout!r}: choose from auto, dense, {', '.join(LAYOUTS)}")
+    if layout == "minkowski":
+        import_engine()
 
 
 class GRN(nn.Module):
@@ -81,8 +95,8 @@ class GRN(nn.Module):
         return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
 
     def after_gelu(self, h: Tensor, sites: Sites) -> Tensor:
-        """GRN(GELU(h)), fused where all that is stored is active."""
-        if self.scope == "image" and sites.all_active:
+        """GRN(GELU(h)), fused where all that is stored is active; an exported program gets the plain operations."""
+        if self.scope == "image" and sites.all_active and not torch.compiler.is_exporting():
             out = gelu_grn(h.flatten(1, -2), self.gamma.flatten(), self.beta.flatten(), self.eps)
             return out.view_as(h)
         return self(F.gelu(h), sites)
@@ -208,8 +222,7 @@ class ConvNeXtV2(nn.Module):
             if visible_ids is not None:
                 raise ValueError("layout 'dense' has no hidden patches: drop visible_ids or choose 'packed'")
             return DenseSites((grid[0] * SITES_PER_PATCH, grid[1] * SITES_PER_PATCH))
-        if layout not in LAYOUTS:
-            raise ValueError(f"unknown layout {layout!r}: choose from auto, dense, {', '.join(LAYOUTS)}")
+        require_layout(layout)
         if visible_ids is None:
             raise ValueError(f"layout {layout!r} needs visible_ids")
         if visible_ids.dtype != torch.int64 or visible_ids.ndim != 2 or len(visible_ids) != len(images):
