@@ -313,8 +313,12 @@ def _load_torch(path: Path) -> Any:
         ) from error
 
 
-def _load_nested(path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or PyTorch file, out of the entry that training scripts put them in."""
+def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors or PyTorch file, by its own names, out of the entry scripts put them in.
+
+    Raises:
+        UserError: if it is damaged, a pickle with code in it, or has no average where `ema` asks for it.
+    """
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
@@ -427,7 +431,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         file = file.with_name(EMA)
         if not file.is_file():
             raise UserError(f"{path}: holds no EMA weights, only the raw ones")
-    stored = _load_nested(file, ema=ema and file.name != EMA)
+    stored = read_tensors(file, ema=ema and file.name != EMA)
     use: dict[str, Any] = {}
     enlargement = 1
     if file.name in WEIGHT_FILES:
