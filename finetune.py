@@ -37,6 +37,7 @@ from fcmae.data import (
     one_pass,
     open_source,
     share_of_each_class,
+    shares_images,
     unreadable,
 )
 from fcmae.engine import Plan, Trainer, claim_run_folder, rehearse, require_disk, start_accelerator
@@ -108,7 +109,7 @@ def validation_set(
     what = f"data.{'root' if data.val_root is None else 'val_root'}={root}, data.val_split={data.val_split}"
     source = open_source(data.name, root, data.val_split, in_chans)
     falls_back = data.name in ("folder", "", "arrays") and data.val_split != data.split  # to `root` itself
-    if falls_back and training is not None and source.describe(0) == training.describe(0):
+    if falls_back and training is not None and shares_images(training, source):
         raise UserError(
             f"{what}: no such folder, so that training's own images would be evaluated; name data.val_split or "
             "data.val_root, or data.val_split=null for none"
@@ -200,9 +201,9 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     source = Path(options.evaluate)
     if options.config is None:
         real = source.resolve()
-        homes = [real, real.parent, real.parent.parent]  # a run, its model, one of its checkpoints
-        run = next((folder for folder in homes if (folder / "config.yaml").is_file()), None)
-        if run is None:
+        run = real.parent.parent if real.parent.name == "checkpoints" else real
+        run = real.parent if real.name == "model" else run
+        if not (run / "config.yaml").is_file():
             raise UserError(
                 f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
             )

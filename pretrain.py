@@ -154,7 +154,10 @@ def main(argv: list[str]) -> int:
         if log is not None:
             (accuracy,) = knn_accuracy(train, val, splits.num_classes, neighbours=[20]).values()
             figures = {name: value for name, value in accuracy._asdict().items() if value is not None}
-            trainer.say(f"step {step} · k-NN " + " ".join(f"{name} {value:.2%}" for name, value in figures.items()))
+            left_out = len(splits.train) + len(splits.val) - len(train.labels) - len(val.labels)
+            told = [f"{name} {value:.2%}" for name, value in figures.items()]
+            told += [f"({left_out} images did not decode)"] if left_out else []
+            trainer.say(f"step {step} · k-NN {' '.join(told)}")
             log.record(step, {f"knn_{name}": value for name, value in figures.items()})
 
     # The pictures: original | masked | reconstruction of always the same images

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fcmae import ConvNeXtV2
 from fcmae.convert import write_timm_folder
@@ -73,6 +74,17 @@ def test_the_readme_and_the_config_tell_the_reference_records_result() -> None:
     assert told in config
 
 
+def labelled(root: Path) -> list[str]:
+    """Overrides that take the halves of the photographs, left or right, for labelled images."""
+    photos = [Image.open(path) for path in sorted((ROOT / "docs" / "photos").glob("*.jpg"))]
+    for i, photo in enumerate(photos):
+        for name, left in (("left", 0), ("right", photo.width // 2)):
+            path = root / "labelled" / ("train" if i < 9 else "test") / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.crop((left, 0, left + photo.width // 2, photo.height)).save(path)
+    return [f"data.root={root / 'labelled'}", "data.num_workers=0", "data.batch_size=4"]
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: Path) -> None:
     words = shlex.split(command)
@@ -83,6 +95,9 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
     elif words[0] == "tensorboard":
         out = shell(["tensorboard", "--inspect", "--logdir", str(quickstart)])
         assert "reconstructions" in out
+    elif words[:2] == ["fcmae", "evaluate"]:
+        out = shell(["python", "-m", "fcmae.cli", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)])
+        assert "linear probe" in out
     elif words[0] == "fcmae":
         model = tmp_path / "classifier" / "model"
         classifier = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=2)

@@ -191,7 +191,8 @@ class _Row:
     def describe(self, index: int) -> str:
         if self.reader is not None:
             try:
-                return str(self.reader.filename(index, absolute=True))
+                name = str(self.reader.filename(index, absolute=True))
+                return f"{self.reader.root}/{name}" if hasattr(self.reader, "tar_state") else name
             except (KeyError, NotImplementedError, TypeError):
                 pass  # timm's readers of nameless rows
         return f"{self.name}[{index}]"
@@ -301,12 +302,12 @@ def labels_by(source: Source, class_names: Sequence[str] | None, what: str) -> n
 
 
 def shares_images(source: Source, other: Source) -> bool:
-    """Whether the first image of a folder, tar file or array is among those of another.
+    """Whether the first image of a folder, tar file or array is among those of another, or the other way round.
 
-    So it is where timm, for want of a folder named for the split, takes the whole of the root.
+    So it is where one of them is the whole of a root, for want of a folder named for its split.
     """
-    first = source.describe(0)
-    return any(other.describe(index) == first for index in range(len(other)))
+    pairs = ((source, other), (other, source))
+    return any(b.describe(index) == a.describe(0) for a, b in pairs for index in range(len(b)))
 
 
 class Subset:
