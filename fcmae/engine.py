@@ -127,7 +127,7 @@ def start_accelerator(precision: str) -> Accelerator:
     if asked_for_more and not any(name in os.environ for name in PROCESS_COUNTS):
         raise UserError(
             "accelerate launch starts a single process on CPU, whatever --num_processes says; for N processes: "
-            "torchrun --nproc_per_node N pretrain.py --config FILE key=value ..."
+            "torchrun --nproc_per_node N SCRIPT --config FILE key=value ..."
         )
     # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
