@@ -201,9 +201,9 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     source = Path(options.evaluate)
     if options.config is None:
         real = source.resolve()
-        homes = [real, real.parent, real.parent.parent]  # a run, its model, one of its checkpoints
-        run = next((folder for folder in homes if (folder / "config.yaml").is_file()), None)
-        if run is None:
+        run = real.parent.parent if real.parent.name == "checkpoints" else real
+        run = real.parent if real.name == "model" else run
+        if not (run / "config.yaml").is_file():
             raise UserError(
                 f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
             )

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcmae import FCMAE, sample_visible_ids
-from fcmae.checkpoint import find_weights, load_into, load_tensors
+from fcmae.checkpoint import find_weights, load_into, read_tensors, read_weights
 from fcmae.config import PretrainConfig, load_config, to_yaml
 from fcmae.convert import write_timm_folder
 from fcmae.data import (
@@ -52,11 +52,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def start_from(model: FCMAE, source: Path) -> None:
-    """Load the weights of a whole FCMAE or, where there is no decoder, of its encoder."""
+    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder."""
     path = find_weights(source)
-    tensors = load_tensors(path)
-    whole = any(name.startswith("decoder.") for name in tensors)
-    load_into(model if whole else model.encoder, tensors, path)
+    tensors = read_tensors(path)
+    if any(name.startswith("decoder.pred.") for name in tensors):
+        load_into(model, tensors, path)
+    else:
+        tensors = read_weights(source).tensors
+        encoder = {n: tensor for n, tensor in tensors.items() if not n.startswith(("norm.", "head."))}
+        load_into(model.encoder, encoder, path)
 
 
 def main(argv: list[str]) -> int:

@@ -313,8 +313,12 @@ def _load_torch(path: Path) -> Any:
         ) from error
 
 
-def _load_nested(path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or PyTorch file, out of the entry that training scripts put them in."""
+def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors or PyTorch file, by its own names, out of the entry scripts put them in.
+
+    Raises:
+        UserError: if it is damaged, a pickle with code in it, or has no average where `ema` asks for it.
+    """
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
@@ -378,6 +382,8 @@ def _told_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 def _told_by_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
     size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
+    if isinstance(size, int):  # of older files
+        size = {"shortest_edge": size}
     if preprocessor.get("do_center_crop") and "height" in crop:
         told["image_size"] = [crop["height"], crop["width"]]
         told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
@@ -427,7 +433,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         file = file.with_name(EMA)
         if not file.is_file():
             raise UserError(f"{path}: holds no EMA weights, only the raw ones")
-    stored = _load_nested(file, ema=ema and file.name != EMA)
+    stored = read_tensors(file, ema=ema and file.name != EMA)
     use: dict[str, Any] = {}
     enlargement = 1
     if file.name in WEIGHT_FILES:

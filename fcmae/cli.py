@@ -34,7 +34,7 @@ def say(text: str) -> None:
 
 def tell_weights(weights: Weights) -> None:
     """Say what was read, and what had to be assumed."""
-    say(f"{weights.path}: {weights.kind} weights, ConvNeXt V2 {describe_encoder(weights.tensors)}")
+    say(f"{weights.path}: {weights.kind}, ConvNeXt V2 {describe_encoder(weights.tensors)}")
     unknown = [name for name in ("mean", "std", "image_size") if getattr(weights, name) is None]
     if unknown:
         say(
@@ -199,7 +199,7 @@ def run_export(options: argparse.Namespace) -> int:
     written = export(weights, options.to, options.output)
     kind = FORMATS[options.to]
     for file in written.files:
-        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+        print(f"{file}  {file.stat().st_size:,} bytes")
     precision = str(kind.dtype).removeprefix("torch.")
     say(f"checked on random images in {precision}: differs by {written.difference:.0e} of the largest output")
     say(f"load with {written.how}")

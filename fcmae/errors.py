@@ -35,16 +35,18 @@ def run_script(main: Callable[[list[str]], int]) -> int:
     """Run `main` on the command line; bad input ends in one line on standard error and exit code 2."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        sys.stdout.flush()  # here, where a reader that has gone is met with calm
+        return code
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         elif not error.everywhere:
             print(f"error in process {rank}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` does
+    except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 0
     except OSError as error:
         if error.errno not in PLACES:
             raise

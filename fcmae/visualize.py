@@ -111,6 +111,43 @@ def draw_reconstructions(
     return draw_panels(normalize.invert(images).cpu(), normalize.invert(reconstruction).cpu(), visible.cpu())
 
 
+@torch.no_grad()
+def draw_mask_ratios(
+    model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, mask_ratios: Sequence[float], seed: int = 0
+) -> np.ndarray:
+    """Draw what the model makes of one image at several mask ratios, a row for each: uint8 (h, w, 3).
+
+    What is visible at a high ratio is visible at every lower one.
+
+    Args:
+        pixels: uint8 (c, H, W), sides multiples of the patch size.
+        mask_ratios: shares of hidden patches, inside (0, 1).
+        seed: of the random masks.
+
+    Raises:
+        ValueError: if a ratio or the image's size does not fit.
+    """
+    grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
+    images = normalize(pixels[None].to(model.decoder.mask_token.device))
+    model.eval()
+    reconstructions, visibles = [], []
+    for ratio in mask_ratios:
+        generator = torch.Generator().manual_seed(seed)  # the same noise: masks within masks
+        ids = sample_visible_ids(1, grid[0] * grid[1], ratio, generator).to(images.device)
+        reconstruction, visible = reconstruct(
+            images, model(images, ids).pred, ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
+        )
+        reconstructions.append(reconstruction)
+        visibles.append(visible)
+    originals = normalize.invert(images).expand(len(mask_ratios), -1, -1, -1)
+    return draw_panels(
+        originals.cpu(),
+        normalize.invert(torch.cat(reconstructions)).cpu(),
+        torch.cat(visibles).cpu(),
+        [f"{ratio:.0%} hidden" for ratio in mask_ratios],
+    )
+
+
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(text) <= width:
         return text
@@ -164,40 +201,3 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndar
             where = (left + j * cell + cell // 2, top + i * cell + cell // 2)
             pen.text(where, f"{100 * shares[i, j]:.0f}", fill=colour, font=font, anchor="mm")
     return np.asarray(picture)
-
-
-@torch.no_grad()
-def draw_mask_ratios(
-    model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, mask_ratios: Sequence[float], seed: int = 0
-) -> np.ndarray:
-    """Draw what the model makes of one image at several mask ratios, a row for each: uint8 (h, w, 3).
-
-    What is visible at a high ratio is visible at every lower one.
-
-    Args:
-        pixels: uint8 (c, H, W), sides multiples of the patch size.
-        mask_ratios: shares of hidden patches, inside (0, 1).
-        seed: of the random masks.
-
-    Raises:
-        ValueError: if a ratio or the image's size does not fit.
-    """
-    grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
-    images = normalize(pixels[None].to(model.decoder.mask_token.device))
-    model.eval()
-    reconstructions, visibles = [], []
-    for ratio in mask_ratios:
-        generator = torch.Generator().manual_seed(seed)  # the same noise: masks within masks
-        ids = sample_visible_ids(1, grid[0] * grid[1], ratio, generator).to(images.device)
-        reconstruction, visible = reconstruct(
-            images, model(images, ids).pred, ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
-        )
-        reconstructions.append(reconstruction)
-        visibles.append(visible)
-    originals = normalize.invert(images).expand(len(mask_ratios), -1, -1, -1)
-    return draw_panels(
-        originals.cpu(),
-        normalize.invert(torch.cat(reconstructions)).cpu(),
-        torch.cat(visibles).cpu(),
-        [f"{ratio:.0%} hidden" for ratio in mask_ratios],
-    )

@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 # Triton kernels run in its interpreter where there is no GPU; Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parent.parent
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -59,7 +59,8 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
         config=config,
     )
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8))
-    batch = MaskedBatch(pixels, (0, 1, 2, 3), (), sample_visible_ids(4, 16, 0.6)).pin_memory()
+    ids = sample_visible_ids(4, 16, 0.6)
+    batch = MaskedBatch(images=pixels, indices=(0, 1, 2, 3), bad=(), visible_ids=ids).pin_memory()
     batches = iter([batch] * 10)
     for _ in range(2):
         trainer.update(batches)

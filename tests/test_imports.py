@@ -27,7 +27,13 @@ MODELS = {"encoder", "decoder", "loss", "model"}
 ONLY_IN = {
     # package: the only parts that may import it; ours are named without "fcmae."
     "accelerate": {"engine", "pretrain", "finetune", "cli"},
-    "argparse": {"pretrain", "finetune", "cli", "checkpoint"},  # checkpoint: to allow its Namespace in old files
+    "argparse": {
+        "pretrain",
+        "finetune",
+        "cli",
+        "install_minkowski",
+        "checkpoint",
+    },  # whose old files hold Namespaces
     "timm": {"data", "engine", "export", "pretrain", "finetune"},  # augmentation; moving average; check; mixup
     "transformers": {"export"},
     "onnxruntime": {"export"},

@@ -284,3 +284,62 @@ def test_the_official_sparse_encoder_computes_the_same_after_conversion() -> Non
     official.load_state_dict(back, strict=True)
     with torch.no_grad():
         assert torch.equal(official(images, active), expected)
+
+
+@pytest.mark.parametrize("variant", ["atto", TINY])
+def test_sparse_and_dense_there_and_back_is_the_identity(variant: Any) -> None:
+    dense = dict(randomise(ConvNeXtV2(variant)).state_dict())
+    sparse = dense_to_official_sparse(dense)
+    assert sparse.keys() != dense.keys()
+    for result in (official_sparse_to_dense(sparse), official_sparse_to_dense(dense)):
+        assert result.keys() == dense.keys()
+        assert all(torch.equal(result[name], dense[name]) for name in dense)  # shapes too: twice is once
+    again = dense_to_official_sparse(official_sparse_to_dense(sparse))
+    assert again.keys() == sparse.keys()
+    assert all(torch.equal(again[name], sparse[name]) for name in sparse)
+
+
+def test_kernels_lie_as_the_engine_counts_columns_before_rows() -> None:
+    kernel = torch.arange(49 * 3.0).view(49, 3)
+    weight = official_sparse_to_dense({"stages.0.0.dwconv.kernel": kernel})["stages.0.0.dwconv.weight"]
+    assert weight.shape == (3, 1, 7, 7)
+    assert weight[2, 0, 1, 5] == kernel[5 * 7 + 1, 2]
+    kernel = torch.arange(4 * 3 * 5.0).view(4, 3, 5)
+    weight = official_sparse_to_dense({"downsample_layers.1.1.kernel": kernel})["downsample_layers.1.1.weight"]
+    assert weight.shape == (5, 3, 2, 2)
+    assert weight[4, 2, 0, 1] == kernel[1 * 2 + 0, 2, 4]
+
+
+def test_a_decoder_beside_the_sparse_encoder_is_left_out_and_nothing_else() -> None:
+    encoder = dense_to_official_sparse(ConvNeXtV2(TINY).state_dict())
+    state = {f"encoder.{name}": value for name, value in encoder.items()}
+    decoder = ("proj.weight", "mask_token", "decoder.0.dwconv.weight", "pred.bias")
+    assert (
+        official_sparse_to_dense(state | dict.fromkeys(decoder, torch.zeros(1))).keys()
+        == ConvNeXtV2(TINY).state_dict().keys()
+    )
+    with pytest.raises(ValueError, match=r"unknown keys 'stages\.0\.0\.projection\.weight'"):
+        official_sparse_to_dense(state | {"encoder.stages.0.0.projection.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("stages.0.0.dwconv.kernel", (48, 8)),
+        ("stages.0.0.grn.gamma", (1, 1, 32)),
+        ("stages.0.0.grn.gamma", (2, 32)),
+        ("stages.0.0.dwconv.bias", (2, 8)),
+    ],
+)
+def test_shapes_that_are_not_the_official_codes_are_refused_by_name(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{name}: a shape of \({', '.join(map(str, shape))}\) is not the official"
+    ):
+        official_sparse_to_dense({name: torch.zeros(shape)})
+
+
+def test_the_official_sparse_encoder_has_no_classifier() -> None:
+    with pytest.raises(
+        ValueError, match=r"bare of norm and head: unknown keys 'norm\.weight', 'norm\.bias', 'head"
+    ):
+        dense_to_official_sparse(ConvNeXtV2(TINY, num_classes=3).state_dict())

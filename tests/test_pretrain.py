@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 import fcmae.engine
 import pretrain
 from fcmae.checkpoint import save_checkpoint
+from fcmae.convert import to_timm
 from fcmae.data import save_arrays
 
 TINY = "[[1,1,1,1],[8,8,16,16]]"
@@ -377,10 +378,14 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], 
 
     encoder = {n.removeprefix("encoder."): v for n, v in weights(tmp_path / "run").items() if "encoder." in n}
     save_file(encoder, tmp_path / "encoder.safetensors")
-    only = tmp_path / "only"
-    assert run(*start, f"output={only}", f"init_from={tmp_path / 'encoder.safetensors'}") == 0
-    assert all(torch.equal(weights(only)["encoder." + name], value) for name, value in encoder.items())
-    assert not torch.equal(weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"])
+    torch.save({"state_dict": to_timm(encoder)}, tmp_path / "timm.pth")
+    for name in ("encoder.safetensors", "timm.pth"):
+        only = tmp_path / name.replace(".", "-")
+        assert run(*start, f"output={only}", f"init_from={tmp_path / name}") == 0
+        assert all(torch.equal(weights(only)["encoder." + name], value) for name, value in encoder.items())
+        assert not torch.equal(
+            weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"]
+        )
 
 
 # k-NN on the way

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fcmae import ConvNeXtV2
+from fcmae.convert import write_timm_folder
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
@@ -95,6 +98,13 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
     elif words[:2] == ["fcmae", "evaluate"]:
         out = shell(["python", "-m", "fcmae.cli", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)])
         assert "linear probe" in out
+    elif words[0] == "fcmae":
+        model = tmp_path / "classifier" / "model"
+        classifier = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=2)
+        write_timm_folder(classifier, model, mean=[0.5] * 3, std=[0.5] * 3, image_size=64)
+        places = {"runs/quickstart": str(quickstart)}
+        words = [places.get(word, re.sub("^runs/", f"{tmp_path}/", word)) for word in words[1:]]
+        assert shell([sys.executable, "-m", "fcmae.cli", *words])
     else:
         assert "pretrain.py" in words, f"no rule for running: {command}"
         config = words[words.index("--config") + 1]
