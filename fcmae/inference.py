@@ -144,7 +144,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         )
     config = parse_config(PretrainConfig, read_state(file.parent)["config"], str(state))
     with blame(str(state)):
-        model = FCMAE(**dict(config.model))
+        model = FCMAE(**dict(config.model) | {"layout": "auto"})  # a machine may lack the engine of training
     load_into(model, tensors, file)
     return model, config
 
