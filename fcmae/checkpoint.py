@@ -179,19 +179,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
-    """Guess the variant whose encoder these tensors hold: its name, or depths and dims."""
-    depths: list[int] = []
-    dims: list[int] = []
-    for i in range(4):
-        stage = {
-            int(name.split(f"stages.{i}.")[1].split(".")[0]): value.shape[0]
-            for name, value in tensors.items()
-            if f"stages.{i}." in name and name.endswith("dwconv.weight")
-        }
-        if not stage:
-            return "no ConvNeXt V2"
-        depths.append(len(stage))
-        dims.append(next(iter(stage.values())))
+    """Guess the variant whose encoder these tensors hold, by any names we know: its name, or depths and dims."""
+    blocks: list[dict[int, int]] = [{}, {}, {}, {}]
+    for name, value in tensors.items():
+        found = re.search(
+            r"stages\.([0-3])\.(?:blocks\.|layers\.)?(\d+)\.(?:dwconv|conv_dw)\.(weight|kernel)$", name
+        )
+        if found and value.ndim > 1:
+            blocks[int(found[1])][int(found[2])] = value.shape[1 if found[3] == "kernel" else 0]
+    if not all(blocks):
+        return "no ConvNeXt V2"
+    depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
 
 
@@ -382,6 +380,8 @@ def _told_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
 def _told_by_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
     size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
+    if isinstance(size, int):  # of older files
+        size = {"shortest_edge": size}
     if preprocessor.get("do_center_crop") and "height" in crop:
         told["image_size"] = [crop["height"], crop["width"]]
         told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
@@ -440,7 +440,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             described = file.parent / (STATE if (file.parent / STATE).is_file() else CONFIG)
             raise UserError(f"{described}: damaged ({type(error).__name__}: {error})") from error
-    with blame(str(file)):
+    like = describe_encoder(stored)
+    with blame(str(file) if like == "no ConvNeXt V2" else f"{file} (most like {like})"):
         tensors, kind = from_any(stored)
         if kind == "timm" and enlargement != 1:
             name = "downsample_layers.0.0.weight"

@@ -34,7 +34,7 @@ def say(text: str) -> None:
 
 def tell_weights(weights: Weights) -> None:
     """Say what was read, and what had to be assumed."""
-    say(f"{weights.path}: {weights.kind} weights, ConvNeXt V2 {describe_encoder(weights.tensors)}")
+    say(f"{weights.path}: {weights.kind}, ConvNeXt V2 {describe_encoder(weights.tensors)}")
     unknown = [name for name in ("mean", "std", "image_size") if getattr(weights, name) is None]
     if unknown:
         say(
@@ -53,17 +53,21 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them")
 
 
-def preprocessing_of(weights: Weights) -> dict[str, Any]:
-    """Return what is known of the images that these weights were trained on, as keys of the data section."""
-    state = weights.path.with_name(STATE)
-    if state.is_file():
-        stored = json.loads(state.read_text(encoding="utf-8"))["config"]["data"]
-        return {key: value for key, value in stored.items() if key in DataSection.model_fields}
-    known = {key: getattr(weights, key) for key in ("mean", "std", "image_size")}
-    return {key: value for key, value in known.items() if value is not None}
-
-
 # fcmae evaluate
+
+
+def images_of(weights: Weights) -> dict[str, Any]:
+    """Return what is known of the images that these weights were trained and judged on, as an `EvaluateConfig`."""
+    state = weights.path.with_name(STATE)
+    if not state.is_file():
+        known = {key: getattr(weights, key) for key in ("mean", "std", "image_size")}
+        return {"data": {key: value for key, value in known.items() if value is not None}}
+    stored = json.loads(state.read_text(encoding="utf-8"))["config"]
+    told = stored["data"] | stored.get("eval", {})  # where pretraining and fine-tuning name their validation sets
+    return {
+        "data": {key: value for key, value in stored["data"].items() if key in DataSection.model_fields},
+        "eval": {key: told[key] for key in ("val_split", "val_root") if key in told},
+    }
 
 
 def judge(
@@ -122,7 +126,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Judge an encoder's frozen features on labelled images."""
     weights = read_weights(options.source, ema=options.ema)
     config = override_config(
-        EvaluateConfig, {"data": preprocessing_of(weights)}, options.overrides, f"fcmae evaluate {options.source}"
+        EvaluateConfig, images_of(weights), options.overrides, f"fcmae evaluate {options.source}"
     )
     data = config.data
     encoder = build_encoder(weights, num_classes=0)
@@ -199,7 +203,7 @@ def run_export(options: argparse.Namespace) -> int:
     written = export(weights, options.to, options.output)
     kind = FORMATS[options.to]
     for file in written.files:
-        print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
+        print(f"{file}  {file.stat().st_size:,} bytes")
     precision = str(kind.dtype).removeprefix("torch.")
     say(f"checked on random images in {precision}: differs by {written.difference:.0e} of the largest output")
     say(f"load with {written.how}")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -73,6 +74,9 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
+        needed = 2**20 + sum(value.nbytes for value in encoder.state_dict().values())
+        if shutil.disk_usage(aside).free < needed:
+            raise UserError(f"--output {output}: takes {needed / 1e6:.0f} MB, more than is free; free some space")
         with blame(f"--to {to}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters' own internals
             kind.write(encoder, use, aside)
@@ -85,8 +89,8 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
         os.replace(aside, output)
     except ImportError as error:
         raise UserError(f"--to {to}: {error.name or error} is missing: pip install 'fcmae[export]'") from error
-    except OSError as error:
-        raise UserError(f"--output {output}: not written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {output}: not written ({error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     how = kind.how if encoder.num_classes else kind.how.replace("ForImageClassification", "")
@@ -149,6 +153,7 @@ def _write_transformers(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
         crop_size={"height": height, "width": width},
         image_mean=list(prepare.mean),
         image_std=list(prepare.std),
+        do_convert_rgb=encoder.in_chans == 3,
     ).save_pretrained(folder)
 
 

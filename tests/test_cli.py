@@ -94,7 +94,7 @@ def test_the_table_names_images_and_classes(model: Path, capsys: pytest.CaptureF
     assert (lines[0], lines[4]) == (str(PHOTOS / "fig.jpg"), str(PHOTOS / "bird.jpg"))
     assert sorted(line.split()[1] for line in lines[1:4]) == NAMES
     assert sum(float(line.split()[0].rstrip("%")) for line in lines[1:4]) == pytest.approx(100, abs=0.02)
-    assert "timm weights, ConvNeXt V2 depths [1, 1, 2, 1]" in captured.err
+    assert "timm, ConvNeXt V2 depths [1, 1, 2, 1]" in captured.err
 
 
 def test_unreadable_images_are_named_and_the_others_done(
@@ -181,7 +181,7 @@ def test_an_export_says_what_it_wrote_and_how_to_load_it(
     assert [line.split("  ")[0] for line in captured.out.splitlines()] == [
         str(tmp_path / "new" / "folder" / name) for name in ("config.json", "model.safetensors")
     ]
-    assert "FCMAE run weights" in captured.err
+    assert "FCMAE run, ConvNeXt V2" in captured.err
     assert "checked on random images in float64" in captured.err
     assert f'timm.create_model("local-dir:{tmp_path / "new" / "folder"}", pretrained=True)' in captured.err
     stored, written = read_weights(run), read_weights(tmp_path / "new" / "folder")

@@ -395,13 +395,14 @@ def test_evaluate_does_what_it_is_asked_for(
 def test_a_run_is_judged_on_its_own_images_before_others(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (root / "val").rename(root / "test")
     config = tmp_path / "config.yaml"
     config.write_text(
         f"output: {tmp_path / 'run'}\n"
         "model: {variant: [[1, 1, 1, 1], [8, 8, 16, 16]], stem_stride: 1, decoder_dim: 16}\n"
         f"data: {{root: {root}, image_size: 16, batch_size: 4, num_workers: 0}}\n"
         "train: {max_steps: 1}\n"
-        "eval: {num_images: 6}\n"
+        "eval: {num_images: 6, val_split: test}\n"
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     assert pretrain.main(["--config", str(config)]) == 0
@@ -411,9 +412,13 @@ def test_a_run_is_judged_on_its_own_images_before_others(
     assert "(FCMAE run)" in out
     assert "15 images to learn 3 classes from, 5 to classify, at 16 x 16 px" in out
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last")
+    state = json.loads(Path(checkpoint, "state.json").read_text())
+    state["config"]["data"] |= {"val_root": str(root), "val_split": state["config"].pop("eval")["val_split"]}
+    Path(checkpoint, "state.json").write_text(json.dumps(state))  # as fine-tuning writes it
+    assert fcmae(capsys, "evaluate", checkpoint, "--linear")[0] == 0
     out = fcmae(capsys, "evaluate", checkpoint, "--knn", "eval.val_split=null")[1]
     assert "12 images to learn 3 classes from, 3 to classify" in out
-    code, _, err = fcmae(capsys, "evaluate", checkpoint, "data.split=val", "eval.val_split=train")
+    code, _, err = fcmae(capsys, "evaluate", checkpoint, "data.split=test", "eval.val_split=train")
     assert code == 2
     assert f"{root}, split train: class 'cat' is not among the 2 classes of training" in err
 

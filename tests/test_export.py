@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,15 @@ def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="exists already; name another folder"):
             export(classifier(), "plain", output)
     assert (tmp_path / "note").read_text() == "mine"
+
+
+def test_a_disk_too_full_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="out: takes 1 MB, more than is free"):
+        export(classifier(), "plain", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_leaves_no_folder_by_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -278,8 +278,8 @@ class ConvNeXtV2(nn.Module):
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Return the four stages' maps (b, c_i, h_i, w_i), finest first, for detection and segmentation.
 
-        c_i is `dims[i]`; the strides are stem_stride times 1, 2, 4 and 8, so 4, 8, 16 and 32 in the official network.
-        The maps are as the stages leave them, without a norm: heads that want one bring it, as timm's and others' do.
+        c_i is `dims[i]`; the strides are stem_stride times 1, 2, 4 and 8: in the official network 4, 8, 16 and 32.
+        The maps are as the stages leave them, without a norm, like those of timm's `features_only`.
 
         Raises:
             ValueError: as `features`.
