@@ -129,6 +129,7 @@ class FinetuneOptimSection(OptimSection):
 
     min_lr: NotNegative = 1e-6
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    warmup_epochs: NotNegative = 5
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate from each layer to the one below it."""
     layer_decay_type: Literal["single", "group"] = "single"
@@ -151,6 +152,7 @@ class TrainSection(Section):
 class FinetuneTrainSection(TrainSection):
     """How long and how to compute, and what is trained."""
 
+    epochs: Annotated[float, Field(gt=0)] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of the moving average of the weights, which is evaluated beside them; null for none."""
