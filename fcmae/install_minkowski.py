@@ -149,7 +149,7 @@ def prepare_cuda(environment: dict[str, str], home: Path, folder: Path) -> None:
     # CUDA 13 moved thrust here
     prepend(environment, "CPATH", home / "include" / "cccl")
     # Toolkits without the math libraries: NVIDIA's Python packages have them, but no plain libcusparse.so to link
-    packages = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include"))
+    packages = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))
     for library in ("cublas", "curand", "cusolver", "cusparse"):
         if any(home.glob(f"include/{library}*.h")):
             continue
