@@ -109,6 +109,22 @@ def test_a_bfloat16_encoder_computes_convolutions_in_float32() -> None:
 
 
 @needs_engine
+def test_the_engine_leaves_torch_its_threads() -> None:
+    encoder = small_encoder(stem_stride=1)
+    images, ids = torch.randn(2, 3, 32, 32, dtype=torch.float64), some_ids(2, 16, 6)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        features = encoder.features(images, ids, "minkowski")
+        assert torch.get_num_threads() == 3
+        features.sum().backward()
+        assert torch.get_num_threads() == 3
+        assert torch.equal(encoder.features(images, ids, "minkowski"), features)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_engine
 def test_an_empty_batch_is_refused_before_it_ends_the_process() -> None:
     encoder = small_encoder(stem_stride=1)
     with pytest.raises(ValueError, match=r"needs an image and a visible patch, got \(0, 6\)"):
@@ -283,7 +299,7 @@ def test_the_official_sparse_encoder_computes_the_same_after_conversion() -> Non
     back = dense_to_official_sparse(ours.state_dict())
     official.load_state_dict(back, strict=True)
     with torch.no_grad():
-        assert torch.equal(official(images, active), expected)
+        assert relative_error(official(images, active), expected) <= 1e-12  # its kernel maps vary in order
 
 
 @pytest.mark.parametrize("variant", ["atto", TINY])

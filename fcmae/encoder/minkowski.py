@@ -8,7 +8,8 @@ What the engine asks for, handled here:
 
 - It has float32 and float64 only: under autocast its convolutions run in float32.
 - With several threads its kernel maps come in an order that varies from run to run, so that a resumed run would
-  differ in the last digit: it gets one, which is no slower.
+  differ in the last digit: it gets one, which is no slower. It sets that number for all of OpenMP, torch included,
+  so torch's is given back.
 - An empty tensor ends the process: there is always an image and a visible patch.
 - On CUDA its copying convolution has failed on Hopper (direct mode is taken), and its kernels ignore the current
   stream (it runs on the default one, with waits on either side).
@@ -60,16 +61,21 @@ def import_engine() -> Any:
 
 
 @contextmanager
-def _default_stream(device: torch.device) -> Iterator[None]:
-    """Run what is inside on CUDA's default stream, after all that was asked of the current one."""
-    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
-        yield
-        return
-    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
-    default.wait_stream(current)
-    with torch.cuda.stream(default):
-        yield
-    current.wait_stream(default)
+def _calling(device: torch.device) -> Iterator[None]:
+    """Inside, OpenMP has one thread and CUDA its default stream, which comes after all asked of the current one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if device.type == "cuda":
+            current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+            default.wait_stream(current)
+            with torch.cuda.stream(default):
+                yield
+            current.wait_stream(default)
+        else:
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class MinkowskiSites:
         ids = visible_ids[image, patch]
         coordinates = torch.stack([image, ids // grid[1] * k + row, ids % grid[1] * k + col], -1)
         map_type = engine.CoordinateMapType.CUDA if device.type == "cuda" else engine.CoordinateMapType.CPU
-        manager = engine.CoordinateManager(D=2, num_threads=1, coordinate_map_type=map_type)
-        with _default_stream(device):
+        with _calling(device):
+            manager = engine.CoordinateManager(D=2, num_threads=1, coordinate_map_type=map_type)
             key, _ = manager.insert_and_map(coordinates.view(-1, 3).int(), 1)
         return cls((grid[0] * k, grid[1] * k), len(visible_ids), manager, key)
 
@@ -138,7 +144,7 @@ class MinkowskiSites:
     def _neighbours(self) -> Tensor:
         """The depthwise convolutions' kernel map as a table of our rows, int64 (49, n), n where there is none."""
         num_rows, device = len(self._our_rows), self._our_rows.device
-        with _default_stream(device):
+        with _calling(device):
             kernel_map = self.manager.kernel_map(self.key, self.key, stride=1, kernel_size=KERNEL_SIZE)
             offset = torch.cat([torch.full((pairs.shape[1],), j, device=device) for j, pairs in kernel_map.items()])
             source, target = self._our_rows[torch.cat(list(kernel_map.values()), 1).long()]
@@ -178,7 +184,7 @@ class MinkowskiSites:
         s = conv.weight.shape[-1]
         weight = conv.weight.permute(3, 2, 1, 0).flatten(0, 1)  # (o, i, kh, kw) -> (kw * kh, i, o)
         rows = x.flatten(0, 1).index_select(0, self._our_rows).to(dtype)
-        with _default_stream(x.device):
+        with _calling(x.device):
             coarse_key = self.manager.stride(self.key, s)
             generator = engine.KernelGenerator(kernel_size=s, stride=s, dimension=2)
             out = engine.MinkowskiConvolutionFunction.apply(
