@@ -1,24 +1,29 @@
 """Fine-tune a ConvNeXt V2 to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
 
 accelerate launch finetune.py --config configs/finetune/atto.yaml init_from=runs/atto data.root=IMAGES
+accelerate launch finetune.py --evaluate RUN
 """
 
 import argparse
-import functools
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fcmae import ConvNeXtV2
-from fcmae.checkpoint import find_weights, load_into, load_tensors
+from fcmae.checkpoint import EMA, build_encoder, describe_encoder, find_weights, load_into, read_weights
 from fcmae.config import FinetuneConfig, load_config, to_yaml
-from fcmae.convert import write_timm_folder
+from fcmae.convert import encoder_shape, write_timm_folder
 from fcmae.data import (
+    BadImage,
     Cover,
     EvaluationDataset,
     IndexStream,
@@ -39,12 +44,18 @@ from fcmae.errors import UserError, blame, run_script
 from fcmae.metrics import MetricsLog
 from fcmae.optim import build_adamw, layer_scales
 from fcmae.patches import grid_shape
-from fcmae.scores import Scores, Tally
+from fcmae.scores import Judged, Scores, confusion_matrix, judge, per_class, report, score
+from fcmae.visualize import draw_confusion
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Fine-tune a ConvNeXt V2 to classify labelled images.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/finetune/atto.yaml")
+    parser.add_argument("--config", metavar="FILE", help="such as configs/finetune/atto.yaml")
+    parser.add_argument(
+        "--evaluate",
+        metavar="SOURCE",
+        help="score a run (its best checkpoint), a checkpoint, or with --config any classifier's weights, and stop",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(
         "--dry-run",
@@ -52,79 +63,118 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="build everything, check the data, estimate time and memory; write nothing",
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as init_from=runs/atto")
-    return parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    if options.config is None and options.evaluate is None:
+        parser.error("one of --config and --evaluate is needed")
+    return options
 
 
-def labelled_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
+def numbered(number: int) -> tuple[str, ...]:
+    """Names of classes that have none."""
+    return tuple(str(label) for label in range(number))
+
+
+def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
     """Open the training images; returns them and the names of their classes.
 
     Raises:
-        UserError: if they have no labels, or more classes than `model.num_classes`.
+        UserError: if they have no labels, or not `model.num_classes` classes.
     """
     data = config.data
     source = open_source(data.name, data.root, data.split, config.model.in_chans)
     labels = labels_by(source, None, f"data.root={data.root}, split {data.split}")
-    names = source.class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
-    wanted = config.model.num_classes
-    if wanted is not None and wanted != len(names):
+    names = source.class_names or numbered(int(labels.max()) + 1)
+    if config.model.num_classes not in (None, len(names)):
+        shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise UserError(
-            f"model.num_classes={wanted}: the training images have {len(names)} classes "
-            f"({', '.join(names[:5])}{', ...' if len(names) > 5 else ''}); leave it null to take as many"
+            f"model.num_classes={config.model.num_classes}: the images of data.root={data.root} have {len(names)} "
+            f"classes ({shown}); null takes as many as there are"
         )
-    return share_of_each_class(source, data.label_fraction, config.train.seed), names
+    return source, names
 
 
-def validation_set(config: FinetuneConfig, class_names: tuple[str, ...]) -> EvaluationDataset | None:
-    """Open the images to evaluate, labelled as in training; None where `data.val_split` is null.
+def validation_set(config: FinetuneConfig, class_names: Sequence[str] | None, in_chans: int) -> EvaluationDataset:
+    """Open the images to evaluate, labelled by `class_names`; None takes their own.
 
     Raises:
-        UserError: if there are none, or their classes are not those of training.
+        UserError: if there are none, or their classes are not those.
     """
     data = config.data
-    if data.val_split is None:
-        return None
     root = data.root if data.val_root is None else data.val_root
-    what = f"data.val_split={data.val_split} of {root}"
-    source = open_source(data.name, root, data.val_split, config.model.in_chans)
-    labels = labels_by(source, class_names, what)
-    missing = [name for name in class_names if source.class_names and name not in source.class_names]
+    what = f"data.{'root' if data.val_root is None else 'val_root'}={root}, data.val_split={data.val_split}"
+    if data.val_split is None:
+        raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
+    source = open_source(data.name, root, data.val_split, in_chans)
+    names = class_names or source.class_names
+    labels = labels_by(source, names, what)
+    missing = [name for name in names or () if source.class_names and name not in source.class_names]
     if missing:
         raise UserError(
-            f"{what}: no images of {len(missing)} of the {len(class_names)} classes of training: "
-            f"{', '.join(missing[:10])}; add them, or remove these classes from both"
+            f"{what}: no images of {len(missing)} of the {len(names or ())} classes of training: "
+            f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}; each class needs its folder there"
         )
-    if labels.max() >= len(class_names):
-        raise UserError(f"{what}: has label {labels.max()}, but training has {len(class_names)} classes")
-    view = Cover(data.size, data.crop_pct)
-    return EvaluationDataset(source, labels, view=view, shape=(config.model.in_chans, *data.size))
+    if names and labels.max() >= len(names):
+        raise UserError(f"{what}: has label {labels.max()}, but there are {len(names)} classes, counted from 0")
+    return EvaluationDataset(
+        source,
+        labels,
+        class_names=names or numbered(int(labels.max()) + 1),
+        view=Cover(data.size, data.crop_pct),
+        shape=(in_chans, *data.size),
+    )
 
 
-def start_from(model: ConvNeXtV2, source: Path) -> str:
-    """Load an encoder's weights and, where it has as many classes, its classifier; returns what was done."""
-    path = find_weights(source)
-    tensors = load_tensors(path)
-    if any(name.startswith("encoder.") for name in tensors):
-        tensors = {n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}
+def require_apart(config: FinetuneConfig, training: Source, validation: Source) -> None:
+    """Check that images to evaluate were not taken from `root` itself for want of a folder `val_split` in it.
+
+    Raises:
+        UserError: if they were.
+    """
+    data = config.data
+    if data.name in ("folder", "", "arrays") and training.describe(0) == validation.describe(0):
+        if data.val_root is None and data.val_split != data.split:
+            raise UserError(
+                f"data.root={data.root}: no {data.val_split} beside {data.split} in it, so training's own images "
+                "would be evaluated; name data.val_split or data.val_root, or data.val_split=null for none"
+            )
+
+
+def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> str:
+    """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
+
+    Raises:
+        UserError: if the weights are another network's.
+    """
+    weights = read_weights(source)
+    tensors = weights.tensors
+    stem = tensors["downsample_layers.0.0.weight"]
+    found = {"variant": encoder_shape(tensors), "in_chans": stem.shape[1], "stem_stride": stem.shape[2]}
+    wanted = {"variant": (model.depths, model.dims), "in_chans": model.in_chans, "stem_stride": model.stem_stride}
+    for key, value in found.items():
+        if value != wanted[key]:
+            value = describe_encoder(tensors) if key == "variant" else value
+            raise UserError(
+                f"init_from={source}: {weights.kind} weights with {key} {value}; set model.{key} to that"
+            )
     classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
-    keeps_head = classes == model.num_classes
+    keep = classes == model.num_classes and weights.class_names in (None, class_names)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("norm.", "head."))}
-    if not keeps_head:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    load_into(model, own | tensors, path)
-    return f"{path}: {'with' if keeps_head else 'new classifier of'} {model.num_classes} classes"
+    taken = {name: tensor for name, tensor in tensors.items() if keep or not name.startswith("head.")}
+    load_into(model, own | taken, weights.path)
+    head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
+    return f"{weights.path} ({weights.kind}), {head}"
 
 
 def evaluate(
-    accelerator: Accelerator,
-    model: nn.Module,
-    dataset: EvaluationDataset,
-    *,
-    num_classes: int,
-    config: FinetuneConfig,
+    accelerator: Accelerator, model: nn.Module, dataset: EvaluationDataset, config: FinetuneConfig
 ) -> Scores:
-    """Score a classifier on all images of a set, spread over the processes, each counted once."""
+    """Score a classifier on all images of a set, spread over the processes, each counted once.
+
+    Raises:
+        UserError: if none of them could be read.
+    """
     keys = one_pass(
-        len(dataset.labels),
+        len(dataset),
         batch_size=config.data.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -132,21 +182,83 @@ def evaluate(
     batches = load_batches(
         dataset, keys, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
     )
+    hidden = not (accelerator.is_main_process and sys.stderr.isatty())
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
-    tally = Tally(num_classes, accelerator.device)
+    judged: list[Judged] = []
+    bad: list[BadImage] = []
     training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
-        for batch in batches:
+        for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
+            bad += batch.bad
             batch = batch.to(accelerator.device)
             # forward: a compiled model is compiled for training's shapes
-            tally.add(model.forward(normalize(batch.images)), batch.labels)
+            judged.append(judge(model.forward(normalize(batch.images)), batch.labels))
     model.train(training)
-    return tally.scores(functools.partial(accelerator.reduce, reduction="sum"))
+    if bad:
+        tqdm.write(f"not counted: {len(bad)} images that do not decode, the first {bad[0].name}: {bad[0].reason}")
+    columns = [torch.cat(column) for column in zip(*judged, strict=True)]
+    with blame(f"data.val_split={config.data.val_split}"):
+        return score(*(accelerator.gather(column).cpu().numpy() for column in columns))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def evaluate_weights(options: argparse.Namespace) -> int:
+    """Print how well a classifier does; write it and its confusion matrix into the run's folder."""
+    source = Path(options.evaluate)
+    if options.config is None:
+        real = source.resolve()
+        homes = [real, real.parent, real.parent.parent]  # a run, its model, one of its checkpoints
+        run = next((folder for folder in homes if (folder / "config.yaml").is_file()), None)
+        if run is None:
+            raise UserError(
+                f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
+            )
+        config = load_config(FinetuneConfig, run / "config.yaml", options.overrides)
+    else:
+        config = load_config(FinetuneConfig, options.config, options.overrides)
+        run = Path(config.output)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    accelerator = start_accelerator(config.train.precision)
+    best = source / "checkpoints" / "best"
+    source = best if best.is_dir() else source
+    has_ema = find_weights(source).with_name(EMA).is_file()
+    ema = has_ema if config.eval.ema is None else config.eval.ema
+    weights = read_weights(source, ema=ema)
+    model = build_encoder(weights).to(accelerator.device)
+    if not model.num_classes:
+        raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
+    with blame("data.image_size"):
+        grid_shape(config.data.size, model.patch_size)
+    dataset = validation_set(config, weights.class_names, model.in_chans)
+    if len(dataset.class_names) != model.num_classes:
+        raise UserError(
+            f"--evaluate {source}: classifies {model.num_classes} classes, but the images have "
+            f"{len(dataset.class_names)}"
+        )
+    scores = evaluate(accelerator, model, dataset, config)
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        confusion = confusion_matrix(scores, model.num_classes)
+        Image.fromarray(draw_confusion(confusion, dataset.class_names)).save(run / "confusion.png")
+        figures = {"weights": str(weights.path), "ema": ema, "images": len(scores.labels)}
+        figures |= {name: getattr(scores, name) for name in ("top1", "top5", "loss")}
+        table = {name: column.tolist() for name, column in per_class(confusion).items()}
+        figures["classes"] = {"names": list(dataset.class_names)} | table
+        (run / "evaluation.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        which = "; EMA weights" if ema else "; raw weights, not the EMA" if has_ema else ""
+        print(f"weights          {weights.path} ({weights.kind}{which})")
+        print(report(scores, dataset.class_names))
+        print(f"\nconfusion matrix {run / 'confusion.png'}")
+    accelerator.end_training()
+    return 0
 
 
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
+    if options.evaluate is not None:
+        return evaluate_weights(options)
     config = load_config(FinetuneConfig, options.config, options.overrides)
     if options.print_config:
         print(to_yaml(config), end="")
@@ -156,7 +268,11 @@ def main(argv: list[str]) -> int:
     accelerator.wait_for_everyone()  # until every process has seen the folder as it was
 
     # The images: labelled, and augmented by (seed, epoch, index)
-    source, class_names = labelled_source(config)
+    source, class_names = training_source(config)
+    validation = validation_set(config, class_names, config.model.in_chans) if config.data.val_split else None
+    if validation is not None:
+        require_apart(config, source, validation.source)
+    source = share_of_each_class(source, config.data.label_fraction, config.train.seed)
     with blame("data.auto_augment"):
         view = augmented_view(
             config.data.size,
@@ -169,10 +285,9 @@ def main(argv: list[str]) -> int:
             std=config.data.std,
         )
     dataset = LabelledDataset(source, view=view, seed=config.train.seed)
-    validation = validation_set(config, class_names)
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
-    # The network: a dense ConvNeXt V2, pretrained, with a new classifier
+    # The network: a dense ConvNeXt V2, pretrained, with a new classifier of small weights
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = ConvNeXtV2(
@@ -184,17 +299,18 @@ def main(argv: list[str]) -> int:
         )
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
+    model.gradient_checkpointing = config.train.gradient_checkpointing
     assert isinstance(model.head, nn.Linear)
     with torch.no_grad():
         model.head.weight.mul_(config.model.head_init_scale)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
-    started = "from scratch"
-    if config.init_from and checkpoint is None:
-        started = start_from(model, Path(config.init_from))
+    if checkpoint is None:
+        started = start_from(model, config.init_from, class_names) if config.init_from else "from scratch"
+    else:
+        started = f"{checkpoint.path} (resumed)"
     if config.train.freeze_encoder:
         model.requires_grad_(False)
-        model.head.requires_grad_(True)
-        model.eval()  # no drop path
+        model.head.requires_grad_()
+        model.eval()  # without drop path
     require_disk(Path(config.output), model, config.checkpoint.keep + 1, ema=config.train.ema_decay is not None)
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, a moving average of the weights
@@ -226,10 +342,9 @@ def main(argv: list[str]) -> int:
         ema_decay=config.train.ema_decay,
         facts={"class_names": list(class_names)},
     )
+    trainer.say(f"weights          {started}")
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    else:
-        trainer.say(f"weights          {started}")
     stream = IndexStream(
         len(source),
         batch_size=config.data.batch_size,
@@ -243,24 +358,22 @@ def main(argv: list[str]) -> int:
     )
     if options.dry_run:
         trainer.say(rehearse(trainer, batches))
-        for name, images in (("data", source), ("validation", validation and validation.source)):
-            if images is not None:
-                tried, bad = unreadable(images, 64)
-                trainer.say(f"{name:14} {tried} of {len(images):,} images tried, {len(bad)} unreadable")
-                for image in bad:
-                    trainer.say(f"               {image.name}: {image.reason}")
+        trainer.say(f"classes        {len(class_names)}")
+        for name, images in {"data": source, **({"validation": validation.source} if validation else {})}.items():
+            tried, bad = unreadable(images, 64)
+            trainer.say(f"{name:14} {tried} of {len(images):,} images tried, {len(bad)} unreadable")
+            for image in bad:
+                trainer.say(f"               {image.name}: {image.reason}")
         return 0
 
     # The evaluation: the weights and their moving average, side by side
-    def score(step: int, log: MetricsLog | None) -> float:
+    def rate(step: int, log: MetricsLog | None) -> float:
         assert validation is not None
-        networks = {"val": model} | ({"ema": trainer.ema.module} if trainer.ema else {})
-        scores = {
-            name: evaluate(accelerator, network, validation, num_classes=len(class_names), config=config)
-            for name, network in networks.items()
-        }
-        parts = [f"{name} top-1 {s.top1:.2%} top-5 {s.top5:.2%} loss {s.loss:.4f}" for name, s in scores.items()]
-        trainer.say(f"step {step} · " + " · ".join(parts))
+        scores = {"val": evaluate(accelerator, model, validation, config)}
+        if trainer.ema is not None:
+            scores["ema"] = evaluate(accelerator, trainer.ema.module, validation, config)
+        told = [f"{name} top-1 {s.top1:.2%} top-5 {s.top5:.2%} loss {s.loss:.4f}" for name, s in scores.items()]
+        trainer.say(f"step {step} · {' · '.join(told)}")
         if log is not None:
             figures = ("top1", "top5", "loss")
             log.record(step, {f"{name}_{key}": getattr(s, key) for name, s in scores.items() for key in figures})
@@ -270,7 +383,7 @@ def main(argv: list[str]) -> int:
         trainer.say(f"{config.output} is finished already: delete it, or name another output, to run again")
     trainer.fit(
         batches,
-        evaluate=score if validation else None,
+        evaluate=rate if validation else None,
         evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
     )
 
@@ -279,8 +392,19 @@ def main(argv: list[str]) -> int:
         final = trainer.ema.module if trainer.ema is not None and config.judge_ema else model
         assert isinstance(final, ConvNeXtV2)
         folder = Path(config.output, "model")
-        write_timm_folder(final, folder, mean=config.data.mean, std=config.data.std, image_size=config.data.size)
-        print(f"model            {folder}")
+        write_timm_folder(
+            final,
+            folder,
+            mean=config.data.mean,
+            std=config.data.std,
+            image_size=config.data.size,
+            crop_pct=config.data.crop_pct,
+            class_names=class_names,
+        )
+        print(f"model            {folder}{' (EMA)' if final is not model else ''}")
+        if trainer.best is not None:
+            best = Path(config.output, "checkpoints", "best")
+            print(f"best             {best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})")
         print(f"curves           tensorboard --logdir {config.output}")
     accelerator.end_training()
     return 0

@@ -42,6 +42,9 @@ def run_script(main: Callable[[list[str]], int]) -> int:
         elif not error.everywhere:
             print(f"error in process {rank}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in PLACES:
             raise

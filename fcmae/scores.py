@@ -1,68 +1,78 @@
-"""How well a classifier does: counts over batches, and a report of them; knows no models, data or processes."""
+"""How well a classifier does, from its logits to a report; knows no models, data or processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Judged(NamedTuple):
+    """What became of each image of a batch, on the device, so that no batch waits for the one before."""
+
+    labels: Tensor
+    """int64 (b,); negative for what does not count."""
+    guesses: Tensor
+    """int64 (b,): the likeliest class."""
+    top5: Tensor
+    """Booleans (b,): whether the right class is among the five likeliest."""
+    losses: Tensor
+    """float32 (b,): cross-entropy, without label smoothing."""
+
+
+def judge(logits: Tensor, labels: Tensor) -> Judged:
+    """Compare logits (b, classes) with labels int64 (b,), of which negative ones do not count."""
+    logits = logits.float()
+    guesses = logits.topk(min(5, logits.shape[1])).indices
+    return Judged(
+        labels=labels,
+        guesses=guesses[:, 0],
+        top5=(guesses == labels[:, None]).any(1),
+        losses=F.cross_entropy(logits, labels.clamp(min=0), reduction="none"),
+    )
 
 
 @dataclass(frozen=True)
 class Scores:
     """What an evaluation found."""
 
-    num_images: int
+    labels: np.ndarray
+    """int64 (n,), of the images that count, in any order."""
+    guesses: np.ndarray
+    """int64 (n,)."""
     loss: float
     """Mean cross-entropy, without label smoothing."""
     top1: float
     """Share of the images whose first guess is right."""
     top5: float
     """Share of the images with the right class among the first five guesses."""
-    confusion: np.ndarray
-    """int64 (true class, first guess): number of images."""
 
 
-class Tally:
-    """Counts on the device, so that no batch waits for the one before."""
+def score(labels: np.ndarray, guesses: np.ndarray, top5: np.ndarray, losses: np.ndarray) -> Scores:
+    """Sum up what `judge` found, arrays (n,).
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
-        self.num_classes = num_classes
-        self.loss_sum = torch.zeros(
-            (), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-        )
-        self.top5 = torch.zeros((), dtype=torch.int64, device=device)
-        self.confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device)
+    Raises:
+        ValueError: if nothing counts.
+    """
+    counted = labels >= 0
+    if not counted.any():
+        raise ValueError("none of the images could be read")
+    labels, guesses = labels[counted], guesses[counted]
+    return Scores(
+        labels=labels,
+        guesses=guesses,
+        loss=float(losses[counted].mean(dtype=np.float64)),
+        top1=float((labels == guesses).mean()),
+        top5=float(top5[counted].mean()),
+    )
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits (b, num_classes), labels int64 (b,), of which negative ones are left out."""
-        logits = logits.float()
-        losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
-        counted = labels >= 0
-        self.loss_sum += losses.where(counted, 0.0).sum(dtype=self.loss_sum.dtype)
-        guesses = logits.topk(min(5, self.num_classes)).indices
-        self.top5 += (guesses == labels[:, None]).sum()
-        self.confusion.index_add_(0, labels.clamp(min=0) * self.num_classes + guesses[:, 0], counted.long())
 
-    def scores(self, total: Callable[[Tensor], Any]) -> Scores:
-        """Return the scores of all processes, whose counts `total` sums.
-
-        Raises:
-            ValueError: if nothing was counted.
-        """
-        confusion = total(self.confusion).view(self.num_classes, -1).cpu().numpy()
-        num_images = int(confusion.sum())
-        if not num_images:
-            raise ValueError("no image could be read")
-        return Scores(
-            num_images=num_images,
-            loss=float(total(self.loss_sum)) / num_images,
-            top1=float(confusion.trace()) / num_images,
-            top5=float(total(self.top5)) / num_images,
-            confusion=confusion,
-        )
+def confusion_matrix(scores: Scores, num_classes: int) -> np.ndarray:
+    """Return the number of images by (true class, first guess), int64."""
+    cells = np.bincount(scores.labels * num_classes + scores.guesses, minlength=num_classes**2)
+    return cells.reshape(num_classes, num_classes)
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -78,14 +88,14 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def report(scores: Scores, class_names: Sequence[str]) -> str:
-    """Describe scores: the numbers of all images, then a line per class."""
+    """Describe scores: the figures of all images, then a line per class."""
     width = max(len("class"), *map(len, class_names))
-    columns = per_class(scores.confusion)
+    columns = per_class(confusion_matrix(scores, len(class_names)))
     lines = [
-        f"images  {scores.num_images:,}",
-        f"top-1   {scores.top1:.2%}",
-        f"top-5   {scores.top5:.2%}",
-        f"loss    {scores.loss:.4f}",
+        f"images           {len(scores.labels):,}",
+        f"top-1            {scores.top1:.2%}",
+        f"top-5            {scores.top5:.2%}",
+        f"loss             {scores.loss:.4f}",
         "",
         f"{'class':{width}}  {'images':>7}  {'recall':>7}  {'precision':>9}  {'F1':>7}",
     ]

@@ -1,4 +1,7 @@
-"""Pictures of what the model sees and makes: original | masked | reconstruction; knows no files of a run."""
+"""Pictures of what a model sees and makes: reconstructions, confusion matrices; knows no files of a run."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -97,3 +100,58 @@ def draw_reconstructions(
         images, pred, visible_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
     )
     return draw_panels(normalize.invert(images).cpu(), normalize.invert(reconstruction).cpu(), visible.cpu())
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Draw a confusion matrix: uint8 (h, w, 3); darker cells hold a larger share of their row, the true class.
+
+    Up to 50 classes are named; up to 30 have their shares in percent written into the cells.
+
+    Args:
+        confusion: (true class, first guess): number of images.
+    """
+    number = len(confusion)
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    named = number <= 50
+    cell = (36 if number <= 30 else 20) if named else max(1, 1000 // number)
+    font = ImageFont.load_default(14)
+    longest = max(font.getlength(name) for name in class_names) if named else 0
+    margin, room = 12, math.ceil(min(200, longest)) + 8
+    left = top = margin + 20 + room
+    size = number * cell
+    picture = Image.new("RGB", (left + size + margin, top + size + margin), "white")
+    pen = ImageDraw.Draw(picture)
+
+    white, blue = np.array([255, 255, 255]), np.array([8, 48, 107])
+    colours = (white + shares[..., None] * (blue - white)).round().astype(np.uint8)
+    picture.paste(Image.fromarray(colours).resize((size, size), Image.Resampling.NEAREST), (left, top))
+    pen.rectangle((left - 1, top - 1, left + size, top + size), outline="gray")
+
+    def upright(text: str, width: int, x: int, bottom: int) -> None:
+        """Write text upwards, in a strip of `width` pixels around x that begins at `bottom`."""
+        strip = Image.new("RGB", (width, 20), "white")
+        ImageDraw.Draw(strip).text((0, 10), text, fill="black", font=font, anchor="lm")
+        picture.paste(strip.rotate(90, expand=True), (x - 10, bottom - width))
+
+    pen.text((left + size // 2, margin), "first guess", fill="black", font=font, anchor="mm")
+    upright("true class", 80, margin, top + size // 2 + 40)
+    if named:
+        for i, name in enumerate(class_names):
+            middle = i * cell + cell // 2
+            text = _shorten(name, font, room - 8)
+            pen.text((left - 8, top + middle), text, fill="black", font=font, anchor="rm")
+            upright(text, room - 8, left + middle, top - 4)
+    if number <= 30:
+        for i, j in np.argwhere(confusion > 0).tolist():
+            colour = "white" if shares[i, j] > 0.5 else "black"
+            where = (left + j * cell + cell // 2, top + i * cell + cell // 2)
+            pen.text(where, f"{100 * shares[i, j]:.0f}", fill=colour, font=font, anchor="mm")
+    return np.asarray(picture)

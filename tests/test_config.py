@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from fcmae import VARIANTS
-from fcmae.config import PretrainConfig, Section, load_config, to_yaml
+from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, Section, load_config, to_yaml
 from fcmae.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+SHIPPED_KINDS = [(FinetuneConfig if path.parent.name == "finetune" else PretrainConfig, path) for path in SHIPPED]
 MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"
 
 
@@ -43,9 +44,9 @@ def error_of(path: Path, *overrides: str) -> str:
     return message
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_config_parses_and_leaves_out_no_key(path: Path) -> None:
-    config = load_config(PretrainConfig, path)
+@pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in SHIPPED])
+def test_every_shipped_config_parses_and_leaves_out_no_key(kind: type[RunConfig], path: Path) -> None:
+    config = load_config(kind, path)
     assert dotted_dict(yaml.safe_load(path.read_text())) == dotted(config)
 
 
@@ -68,6 +69,75 @@ def test_there_is_an_imagenet_recipe_for_each_variant() -> None:
         assert (config.optim.base_lr, config.optim.weight_decay, config.optim.betas) == (1.5e-4, 0.05, (0.9, 0.95))
         assert config.model.norm_pix_loss
         assert config.optim.clip_grad is None
+
+
+FINETUNING = {
+    # variant: base_lr, weight decay, layer decay and type, warm-up, epochs, smoothing, mixup, cutmix, drop path
+    "atto": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0, 0, 0.1),
+    "femto": (2e-4, 0.05, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0),
+    "pico": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.3, 0.3, 0),
+    "nano": (2e-4, 0.3, 0.9, "single", 0, 600, 0.2, 0.5, 0.5, 0.1),
+    "tiny": (8e-4, 0.05, 0.9, "single", 40, 300, 0.1, 0.8, 1, 0.2),
+    "base": (6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1, 0.1),
+    "large": (6.25e-4, 0.05, 0.6, "group", 20, 100, 0.1, 0.8, 1, 0.2),
+    "huge": (1.25e-4, 0.05, 0.75, "single", 10, 50, 0.1, 0.8, 1, 0.3),
+}
+"""Paper, tables 9 to 11; the learning rates of the three largest are the official code's."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -> None:
+    config = load_config(FinetuneConfig, ROOT / "configs" / "finetune" / f"{name}.yaml")
+    data, optim, train = config.data, config.optim, config.train
+    assert (
+        optim.base_lr,
+        optim.weight_decay,
+        optim.layer_decay,
+        optim.layer_decay_type,
+        optim.warmup_epochs,
+        train.epochs,
+        train.label_smoothing,
+        data.mixup,
+        data.cutmix,
+        config.model.drop_path,
+    ) == FINETUNING[name]
+    assert config.model.variant == name
+    assert config.init_from == load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml").output
+    assert data.batch_size * optim.accumulate * 8 == 1024
+    assert (optim.betas, optim.min_lr, optim.clip_grad) == ((0.9, 0.999), 1e-6, None)
+    assert (train.ema_decay, config.model.head_init_scale) == (0.9999, 0.001)
+    assert (data.auto_augment, data.erase_prob, data.crop_pct) == ("rand-m9-mstd0.5-inc1", 0.25, 0.875)
+    assert config.judge_ema
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["model.in_chans=4", "data.mean=[0,0,0,0]", "data.std=[1,1,1,1]"],
+            ["data.auto_augment=null", "in_chans is 4"],
+        ),
+        (["data.batch_size=5", "data.mixup=0.8"], ["data.batch_size=5 is odd"]),
+        (["eval.ema=true"], ["train.ema_decay"]),
+        (["data.label_fraction=0"], ["data.label_fraction", "greater than 0"]),
+        (["optim.layer_decay_type=double"], ["optim.layer_decay_type", "'single' or 'group'"]),
+        (["data.mix_up=1"], ["did you mean 'data.mixup'?"]),
+        (["model.mask_ratio=0.5"], ["model.mask_ratio", "unknown key"]),
+    ],
+)
+def test_wrong_values_of_finetuning_are_told_in_one_line(
+    minimal: Path, overrides: list[str], parts: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(FinetuneConfig, minimal, overrides)
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_the_moving_average_counts_where_there_is_one_unless_told_otherwise(minimal: Path) -> None:
+    assert not load_config(FinetuneConfig, minimal).judge_ema
+    assert load_config(FinetuneConfig, minimal, ["train.ema_decay=0.9"]).judge_ema
+    assert not load_config(FinetuneConfig, minimal, ["train.ema_decay=0.9", "eval.ema=false"]).judge_ema
 
 
 def test_yaml_numbers_in_scientific_notation_are_numbers(minimal: Path) -> None:

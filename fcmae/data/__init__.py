@@ -12,6 +12,7 @@ except (ImportError, RuntimeError, OSError) as error:
 
 from fcmae.data.batches import (
     NOT_COUNTED,
+    BadImage,
     EvaluationDataset,
     LabelledBatch,
     LabelledDataset,
@@ -27,6 +28,7 @@ from fcmae.data.transforms import Cover, PixelNormalizer, augmented_view, cover,
 
 __all__ = [
     "NOT_COUNTED",
+    "BadImage",
     "Cover",
     "EvaluationDataset",
     "IndexStream",

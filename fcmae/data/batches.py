@@ -195,6 +195,7 @@ class EvaluationDataset(Dataset[LabelledSample]):
     Args:
         source: the images.
         labels: int64 (n,).
+        class_names: by label.
         view: from a uint8 image (c, h, w) to `shape`, without randomness.
         shape: of the images that the model sees, (c, h, w).
     """
@@ -206,13 +207,18 @@ class EvaluationDataset(Dataset[LabelledSample]):
         source: Source,
         labels: np.ndarray,
         *,
+        class_names: Sequence[str],
         view: Callable[[Tensor], Tensor],
         shape: tuple[int, int, int],
     ) -> None:
         self.source = source
         self.labels = labels
+        self.class_names = tuple(class_names)
         self.view = view
         self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def __getitem__(self, index: int) -> LabelledSample:
         bad: tuple[BadImage, ...] = ()
