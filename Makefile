@@ -6,12 +6,15 @@ READY := $(VENV)/.fcmae-ready
 # more key=value pairs, such as: make quickstart ARGS="train.max_steps=20 output=runs/short"
 ARGS ?=
 
-.PHONY: quickstart test check bench
+.PHONY: quickstart minkowski test check bench
 .DELETE_ON_ERROR:
 
 quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show where the pictures are
 	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 \
 	  --mixed_precision no --dynamo_backend no pretrain.py --config configs/quickstart.yaml $(ARGS)
+
+minkowski: $(READY)  ## build and install MinkowskiEngine, for model.layout=minkowski
+	@$(BIN)/python -m fcmae.install_minkowski $(ARGS)
 
 test: $(READY)  ## the test suite
 	@$(BIN)/python -m pytest

@@ -37,6 +37,7 @@ from fcmae.data import (
     one_pass,
     open_source,
     share_of_each_class,
+    shares_images,
     unreadable,
 )
 from fcmae.engine import Plan, Trainer, claim_run_folder, rehearse, require_disk, start_accelerator
@@ -93,18 +94,26 @@ def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
     return source, names
 
 
-def validation_set(config: FinetuneConfig, class_names: Sequence[str] | None, in_chans: int) -> EvaluationDataset:
+def validation_set(
+    config: FinetuneConfig, class_names: Sequence[str] | None, in_chans: int, training: Source | None = None
+) -> EvaluationDataset:
     """Open the images to evaluate, labelled by `class_names`; None takes their own.
 
     Raises:
-        UserError: if there are none, or their classes are not those.
+        UserError: if there are none, they are those of `training`, or their classes are not `class_names`.
     """
     data = config.data
-    root = data.root if data.val_root is None else data.val_root
-    what = f"data.{'root' if data.val_root is None else 'val_root'}={root}, data.val_split={data.val_split}"
     if data.val_split is None:
         raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
+    root = data.root if data.val_root is None else data.val_root
+    what = f"data.{'root' if data.val_root is None else 'val_root'}={root}, data.val_split={data.val_split}"
     source = open_source(data.name, root, data.val_split, in_chans)
+    falls_back = data.name in ("folder", "", "arrays") and data.val_split != data.split  # to `root` itself
+    if falls_back and training is not None and shares_images(training, source):
+        raise UserError(
+            f"{what}: no such folder, so that training's own images would be evaluated; name data.val_split or "
+            "data.val_root, or data.val_split=null for none"
+        )
     names = class_names or source.class_names
     labels = labels_by(source, names, what)
     missing = [name for name in names or () if source.class_names and name not in source.class_names]
@@ -122,21 +131,6 @@ def validation_set(config: FinetuneConfig, class_names: Sequence[str] | None, in
         view=Cover(data.size, data.crop_pct),
         shape=(in_chans, *data.size),
     )
-
-
-def require_apart(config: FinetuneConfig, training: Source, validation: Source) -> None:
-    """Check that images to evaluate were not taken from `root` itself for want of a folder `val_split` in it.
-
-    Raises:
-        UserError: if they were.
-    """
-    data = config.data
-    if data.name in ("folder", "", "arrays") and training.describe(0) == validation.describe(0):
-        if data.val_root is None and data.val_split != data.split:
-            raise UserError(
-                f"data.root={data.root}: no {data.val_split} beside {data.split} in it, so training's own images "
-                "would be evaluated; name data.val_split or data.val_root, or data.val_split=null for none"
-            )
 
 
 def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> str:
@@ -207,9 +201,9 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     source = Path(options.evaluate)
     if options.config is None:
         real = source.resolve()
-        homes = [real, real.parent, real.parent.parent]  # a run, its model, one of its checkpoints
-        run = next((folder for folder in homes if (folder / "config.yaml").is_file()), None)
-        if run is None:
+        run = real.parent.parent if real.parent.name == "checkpoints" else real
+        run = real.parent if real.name == "model" else run
+        if not (run / "config.yaml").is_file():
             raise UserError(
                 f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
             )
@@ -269,9 +263,9 @@ def main(argv: list[str]) -> int:
 
     # The images: labelled, and augmented by (seed, epoch, index)
     source, class_names = training_source(config)
-    validation = validation_set(config, class_names, config.model.in_chans) if config.data.val_split else None
-    if validation is not None:
-        require_apart(config, source, validation.source)
+    validation = None
+    if config.data.val_split is not None:
+        validation = validation_set(config, class_names, config.model.in_chans, training=source)
     source = share_of_each_class(source, config.data.label_fraction, config.train.seed)
     with blame("data.auto_augment"):
         view = augmented_view(

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcmae import FCMAE, sample_visible_ids
-from fcmae.checkpoint import find_weights, load_into, load_tensors
+from fcmae.checkpoint import find_weights, load_into, read_tensors, read_weights
 from fcmae.config import PretrainConfig, load_config, to_yaml
 from fcmae.convert import write_timm_folder
 from fcmae.data import (
@@ -30,6 +30,7 @@ from fcmae.data import (
 )
 from fcmae.engine import Plan, Trainer, claim_run_folder, rehearse, require_disk, start_accelerator
 from fcmae.errors import blame, run_script
+from fcmae.evaluate import extract_features, knn_accuracy, labelled_splits
 from fcmae.masking import count_visible
 from fcmae.metrics import MetricsLog
 from fcmae.optim import build_adamw
@@ -51,11 +52,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def start_from(model: FCMAE, source: Path) -> None:
-    """Load the weights of a whole FCMAE or, where there is no decoder, of its encoder."""
+    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder."""
     path = find_weights(source)
-    tensors = load_tensors(path)
-    whole = any(name.startswith("decoder.") for name in tensors)
-    load_into(model if whole else model.encoder, tensors, path)
+    tensors = read_tensors(path)
+    if any(name.startswith("decoder.pred.") for name in tensors):
+        load_into(model, tensors, path)
+    else:
+        tensors = read_weights(source).tensors
+        encoder = {n: tensor for n, tensor in tensors.items() if not n.startswith(("norm.", "head."))}
+        load_into(model.encoder, encoder, path)
 
 
 def main(argv: list[str]) -> int:
@@ -82,6 +87,9 @@ def main(argv: list[str]) -> int:
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
     source = open_source(config.data.name, config.data.root, config.data.split, config.model.in_chans)
+    splits = None
+    if config.eval.knn_every_epochs is not None:
+        splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)
     draw_ids = functools.partial(sample_visible_ids, 1, grid[0] * grid[1], config.model.mask_ratio)
     dataset = PretrainDataset(
         source,
@@ -124,6 +132,34 @@ def main(argv: list[str]) -> int:
             trainer.say(f"               {image.name}: {image.reason}")
         return 0
 
+    # The features, judged: labelled images, whose labels training never sees, classified by their neighbours
+    def score(step: int, log: MetricsLog | None) -> None:
+        assert splits is not None
+        model.eval()
+        with accelerator.autocast():
+            train, val = (
+                extract_features(
+                    lambda pixels: model.encoder(normalize(pixels)),
+                    dataset,
+                    batch_size=config.data.batch_size,
+                    num_workers=config.data.num_workers,
+                    device=accelerator.device,
+                    rank=accelerator.process_index,
+                    world_size=accelerator.num_processes,
+                    gather=accelerator.gather,
+                )
+                for dataset in (splits.train, splits.val)
+            )
+        model.train()
+        if log is not None:
+            (accuracy,) = knn_accuracy(train, val, splits.num_classes, neighbours=[20]).values()
+            figures = {name: value for name, value in accuracy._asdict().items() if value is not None}
+            left_out = len(splits.train) + len(splits.val) - len(train.labels) - len(val.labels)
+            told = [f"{name} {value:.2%}" for name, value in figures.items()]
+            told += [f"({left_out} images did not decode)"] if left_out else []
+            trainer.say(f"step {step} · k-NN {' '.join(told)}")
+            log.record(step, {f"knn_{name}": value for name, value in figures.items()})
+
     # The pictures: original | masked | reconstruction of always the same images
     pixels = fixed_images(source, config.visualize.num_images, config.data.size)
     generator = torch.Generator().manual_seed(derive_seed(config.train.seed))
@@ -139,7 +175,14 @@ def main(argv: list[str]) -> int:
 
     if trainer.step == trainer.plan.total_steps:
         trainer.say(f"{config.output} is finished already: delete it, or name another output, to run again")
-    trainer.fit(batches, show=show, show_every=config.visualize.every_steps)
+    trainer.fit(
+        batches,
+        show=show,
+        show_every=config.visualize.every_steps,
+        evaluate=score if splits else None,
+        evaluate_every=trainer.plan.steps_in(config.eval.knn_every_epochs or 1),
+        evaluate_first=True,
+    )
 
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:

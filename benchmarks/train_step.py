@@ -186,7 +186,7 @@ def peak_memory(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace
         return None
     options = ["variant", "image_size", "batch", "threads", "device", "precision"]
     flags = [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in options]
-    command = [sys.executable, __file__, *flags, f"--measure-memory={way.name}"]
+    command = [sys.executable, sys.argv[0], *flags, f"--measure-memory={way.name}"]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -284,9 +284,9 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Check, measure, print, write."""
-    args = parse_args()
+    args = parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.measure_memory:
         print(peak_memory_here(*build_way(args.measure_memory, args), args))

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,36 +153,43 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Read what a checkpoint folder tells besides tensors.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
+        ) from error
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
         UserError: if a file is missing or damaged.
     """
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
-        ) from error
+    state = read_state(path)
     ema = load_tensors(path / EMA) if (path / EMA).is_file() else None
     return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state, ema)
 
 
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
-    """Guess the variant whose encoder these tensors hold: its name, or depths and dims."""
-    depths: list[int] = []
-    dims: list[int] = []
-    for i in range(4):
-        stage = {
-            int(name.split(f"stages.{i}.")[1].split(".")[0]): value.shape[0]
-            for name, value in tensors.items()
-            if f"stages.{i}." in name and name.endswith("dwconv.weight")
-        }
-        if not stage:
-            return "no ConvNeXt V2"
-        depths.append(len(stage))
-        dims.append(next(iter(stage.values())))
+    """Guess the variant whose encoder these tensors hold, by any names we know: its name, or depths and dims."""
+    blocks: list[dict[int, int]] = [{}, {}, {}, {}]
+    for name, value in tensors.items():
+        found = re.search(
+            r"stages\.([0-3])\.(?:blocks\.|layers\.)?(\d+)\.(?:dwconv|conv_dw)\.(weight|kernel)$", name
+        )
+        if found and value.ndim > 1:
+            blocks[int(found[1])][int(found[2])] = value.shape[1 if found[3] == "kernel" else 0]
+    if not all(blocks):
+        return "no ConvNeXt V2"
+    depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
 
 
@@ -304,11 +311,17 @@ def _load_torch(path: Path) -> Any:
         ) from error
 
 
-def _load_nested(path: Path, *, ema: bool) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors or PyTorch file, out of the entry that training scripts put them in."""
+def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors or PyTorch file, by its own names, out of the entry scripts put them in.
+
+    Raises:
+        UserError: if it is damaged, a pickle with code in it, or has no average where `ema` asks for it.
+    """
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
+        if ema:
+            raise UserError(f"{path}: holds no EMA weights, only the raw ones")
         return load_tensors(path)
     if not head.startswith((b"PK", b"\x80")):
         raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or a damaged one")
@@ -333,41 +346,72 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _strings(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(map(str, values))
+
+
+def _floats(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+TOLD: Mapping[str, Callable[[Any], Any]] = {
+    "class_names": _strings,
+    "mean": _floats,
+    "std": _floats,
+    "image_size": _pair,
+    "crop_pct": float,
+}
+"""What the files beside weights may tell of them, as in `Weights`."""
+
+
+def _told_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+    cfg = config.get("pretrained_cfg", config)
+    told = {key: cfg.get(key) for key in ("mean", "std", "crop_pct")}
+    told["class_names"] = config.get("label_names", cfg.get("label_names"))
+    if "input_size" in cfg:
+        told["image_size"] = [side // _enlargement(config) for side in cfg["input_size"][1:]]
+    return told
+
+
+def _told_by_transformers(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
+    size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
+    if isinstance(size, int):  # of older files
+        size = {"shortest_edge": size}
+    if preprocessor.get("do_center_crop") and "height" in crop:
+        told["image_size"] = [crop["height"], crop["width"]]
+        told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
+    elif "shortest_edge" in size:  # ConvNextImageProcessor's
+        told |= {"image_size": size["shortest_edge"], "crop_pct": preprocessor.get("crop_pct")}
+    names = config.get("id2label")
+    if names and list(names.values()) != [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
+        told["class_names"] = [names[index] for index in sorted(names, key=int)]
+    return told
+
+
+def _enlargement(config: Mapping[str, Any]) -> int:
+    """How much larger than ours the images are that the weights beside timm's `config` are for."""
+    return TIMM_STEM_ENLARGEMENT[config.get("stem_stride", 4)]
 
 
 def _describe_use(folder: Path) -> dict[str, Any]:
-    """Read the fields of `Weights` that the files beside weights tell: a checkpoint's, timm's or transformers'."""
-    state, config = _read_json(folder / STATE), _read_json(folder / CONFIG)
-    told: dict[str, Any] = {}
-    if state:
-        data = state["config"]["data"]
-        told = {"mean": data["mean"], "std": data["std"], "image_size": _pair(data["image_size"])}
-        told |= {"crop_pct": data.get("crop_pct"), "class_names": state.get("class_names")}
-    elif "architecture" in config:  # timm's
-        cfg = config.get("pretrained_cfg", config)
-        told = {key: cfg.get(key) for key in ("mean", "std", "crop_pct")}
-        told["class_names"] = config.get("label_names", cfg.get("label_names"))
-        if "input_size" in cfg:
-            enlargement = TIMM_STEM_ENLARGEMENT[config.get("stem_stride", 4)]
-            told["image_size"] = _pair([side // enlargement for side in cfg["input_size"][1:]])
+    """Read the fields of `Weights` that a checkpoint's, our, timm's or transformers' files beside weights tell."""
+    config = _read_json(folder / CONFIG)
+    told: Mapping[str, Any] = {}
+    if (folder / STATE).is_file():
+        state = read_state(folder)
+        told = state["config"]["data"] | {"class_names": state.get("class_names")}
     elif "network" in config:  # ours, of an exported folder
-        told = {key: config.get(key) for key in ("mean", "std", "image_size", "crop_pct", "class_names")}
-    elif "hidden_sizes" in config:  # transformers'
-        preprocessor = _read_json(folder / PREPROCESSOR)
-        told = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
-        size, crop = preprocessor.get("size", {}), preprocessor.get("crop_size", {})
-        if preprocessor.get("do_center_crop") and "height" in crop:
-            told["image_size"] = (crop["height"], crop["width"])
-            told["crop_pct"] = max(told["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
-        elif "shortest_edge" in size:  # ConvNextImageProcessor's
-            told["image_size"] = _pair(size["shortest_edge"])
-            told["crop_pct"] = preprocessor.get("crop_pct")
-        if "id2label" in config:
-            labels = {int(index): name for index, name in config["id2label"].items()}
-            told["class_names"] = [labels[index] for index in sorted(labels)]
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        told = config
+    elif "architecture" in config:
+        told = _told_by_timm(config)
+    elif "hidden_sizes" in config:
+        told = _told_by_transformers(config, _read_json(folder / PREPROCESSOR))
+    return {key: cast(told[key]) for key, cast in TOLD.items() if told.get(key) is not None}
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
@@ -387,21 +431,28 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         file = file.with_name(EMA)
         if not file.is_file():
             raise UserError(f"{path}: holds no EMA weights, only the raw ones")
-    stored = _load_nested(file, ema=ema and file.name != EMA)
+    stored = read_tensors(file, ema=ema and file.name != EMA)
     use: dict[str, Any] = {}
+    enlargement = 1
     if file.name in WEIGHT_FILES:
         try:
-            use = _describe_use(file.parent)
+            use, enlargement = _describe_use(file.parent), _enlargement(_read_json(file.parent / CONFIG))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             described = file.parent / (STATE if (file.parent / STATE).is_file() else CONFIG)
-            raise UserError(f"{described}: damaged: {type(error).__name__} {error}") from error
-    with blame(str(file)):
+            raise UserError(f"{described}: damaged ({type(error).__name__}: {error})") from error
+    like = describe_encoder(stored)
+    with blame(str(file) if like == "no ConvNeXt V2" else f"{file} (most like {like})"):
         tensors, kind = from_any(stored)
-        if kind == "timm" and (stride := _read_json(file.parent / CONFIG).get("stem_stride", 4)) != 4:
+        if kind == "timm" and enlargement != 1:
             name = "downsample_layers.0.0.weight"
-            tensors[name] = shrink_stem(tensors[name], TIMM_STEM_ENLARGEMENT[stride])
+            tensors[name] = shrink_stem(tensors[name], enlargement)
         with torch.device("meta"):
             problems = _misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
+    names = use.get("class_names")
+    if not _num_classes(tensors):
+        use["class_names"] = None
+    elif names and len(names) != _num_classes(tensors):
+        raise UserError(f"{file}: {_num_classes(tensors)} classes, but the files beside it name {len(names)}")
     if problems:
         raise UserError(
             f"{file}: {kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "
@@ -429,7 +480,8 @@ def _network(tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: floa
 
 
 def _num_classes(tensors: Mapping[str, Tensor]) -> int:
-    return tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
+    head = tensors.get("head.weight")
+    return 0 if head is None or head.ndim != 2 else head.shape[0]
 
 
 def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXtV2:

@@ -1,5 +1,6 @@
 """Configuration: YAML into frozen, typed sections, dotted overrides last; knows no models, data or devices."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,6 +129,7 @@ class FinetuneOptimSection(OptimSection):
 
     min_lr: NotNegative = 1e-6
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    warmup_epochs: NotNegative = 5
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate from each layer to the one below it."""
     layer_decay_type: Literal["single", "group"] = "single"
@@ -150,6 +152,7 @@ class TrainSection(Section):
 class FinetuneTrainSection(TrainSection):
     """How long and how to compute, and what is trained."""
 
+    epochs: Annotated[float, Field(gt=0)] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of the moving average of the weights, which is evaluated beside them; null for none."""
@@ -185,6 +188,25 @@ class VisualizeSection(Section):
     num_images: Annotated[int, Field(ge=0)] = 8
 
 
+class ProbeSection(Section):
+    """Labelled images that tell how good frozen features are: classes are learnt from those of `data`."""
+
+    val_split: str | None = "val"
+    """The images that are classified; null holds out a fifth of `data.split`."""
+    val_root: str | None = None
+    """Where they are; null for `data.root`."""
+    num_images: Positive | None = None
+    """Images taken of each, at most; null for all."""
+
+
+class OnlineProbeSection(ProbeSection):
+    """k-NN accuracy during pretraining; the labels never reach the training."""
+
+    knn_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Also before the first and after the last step; null for never."""
+    num_images: Positive | None = 10000
+
+
 class RunConfig(Section):
     """What any training run needs to know; each kind of run narrows the sections."""
 
@@ -216,6 +238,7 @@ class PretrainConfig(RunConfig):
     """Everything `pretrain.py` needs to know."""
 
     model: ModelSection
+    eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
 
     @model_validator(mode="after")
@@ -251,6 +274,13 @@ class FinetuneConfig(RunConfig):
         if self.eval.ema and self.train.ema_decay is None:
             raise ValueError("eval.ema=true needs a moving average: set train.ema_decay=0.9999")
         return self
+
+
+class EvaluateConfig(Section):
+    """Everything `fcmae evaluate` needs to know beside the encoder."""
+
+    data: DataSection
+    eval: ProbeSection = ProbeSection()
 
 
 Config = TypeVar("Config", bound=Section)
@@ -362,6 +392,17 @@ def parse_config(
         raise UserError(_describe(error, list(_keys(kind)), source, overridden)) from error
 
 
+def override_config(kind: type[Config], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Config:
+    """Put `key=value` overrides over nested `values` and validate them as a configuration of `kind`.
+
+    Raises:
+        UserError: as `parse_config`.
+    """
+    values = copy.deepcopy(dict(values))
+    overridden = [_override(values, override) for override in overrides]
+    return parse_config(kind, values, source, overridden)
+
+
 def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and `key=value` overrides, which win, into a configuration of `kind`.
 
@@ -376,8 +417,7 @@ def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] =
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections of 'key: value' lines, found a {type(values).__name__}")
-    overridden = [_override(values, override) for override in overrides]
-    return parse_config(kind, values, str(path), overridden)
+    return override_config(kind, values, overrides, str(path))
 
 
 def to_yaml(config: Section) -> str:

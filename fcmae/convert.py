@@ -1,12 +1,14 @@
 """State dicts between our names (the official dense ones) and others'; knows names and shapes, not training."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import EinopsError, rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,6 +43,21 @@ TRANSFORMERS_NAMES = (
     ("head.{p}", "classifier.{p}"),
 )
 """Every name there is; the shapes are ours."""
+
+OFFICIAL_SPARSE_NAMES = (
+    # ours (official dense)               official encoder over MinkowskiEngine
+    ("downsample_layers.0.{layer}.{p}", "downsample_layers.0.{layer}.{p}"),
+    ("downsample_layers.{later}.0.{p}", "downsample_layers.{later}.0.ln.{p}"),
+    ("downsample_layers.{later}.1.weight", "downsample_layers.{later}.1.kernel"),
+    ("downsample_layers.{later}.1.bias", "downsample_layers.{later}.1.bias"),
+    ("stages.{stage}.{block}.dwconv.weight", "stages.{stage}.{block}.dwconv.kernel"),
+    ("stages.{stage}.{block}.dwconv.bias", "stages.{stage}.{block}.dwconv.bias"),
+    ("stages.{stage}.{block}.norm.{p}", "stages.{stage}.{block}.norm.ln.{p}"),
+    ("stages.{stage}.{block}.pwconv{n}.{p}", "stages.{stage}.{block}.pwconv{n}.linear.{p}"),
+    ("stages.{stage}.{block}.grn.gamma", "stages.{stage}.{block}.grn.gamma"),
+    ("stages.{stage}.{block}.grn.beta", "stages.{stage}.{block}.grn.beta"),
+)
+"""Every name there is; it has no final norm and no classifier. `_kernel_to_weight` and (1, c) tell the shapes."""
 
 PLACEHOLDERS = {
     "stage": "[0-3]",
@@ -94,6 +111,7 @@ def _reversed(table: Names) -> Names:
 
 
 OURS = "a ConvNeXt V2 encoder in official dense names"
+OFFICIAL_SPARSE = "an official ConvNeXt V2 encoder over MinkowskiEngine"
 
 
 def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -201,6 +219,79 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _without_idle_norm({ours: bare[theirs] for theirs, ours in names.items()})
 
 
+def _without_decoder(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Take the encoder's tensors, prefix stripped, out of a whole official FCMAE; anything else stays as it is."""
+    if not any(name.startswith("encoder.") for name in state):
+        return state
+    decoder = ("decoder.", "proj.", "pred.", "mask_token")
+    return {name.removeprefix("encoder."): v for name, v in state.items() if not name.startswith(decoder)}
+
+
+def _kernel_to_weight(kernel: Tensor) -> Tensor:
+    """MinkowskiEngine's kernel (k * k, c) or (k * k, i, o), rows fastest, as (c, 1, k, k) or (o, i, k, k)."""
+    k = math.isqrt(len(kernel))
+    if k * k != len(kernel) or kernel.ndim not in (2, 3):
+        raise ValueError(f"a kernel of shape {tuple(kernel.shape)} is none of a square window")
+    if kernel.ndim == 2:
+        return rearrange(kernel, "(w h) c -> c 1 h w", w=k).contiguous()
+    return rearrange(kernel, "(w h) i o -> o i h w", w=k).contiguous()
+
+
+def _weight_to_kernel(weight: Tensor, *, depthwise: bool) -> Tensor:
+    """Undo `_kernel_to_weight`."""
+    pattern = "c 1 h w -> (w h) c" if depthwise else "o i h w -> (w h) i o"
+    return rearrange(weight, pattern).contiguous()
+
+
+def official_sparse_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the encoder out of a state dict of the official code over MinkowskiEngine, by our names and shapes.
+
+    The numbers stay exactly the same; a decoder beside the encoder is left out, and what is dense already stays.
+
+    Raises:
+        ValueError: if a key is unknown, or a shape is none of that code's.
+    """
+    state = _without_decoder(state)
+    names = _translate(
+        list(state), [*_reversed(OFFICIAL_SPARSE_NAMES), *((ours, ours) for ours, _ in TIMM_NAMES)], OFFICIAL_SPARSE
+    )
+    out: dict[str, Tensor] = {}
+    for name, ours in names.items():
+        tensor = state[name]
+        try:
+            if name.endswith(".kernel"):
+                tensor = _kernel_to_weight(tensor)
+            elif ".grn." in name and tensor.ndim != 4:
+                tensor = rearrange(tensor, "1 c -> 1 1 1 c")
+            elif name.endswith(".bias") and tensor.ndim != 1:
+                tensor = rearrange(tensor, "1 c -> c")
+        except (ValueError, EinopsError) as error:
+            raise ValueError(
+                f"{name}: a shape of {tuple(tensor.shape)} is not the official sparse code's"
+            ) from error
+        out[ours] = tensor
+    return out
+
+
+def dense_to_official_sparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name and shape the state dict of a `ConvNeXtV2` without classifier as the official sparse encoder has it.
+
+    Raises:
+        ValueError: if a key is unknown there, as those of a final norm and a classifier are.
+    """
+    out: dict[str, Tensor] = {}
+    for ours, name in _translate(list(state), OFFICIAL_SPARSE_NAMES, f"{OURS}, bare of norm and head").items():
+        tensor = state[ours]
+        if name.endswith(".kernel"):
+            tensor = _weight_to_kernel(tensor, depthwise=".dwconv." in name)
+        elif ".grn." in name:
+            tensor = tensor.flatten()[None]
+        elif re.fullmatch(r".*\.dwconv\.bias|downsample_layers\.[1-3]\.1\.bias", name):
+            tensor = tensor[None]
+        out[name] = tensor
+    return out
+
+
 def from_official_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take the encoder, with its classifier if there is one, out of a state dict in official dense names.
 
@@ -209,9 +300,7 @@ def from_official_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown.
     """
-    if any(name.startswith("encoder.") for name in state):
-        decoder = ("decoder.", "proj.", "pred.", "mask_token")
-        state = {name.removeprefix("encoder."): v for name, v in state.items() if not name.startswith(decoder)}
+    state = _without_decoder(state)
     _translate(list(state), TIMM_NAMES, OURS)
     out = {name: v.reshape(1, 1, 1, -1) if ".grn." in name else v for name, v in state.items()}
     return _without_idle_norm(out)
@@ -219,6 +308,7 @@ def from_official_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 FORMATS: tuple[tuple[str, str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]], ...] = (
     # what only names of this format match                       kind              to our names
+    (r".*\.dwconv\.kernel", "official sparse (MinkowskiEngine)", official_sparse_to_dense),
     (r"(encoder\.)?downsample_layers\.0\.0\.weight", "official dense", from_official_dense),
     (r"stem\.0\.weight", "timm", from_timm),
     (r"(convnextv2\.)?embeddings\.patch_embeddings\.weight", "transformers", from_transformers),

@@ -127,7 +127,7 @@ def start_accelerator(precision: str) -> Accelerator:
     if asked_for_more and not any(name in os.environ for name in PROCESS_COUNTS):
         raise UserError(
             "accelerate launch starts a single process on CPU, whatever --num_processes says; for N processes: "
-            "torchrun --nproc_per_node N pretrain.py --config FILE key=value ..."
+            "torchrun --nproc_per_node N SCRIPT --config FILE key=value ..."
         )
     # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
@@ -491,8 +491,9 @@ class Trainer:
         *,
         show: Callable[[int, MetricsLog], None] | None = None,
         show_every: int = 1,
-        evaluate: Callable[[int, MetricsLog | None], float] | None = None,
+        evaluate: Callable[[int, MetricsLog | None], float | None] | None = None,
         evaluate_every: int = 1,
+        evaluate_first: bool = False,
     ) -> None:
         """Train to the end of the plan, recording, saving and showing on the way.
 
@@ -501,7 +502,9 @@ class Trainer:
             show: called on the main process with (step, log) before the first step, every `show_every` steps and
                 at the end.
             evaluate: called on all processes with (step, log; None but on the main process) every `evaluate_every`
-                steps and at the end; returns a score, the same on all, whose highest makes the best checkpoint.
+                steps and at the end; returns a score, the same on all, whose highest makes the best checkpoint,
+                or None for no best.
+            evaluate_first: evaluate before the first step, too.
 
         Raises:
             UserError: for a non-finite loss, too many unreadable images, or a full disk.
@@ -524,6 +527,8 @@ class Trainer:
             )
             if show and log and self.step == 0:
                 show(0, log)
+            if evaluate and evaluate_first and self.step == 0:
+                evaluate(0, log)
             try:
                 while self.step < self.plan.total_steps:
                     self.update(batches)
@@ -546,9 +551,9 @@ class Trainer:
                 self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
                 raise
 
-    def _rate(self, score: float) -> bool:
+    def _rate(self, score: float | None) -> bool:
         """Take note of a score; whether it is the best so far."""
-        if self.best is not None and score <= self.best.score:
+        if score is None or (self.best is not None and score <= self.best.score):
             return False
         self.best = Best(self.step, score)
         return True

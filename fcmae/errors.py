@@ -35,7 +35,9 @@ def run_script(main: Callable[[list[str]], int]) -> int:
     """Run `main` on the command line; bad input ends in one line on standard error and exit code 2."""
     rank = int(os.environ.get("RANK", "0"))
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        sys.stdout.flush()  # here, where a reader that has gone is met with calm
+        return code
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae.checkpoint import CONFIG, MODEL, Preprocessing, Weights, build_encoder, preprocessing, read_weights
-from fcmae.convert import to_transformers, write_timm_folder
+from fcmae.convert import dense_to_official_sparse, to_transformers, write_timm_folder
 from fcmae.encoder.convnextv2 import ConvNeXtV2
 from fcmae.errors import UserError, blame
 
@@ -44,7 +45,7 @@ class Format(NamedTuple):
     tolerance: float
     """Largest difference, relative to the largest output."""
     how: str
-    """To load it, with FOLDER for the folder."""
+    """To load it, with FOLDER for the folder and a classifier in it."""
 
 
 class Exported(NamedTuple):
@@ -73,6 +74,9 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
+        needed = 2**20 + sum(value.nbytes for value in encoder.state_dict().values())
+        if shutil.disk_usage(aside).free < needed:
+            raise UserError(f"--output {output}: takes {needed / 1e6:.0f} MB, more than is free; free some space")
         with blame(f"--to {to}"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters' own internals
             kind.write(encoder, use, aside)
@@ -84,12 +88,13 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
             )
         os.replace(aside, output)
     except ImportError as error:
-        raise UserError(f"--to {to}: {error.name} is missing: pip install 'fcmae[export]'") from error
-    except OSError as error:
-        raise UserError(f"--output {output}: not written ({error.strerror or error})") from error
+        raise UserError(f"--to {to}: {error.name or error} is missing: pip install 'fcmae[export]'") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output {output}: not written ({error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Exported(tuple(sorted(output.iterdir())), difference, kind.how.replace("FOLDER", str(output)))
+    how = kind.how if encoder.num_classes else kind.how.replace("ForImageClassification", "")
+    return Exported(tuple(sorted(output.iterdir())), difference, how.replace("FOLDER", str(output)))
 
 
 @torch.no_grad()
@@ -104,7 +109,7 @@ def _difference(kind: Format, encoder: ConvNeXtV2, folder: Path) -> float:
         ours, theirs = encoder(images), kind.compute(folder, images)
         if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
             return float("inf")
-        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max()))
+        worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30)))
     return worst
 
 
@@ -148,6 +153,7 @@ def _write_transformers(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
         crop_size={"height": height, "width": width},
         image_mean=list(prepare.mean),
         image_std=list(prepare.std),
+        do_convert_rgb=encoder.in_chans == 3,
     ).save_pretrained(folder)
 
 
@@ -171,6 +177,13 @@ def _write_description(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
 
 def _write_official(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
     torch.save({"model": encoder.state_dict()}, folder / TORCH_FILE)
+    _write_description(encoder, use, folder)
+
+
+def _write_official_sparse(encoder: ConvNeXtV2, use: Use, folder: Path) -> None:
+    if encoder.num_classes:
+        raise ValueError("the official sparse code has no classifier; take official, or export an encoder")
+    torch.save({"model": dense_to_official_sparse(encoder.state_dict())}, folder / TORCH_FILE)
     _write_description(encoder, use, folder)
 
 
@@ -236,6 +249,9 @@ FORMATS = {
     ),
     "official": Format(
         _write_official, _compute_ours, torch.float64, 1e-10, f'torch.load("FOLDER/{TORCH_FILE}")["model"]'
+    ),
+    "official-sparse": Format(
+        _write_official_sparse, _compute_ours, torch.float64, 1e-10, f'torch.load("FOLDER/{TORCH_FILE}")["model"]'
     ),
     "plain": Format(
         _write_plain, _compute_ours, torch.float64, 1e-10, f'safetensors.torch.load_file("FOLDER/{MODEL}")'

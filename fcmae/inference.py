@@ -1,4 +1,4 @@
-"""One's own image files through a trained network: classes, or reconstructions; knows no command line."""
+"""One's own image files through a trained network: classes and reconstructions; knows no command line."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,14 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms import v2
 
-from fcmae.checkpoint import Preprocessing
+from fcmae.checkpoint import STATE, Preprocessing, find_weights, load_into, load_tensors, read_state
+from fcmae.config import PretrainConfig, parse_config
 from fcmae.data.sources import PIL_MODES, decode
 from fcmae.data.transforms import PixelNormalizer, cover
 from fcmae.encoder.convnextv2 import ConvNeXtV2
-from fcmae.errors import UserError
+from fcmae.errors import UserError, blame
+from fcmae.model import FCMAE
+from fcmae.visualize import draw_mask_ratios
 
 BATCH = 32
 """Images that are classified at once."""
@@ -71,8 +75,13 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
                     yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
+            except UnidentifiedImageError:
+                yield Unreadable(file, "not an image, or damaged")
             except Exception as error:  # a broken file can make a decoder raise anything
                 yield Unreadable(file, " ".join(str(error).split()) or type(error).__name__)
+
+
+# Classes
 
 
 @torch.inference_mode()
@@ -93,24 +102,95 @@ def classify(
         class_names: of its outputs; their numbers where None.
         top: classes to yield, at most all.
     """
-    device = network.downsample_layers[0][0].weight.device  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std).to(device)
-    names = class_names or [str(i) for i in range(network.num_classes)]
+    names = class_names or tuple(str(i) for i in range(network.num_classes))
 
     def classify_batch(batch: list[Picture]) -> Iterator[Prediction]:
-        pixels = [cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct) for image in batch]
-        likeliest = network(normalize(torch.stack(pixels).to(device))).softmax(1).topk(min(top, len(names)))
-        for image, values, ids in zip(batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-            yield Prediction(image.path, tuple(Guess(names[i], i, p) for i, p in zip(ids, values, strict=True)))
+        pixels = torch.stack([image.pixels for image in batch])
+        likeliest = network(normalize(pixels.to(device))).softmax(1).topk(min(top, network.num_classes))
+        for image, ps, ids in zip(batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            yield Prediction(image.path, tuple(Guess(names[int(i)], i, p) for i, p in zip(ids, ps, strict=True)))
 
     batch: list[Picture] = []
     for image in images:
         if isinstance(image, Unreadable):
             yield image
             continue
-        batch.append(image)
+        pixels = cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct)
+        batch.append(Picture(image.path, pixels))
         if len(batch) == BATCH:
             yield from classify_batch(batch)
             batch = []
     if batch:
         yield from classify_batch(batch)
+
+
+# Reconstructions
+
+
+def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
+    """Return the whole FCMAE, decoder included, of a pretraining run or checkpoint folder, and its configuration.
+
+    Raises:
+        UserError: if it is none, or damaged.
+    """
+    file = find_weights(Path(path))
+    state = file.with_name(STATE)
+    tensors = load_tensors(file) if state.is_file() else {}
+    if not any(name.startswith("decoder.") for name in tensors):
+        raise UserError(
+            f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
+        )
+    config = parse_config(PretrainConfig, read_state(file.parent)["config"], str(state))
+    with blame(str(state)):
+        model = FCMAE(**dict(config.model) | {"layout": "auto"})  # a machine may lack the engine of training
+    load_into(model, tensors, file)
+    return model, config
+
+
+def fit_to_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
+    """Return the size of about `area` pixels, in whole patches, whose shape is most like (height, width)."""
+    scale = math.sqrt(area / (height * width)) / patch
+    grid = max(1, round(height * scale)), max(1, round(width * scale))
+    return grid[0] * patch, max(grid[1], 2 if grid[0] == 1 else 1) * patch  # of one patch nothing could be hidden
+
+
+class Reconstruction(NamedTuple):
+    """Panels of an image, a row for each mask ratio."""
+
+    path: Path
+    picture: np.ndarray
+    """uint8 (h, w, 3), see `draw_mask_ratios`."""
+    before: tuple[int, int]
+    """Height and width of the file's image."""
+    after: tuple[int, int]
+    """To which it was resized."""
+
+
+def reconstruct_images(
+    model: FCMAE,
+    images: Iterable[Picture | Unreadable],
+    *,
+    config: PretrainConfig,
+    mask_ratios: Sequence[float],
+) -> Iterator[Reconstruction | Unreadable]:
+    """Yield panels of each image in turn, and what could not be read.
+
+    Images are resized to about as many pixels as the model was trained on, keeping their shape as far as whole
+    patches allow; nothing is padded or cut off.
+
+    Raises:
+        ValueError: if a mask ratio is not inside (0, 1).
+    """
+    normalize = PixelNormalizer(config.data.mean, config.data.std).to(model.decoder.mask_token.device)
+    for image in images:
+        if isinstance(image, Unreadable):
+            yield image
+            continue
+        before = image.pixels.shape[1], image.pixels.shape[2]
+        after = fit_to_patches(*before, patch=model.patch_size, area=math.prod(config.data.size))
+        pixels = v2.functional.resize(
+            image.pixels, list(after), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        yield Reconstruction(image.path, draw_mask_ratios(model, normalize, pixels, mask_ratios), before, after)

@@ -30,6 +30,9 @@ TOOLS = ("setuptools<81", "wheel", "ninja", "numpy")
 SEQUENCE = re.compile(r"^from collections import Sequence(?:, (\w+))?$", re.MULTILINE)
 """The only Python to mend, in five files: Python 3.10 moved `Sequence` to collections.abc."""
 
+TOOLKITS = ("/usr/local/cuda",)
+"""Where CUDA is, if neither CUDA_HOME nor PATH leads to it."""
+
 CUDA_HEADER = Path(__file__).with_name("minkowski_cuda.hpp")
 """Included before every CUDA source: says in C++ what CUDA 13 took away, and why."""
 
@@ -100,18 +103,22 @@ def require_nvcc() -> Path:
     wanted = torch.version.cuda
     if wanted is None:
         raise UserError(f"--cuda: torch {torch.__version__} has no CUDA; install a CUDA build of torch")
-    found = shutil.which("nvcc")
-    home = os.environ.get("CUDA_HOME") or (str(Path(found).resolve().parent.parent) if found else "/usr/local/cuda")
-    nvcc = Path(home, "bin", "nvcc")
-    if not nvcc.is_file():
+    on_path = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parent.parent, *TOOLKITS]
+    toolkits = [Path(home) for home in homes if home and Path(home, "include", "cuda_runtime.h").is_file()]
+    nvcc = next((home / "bin" / "nvcc" for home in toolkits if (home / "bin" / "nvcc").is_file()), None)
+    if nvcc is None:
         raise UserError(f"nvcc of CUDA {wanted} is missing: install its toolkit and set CUDA_HOME, or give --cpu")
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"release (\d+)\.(\d+)", text)
-    if version is None or version[1] != wanted.partition(".")[0]:
-        raise UserError(f"{nvcc} is of CUDA {version and version[0][8:]}, but torch was built with CUDA {wanted}")
+    version = re.search(r"release ([\d.]+)", text)
+    if version is None or version[1].partition(".")[0] != wanted.partition(".")[0]:
+        found = f"of CUDA {version[1]}" if version else "of no known CUDA"
+        raise UserError(
+            f"{nvcc} is {found}, but torch was built with CUDA {wanted}: set CUDA_HOME to that one's toolkit"
+        )
     if not torch.cuda.is_available() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         raise UserError("--cuda: no GPU is visible, so name its architecture, such as TORCH_CUDA_ARCH_LIST=9.0")
-    return Path(home)
+    return nvcc.parent.parent
 
 
 def base_environment() -> dict[str, str]:
@@ -142,7 +149,7 @@ def prepare_cuda(environment: dict[str, str], home: Path, folder: Path) -> None:
     # CUDA 13 moved thrust here
     prepend(environment, "CPATH", home / "include" / "cccl")
     # Toolkits without the math libraries: NVIDIA's Python packages have them, but no plain libcusparse.so to link
-    packages = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("*/include"))
+    packages = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))
     for library in ("cublas", "curand", "cusolver", "cusparse"):
         if any(home.glob(f"include/{library}*.h")):
             continue
@@ -202,7 +209,8 @@ def mend(wheel: Path, folder: Path, log: Path) -> Path:
     """
     unpacked, mended = folder / "unpacked", folder / "mended"
     mended.mkdir()
-    run([sys.executable, "-m", "wheel", "unpack", str(wheel), "--dest", str(unpacked)], log)
+    if not run([sys.executable, "-m", "wheel", "unpack", str(wheel), "--dest", str(unpacked)], log):
+        raise UserError(f"{wheel.name} could not be unpacked: {reason(log)}; see {log}")
     count = 0
     for path in unpacked.rglob("*.py"):
         text, found = SEQUENCE.subn(
@@ -217,7 +225,10 @@ def mend(wheel: Path, folder: Path, log: Path) -> Path:
             count += found
     if count != 5:
         raise UserError(f"{RELEASE}: expected five imports of collections.Sequence to mend, found {count}")
-    run([sys.executable, "-m", "wheel", "pack", str(next(unpacked.iterdir())), "--dest-dir", str(mended)], log)
+    if not run(
+        [sys.executable, "-m", "wheel", "pack", str(next(unpacked.iterdir())), "--dest-dir", str(mended)], log
+    ):
+        raise UserError(f"{wheel.name} could not be packed again: {reason(log)}; see {log}")
     return next(mended.glob("*.whl"))
 
 

@@ -13,15 +13,15 @@ from torch.utils.tensorboard import SummaryWriter
 class MetricsLog:
     """Writes each record to `RUN/metrics.jsonl` and `RUN/tensorboard`; nothing of a step is recorded twice.
 
-    Opened at step `start`, it first drops what an interrupted run recorded beyond it.
+    Opened at step `start`, it first drops what an interrupted run recorded beyond it; at the start, everything.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            self._keep_until(start)
+            self._keep_until(start or -1)
         self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
 
     def _keep_until(self, step: int) -> None:
         kept: list[str] = []

@@ -29,21 +29,21 @@ def layer_scales(
     Args:
         names: of the parameters; those of no block or downsampling are the classifier's, with factor 1.
     """
-    top = sum(depths) if decay_type == "single" else 3 + -(-depths[2] // 3)
-
-    def layer(kind: str, stage: int, block: int) -> int:
-        if decay_type == "single":
-            return sum(depths[:stage]) + block + 1
-        if kind == "downsample_layers" and stage == 0:
-            return 0
-        return (1, 2, 3 + block // 3, top)[stage]
-
+    top = sum(depths) if decay_type == "single" else 3 + math.ceil(depths[2] / 3)
     scales: dict[str, float] = {}
     for name in names:
-        kind, *numbers = name.split(".")[:3]
-        inside = kind in ("downsample_layers", "stages")
-        block = int(numbers[1]) if kind == "stages" else 0
-        scales[name] = decay ** (top + 1 - layer(kind, int(numbers[0]), block)) if inside else 1.0
+        kind, *place = name.split(".")
+        if kind not in ("downsample_layers", "stages"):
+            layer = top + 1
+        else:
+            stage, block = int(place[0]), int(place[1]) if kind == "stages" else 0
+            if decay_type == "single":
+                layer = sum(depths[:stage]) + block + 1
+            elif kind == "downsample_layers" and stage == 0:
+                layer = 0
+            else:
+                layer = (1, 2, 3 + block // 3, top)[stage]
+        scales[name] = decay ** (top + 1 - layer)
     return scales
 
 

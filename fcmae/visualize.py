@@ -12,9 +12,9 @@ from torchvision.utils import make_grid
 
 from fcmae.data.transforms import PixelNormalizer
 from fcmae.loss import patch_statistics
-from fcmae.masking import ids_to_visible
+from fcmae.masking import ids_to_visible, sample_visible_ids
 from fcmae.model import FCMAE
-from fcmae.patches import patchify, unpatchify
+from fcmae.patches import grid_shape, patchify, unpatchify
 
 HIDDEN_GRAY = 0.5
 """Of hidden patches in the masked picture, in [0, 1]."""
@@ -54,13 +54,16 @@ def as_rgb(images: Tensor) -> Tensor:
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
-def draw_panels(originals: Tensor, reconstructions: Tensor, visible: Tensor) -> np.ndarray:
+def draw_panels(
+    originals: Tensor, reconstructions: Tensor, visible: Tensor, labels: Sequence[str] = ()
+) -> np.ndarray:
     """Draw one row per image, original | masked | reconstruction, under a line of titles: uint8 (h, w, 3).
 
     Args:
         originals: (b, c, H, W) in [0, 1].
         reconstructions: likewise.
         visible: booleans (b, 1, H, W).
+        labels: of the rows, drawn on their left; none for no labels.
     """
     masked = torch.where(visible, originals, HIDDEN_GRAY)
     columns = [as_rgb(images) for images in (originals, masked, reconstructions)]
@@ -72,12 +75,18 @@ def draw_panels(originals: Tensor, reconstructions: Tensor, visible: Tensor) -> 
     body = rearrange((grid * 255).round().to(torch.uint8), "c h w -> h w c").cpu().numpy()
 
     size = 15
-    title = Image.new("RGB", (body.shape[1], size + 2 * padding), "white")
-    pen = ImageDraw.Draw(title)
-    width = rows.shape[-1] + padding
+    font = ImageFont.load_default(size)
+    left = max((round(font.getlength(label)) + 2 * padding for label in labels), default=0)
+    top = size + 2 * padding
+    picture = Image.new("RGB", (left + body.shape[1], top + body.shape[0]), "white")
+    picture.paste(Image.fromarray(body), (left, top))
+    pen = ImageDraw.Draw(picture)
+    height, width = rows.shape[-2] + padding, rows.shape[-1] + padding
     for column, text in enumerate(("original", "masked", "reconstruction")):
-        pen.text((padding + column * width, padding // 2), text, fill="black", font=ImageFont.load_default(size))
-    return np.concatenate([np.asarray(title), body])
+        pen.text((left + padding + column * width, padding // 2), text, fill="black", font=font)
+    for row, text in enumerate(labels):
+        pen.text((padding, top + row * height + height // 2 - size), text, fill="black", font=font)
+    return np.asarray(picture)
 
 
 @torch.no_grad()
@@ -100,6 +109,43 @@ def draw_reconstructions(
         images, pred, visible_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
     )
     return draw_panels(normalize.invert(images).cpu(), normalize.invert(reconstruction).cpu(), visible.cpu())
+
+
+@torch.no_grad()
+def draw_mask_ratios(
+    model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, mask_ratios: Sequence[float], seed: int = 0
+) -> np.ndarray:
+    """Draw what the model makes of one image at several mask ratios, a row for each: uint8 (h, w, 3).
+
+    What is visible at a high ratio is visible at every lower one.
+
+    Args:
+        pixels: uint8 (c, H, W), sides multiples of the patch size.
+        mask_ratios: shares of hidden patches, inside (0, 1).
+        seed: of the random masks.
+
+    Raises:
+        ValueError: if a ratio or the image's size does not fit.
+    """
+    grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
+    images = normalize(pixels[None].to(model.decoder.mask_token.device))
+    model.eval()
+    reconstructions, visibles = [], []
+    for ratio in mask_ratios:
+        generator = torch.Generator().manual_seed(seed)  # the same noise: masks within masks
+        ids = sample_visible_ids(1, grid[0] * grid[1], ratio, generator).to(images.device)
+        reconstruction, visible = reconstruct(
+            images, model(images, ids).pred, ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
+        )
+        reconstructions.append(reconstruction)
+        visibles.append(visible)
+    originals = normalize.invert(images).expand(len(mask_ratios), -1, -1, -1)
+    return draw_panels(
+        originals.cpu(),
+        normalize.invert(torch.cat(reconstructions)).cpu(),
+        torch.cat(visibles).cpu(),
+        [f"{ratio:.0%} hidden" for ratio in mask_ratios],
+    )
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -1,16 +1,23 @@
-"""What several tests share: small models with nothing trivially zero, and their outputs with all gradients."""
+"""What several tests share: small models with nothing trivially zero, and scripts run as a user would."""
 
 import importlib.util
+import json
 import os
-from collections.abc import Mapping
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout
+from fcmae.errors import run_script
 
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
 torch.set_num_threads(1)
@@ -18,6 +25,8 @@ torch.set_num_threads(1)
 # Triton kernels run in its interpreter where there is no GPU; Triton reads this when a kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).parent.parent
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -92,3 +101,48 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: flo
     errors = {name: relative_error(a[name], b[name]) for name in a}
     off = {name: error for name, error in errors.items() if error > tolerance}
     assert not off, f"differ by more than {tolerance}: {off}"
+
+
+# Scripts
+
+
+def run_main(main: Callable[[list[str]], int], *arguments: str) -> int:
+    """Run a script's `main` in this process, as the script would; returns the exit code."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *arguments])
+        code = run_script(main)
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return code
+
+
+def error_line(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on standard error of a run that ends with exit code 2."""
+    capsys.readouterr()
+    assert run_main(main, *arguments) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """For launching this checkout's scripts from anywhere, with a port of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free.getsockname()[1])}
+
+
+def launch(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a Python module with its arguments, such as torchrun's, to the end."""
+    module = [sys.executable, "-m", *command]
+    return subprocess.run(module, env=environment, capture_output=True, text=True, timeout=200, check=False)

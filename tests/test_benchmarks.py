@@ -38,6 +38,16 @@ def test_train_step_prints_every_way_and_writes_json(tmp_path: Path) -> None:
     assert written["ways"][WAYS.index("masked")]["ratio"] == 1.0
 
 
+@pytest.mark.minkowski
+def test_layouts_measures_every_sparse_layout_and_the_engines_own_convolution() -> None:
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "layouts.py"), *TINY, *ONCE]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+    for way in ("masked", "packed", "minkowski", "channelwise"):
+        assert f"| {way} " in out
+    for way in ("packed", "minkowski", "channelwise"):
+        assert f"check: {way} differs from masked" in out
+
+
 def test_spark_gives_the_loss_and_gradient_of_masked(modules: tuple[Any, Any]) -> None:
     train_step, _ = modules
     args = train_step.parse_args([*TINY, "--image-size=96", "--layouts", *WAYS])

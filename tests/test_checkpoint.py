@@ -29,9 +29,9 @@ from fcmae.optim import build_adamw
 SMALL = ((1, 1, 1, 1), (8, 8, 16, 16))
 
 
-def save(folder: Path, step: int, keep: int = 2) -> Path:
+def save(folder: Path, step: int, keep: int = 2, **kwargs: Any) -> Path:
     tensors = {"weight": torch.full((3,), float(step))}
-    return save_checkpoint(folder, step=step, model=tensors, optimizer={}, state={"note": "x"}, keep=keep)
+    return save_checkpoint(folder, step=step, model=tensors, optimizer={}, state={"note": "x"}, keep=keep, **kwargs)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -46,6 +46,26 @@ def test_the_newest_are_kept_and_last_points_at_the_newest(tmp_path: Path) -> No
     assert (folder / "last").resolve() == folder / "step-00000020"
     assert newest_checkpoint(tmp_path) == folder / "step-00000020"
     assert read_checkpoint(folder / "last").state["step"] == 20
+
+
+def test_the_best_is_pointed_at_and_kept_until_there_is_a_better_one(tmp_path: Path) -> None:
+    for step, best in ((5, 5), (10, 5), (15, 5), (20, 5)):
+        save(tmp_path, step, best=best)
+    assert steps_in(tmp_path) == [5, 15, 20]
+    assert (tmp_path / "best").resolve() == tmp_path / "step-00000005"
+    save(tmp_path, 25, best=25)
+    save(tmp_path, 30, best=25)
+    save(tmp_path, 35, best=25)
+    assert steps_in(tmp_path) == [25, 30, 35]
+    assert (tmp_path / "best").resolve() == tmp_path / "step-00000025"
+
+
+def test_the_moving_average_lies_beside_the_weights_where_there_is_one(tmp_path: Path) -> None:
+    assert read_checkpoint(save(tmp_path, 5)).ema is None
+    average = {"weight": torch.ones(3)}
+    ema = read_checkpoint(save(tmp_path, 10, ema=average)).ema
+    assert ema is not None
+    assert torch.equal(ema["weight"], average["weight"])
 
 
 def test_a_step_that_is_saved_already_is_never_absent(tmp_path: Path) -> None:

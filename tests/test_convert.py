@@ -1,4 +1,4 @@
-"""timm computes the same from the converted weights, and loads the folders we write."""
+"""timm and transformers compute the same from the converted weights; timm loads the folders we write."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,26 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import TINY, randomise, relative_error, small_encoder
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from fcmae.convert import enlarge_stem, from_timm, timm_config, to_timm, write_timm_folder
+from fcmae import FCMAE
+from fcmae.convert import (
+    dense_to_official_sparse,
+    enlarge_stem,
+    from_any,
+    from_official_dense,
+    from_timm,
+    from_transformers,
+    official_sparse_to_dense,
+    shrink_stem,
+    timm_config,
+    to_timm,
+    to_transformers,
+    write_timm_folder,
+)
 from fcmae.encoder.convnextv2 import VARIANTS, ConvNeXtV2
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -52,9 +67,77 @@ def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_
 
 @pytest.mark.parametrize("num_classes", [0, 7])
 @pytest.mark.parametrize("variant", ["atto", TINY])
-def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
+@pytest.mark.parametrize(("to", "back"), [(to_timm, from_timm), (to_transformers, from_transformers)])
+def test_there_and_back_is_the_identity(to: Any, back: Any, variant: Any, num_classes: int) -> None:
     state = randomise(ConvNeXtV2(variant, num_classes=num_classes)).state_dict()
-    assert same_state(from_timm(to_timm(state)), dict(state))
+    assert same_state(back(to(state)), dict(state))
+    assert same_state(from_any(to(state))[0], dict(state))
+    assert same_state(to(back(to(state))), to(state))
+
+
+def test_official_names_there_and_back_are_the_identity() -> None:
+    encoder, classifier = small_encoder().state_dict(), small_encoder(num_classes=7).state_dict()
+    assert same_state(official_sparse_to_dense(dense_to_official_sparse(encoder)), dict(encoder))
+    assert same_state(from_official_dense(classifier), dict(classifier))
+    assert from_any(dense_to_official_sparse(encoder))[1] == "official sparse (MinkowskiEngine)"
+    assert from_any(classifier)[1] == "official dense"
+
+
+def small_transformers(num_classes: int, **kwargs: Any) -> Any:
+    """transformers' float64 network of variant `TINY`."""
+    names = {i: str(i) for i in range(num_classes)}
+    config = transformers.ConvNextV2Config(
+        depths=list(TINY[0]), hidden_sizes=list(TINY[1]), id2label=names, layer_norm_eps=1e-6, **kwargs
+    )
+    kind = transformers.ConvNextV2ForImageClassification if num_classes else transformers.ConvNextV2Model
+    return kind(config).double().eval()
+
+
+@pytest.mark.parametrize("stem_stride", [4, 2, 1])
+def test_transformers_gives_the_same_logits(stem_stride: int) -> None:
+    ours = small_encoder(num_classes=10, stem_stride=stem_stride).eval()
+    theirs = small_transformers(10, patch_size=stem_stride)
+    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(ours(images), theirs(images).logits) <= 1e-10
+    assert same_state(from_transformers(theirs.state_dict()), dict(ours.state_dict()))
+
+
+def test_transformers_gives_the_same_features() -> None:
+    ours, theirs = small_encoder(in_chans=5).eval(), small_transformers(0, num_channels=5)
+    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
+    images = torch.randn(2, 5, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(ours(images), theirs(images).pooler_output) <= 1e-10
+        assert relative_error(ours.pyramid(images)[-1], theirs(images).last_hidden_state) <= 1e-10
+
+
+def test_a_wrapped_or_whole_model_is_unwrapped() -> None:
+    encoder = small_encoder().state_dict()
+    wrapped = {f"module._orig_mod.{name}": value for name, value in to_timm(encoder).items()}
+    found, kind = from_any(wrapped)
+    assert (same_state(found, dict(encoder)), kind) == (True, "timm")
+    model = randomise(FCMAE(TINY, decoder_dim=16))
+    assert same_state(from_any(model.state_dict())[0], dict(model.encoder.state_dict()))
+
+
+def test_weights_of_v1_are_refused() -> None:
+    config = transformers.ConvNextConfig(depths=list(TINY[0]), hidden_sizes=list(TINY[1]))
+    with torch.device("meta"):
+        v1 = [timm_model("convnext_atto").state_dict(), transformers.ConvNextModel(config).state_dict()]
+    v1.append(timm_model("convnext_atto", ls_init_value=None, device="meta").state_dict())
+    v1.append({"downsample_layers.0.0.weight": torch.zeros(8, 3, 4, 4), "stages.0.0.gamma": torch.zeros(8)})
+    for state in v1:
+        with pytest.raises(ValueError, match="ConvNeXt V1 weights"):
+            from_any(state)
+
+
+def test_other_networks_are_refused_with_a_glimpse_of_their_names() -> None:
+    with pytest.raises(ValueError, match=r"it holds 2 tensors: 'conv1\.weight', 'fc\.bias'"):
+        from_any({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match="it holds no tensors"):
+        from_any({})
 
 
 def test_every_variant_has_the_names_and_shapes_of_timms() -> None:
@@ -178,6 +261,8 @@ def test_what_timm_cannot_be_told_is_refused() -> None:
         timm_config(small_encoder(), mean=[0.5], std=[0.5], image_size=64)
     with pytest.raises(ValueError, match="not a multiple"):
         timm_config(small_encoder(), mean=MEAN, std=STD, image_size=65)
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+        timm_config(small_encoder(num_classes=3), mean=MEAN, std=STD, image_size=64, class_names=["a", "b"])
     with pytest.raises(ValueError, match="grn_scope='batch'"):
         timm_config(small_encoder(grn_scope="batch"), mean=MEAN, std=STD, image_size=64)
 
@@ -186,3 +271,4 @@ def test_an_enlarged_stem_sees_on_enlarged_images_what_the_stem_sees() -> None:
     weight, images = torch.randn(4, 3, 2, 2).double(), torch.randn(2, 3, 8, 12).double()
     enlarged = F.conv2d(F.interpolate(images, scale_factor=2, mode="nearest"), enlarge_stem(weight, 2), stride=4)
     assert relative_error(enlarged, F.conv2d(images, weight, stride=2)) <= 1e-14
+    assert torch.equal(shrink_stem(enlarge_stem(weight, 2), 2), weight)

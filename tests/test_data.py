@@ -4,8 +4,10 @@ import pickle
 import random
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +16,32 @@ from PIL import Image
 
 from fcmae import sample_visible_ids
 from fcmae.data import (
+    Cover,
+    EvaluationDataset,
     IndexStream,
+    LabelledBatch,
+    LabelledDataset,
     MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
+    Source,
+    augmented_view,
     cover,
     derive_seed,
     fixed_images,
     labels_by,
     load_batches,
+    one_pass,
     open_source,
     random_view,
     save_arrays,
     seeded,
+    share_of_each_class,
+    shares_images,
     unreadable,
 )
+from fcmae.data.sampling import PADDING
+from fcmae.data.sources import Subset
 from fcmae.errors import UserError
 
 
@@ -223,6 +236,19 @@ def test_a_tar_file_has_the_labels_of_its_folder(tmp_path: Path) -> None:
     assert packed.labels is not None
     assert np.array_equal(packed.labels, loose.labels)  # pyright: ignore[reportArgumentType]
     assert packed.labels.dtype == np.int64
+    assert packed.describe(0) == f"{tmp_path / 'images.tar'}/images/class9/000.png"
+
+
+def test_tar_files_of_the_same_names_share_no_images(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images")
+    for name in ("train.tar", "val.tar"):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(tmp_path / "images", "images")
+    train, val, again = (
+        open_source("folder", str(tmp_path / name), "any", 3) for name in ("train.tar", "val.tar", "train.tar")
+    )
+    assert not shares_images(train, val)
+    assert shares_images(train, again)
 
 
 def test_images_outside_of_class_folders_leave_a_set_without_labels(tmp_path: Path) -> None:
@@ -322,6 +348,21 @@ def test_asking_for_labels_that_are_not_there_says_how_to_give_them(tmp_path: Pa
         labels_by(open_source("folder", str(tmp_path), "train", 3), None, "it")
 
 
+def test_a_split_that_is_the_whole_root_shares_images_with_every_other(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "a-test")
+    class_folders(tmp_path / "val")
+    train, test, val, whole = (
+        open_source("folder", str(tmp_path), split, 3) for split in ("train", "a-test", "val", "none")
+    )
+    assert not shares_images(train, val)
+    assert not shares_images(test, train)
+    for split in (train, test, val):
+        assert shares_images(split, whole)
+        assert shares_images(whole, split)
+    assert shares_images(Subset(train, np.array([4, 5])), whole)
+
+
 def error_of(*arguments: object) -> str:
     with pytest.raises(UserError) as caught:
         open_source(*arguments)  # pyright: ignore[reportArgumentType]
@@ -404,3 +445,142 @@ def test_pixel_normalisation_inverts() -> None:
     expected = (pixels[:, 2].double() / 255 - 0.9) / 0.1
     assert torch.allclose(images[:, 2].double(), expected, atol=1e-5)
     assert torch.allclose(normalize.invert(images) * 255, pixels.float(), atol=1e-3)
+
+
+# Labelled images
+
+
+def labelled(root: Path, number: int = 40, channels: int = 3) -> Source:
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (number, 4, 4, channels), dtype=np.uint8)
+    save_arrays(root, coarse.repeat(8, 1).repeat(8, 2), np.arange(number) % 4)
+    return open_source("arrays", str(root), "train", channels)
+
+
+def view_of(channels: int = 3, **changes: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    options: dict[str, Any] = {
+        "crop_scale": (0.3, 1.0),
+        "crop_padding": None,
+        "hflip": 0.5,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "erase_prob": 0.5,
+        "mean": [0.5] * channels,
+        "std": [0.2] * channels,
+    }
+    return augmented_view((32, 32), **options | changes)
+
+
+def test_augmentation_is_the_same_for_any_number_of_workers_and_changes_with_the_epoch(tmp_path: Path) -> None:
+    dataset = LabelledDataset(labelled(tmp_path), view=view_of(), seed=0)
+
+    def batches(**kwargs: int) -> list[LabelledBatch]:
+        workers = kwargs.pop("num_workers", 0)
+        stream = IndexStream(len(dataset), batch_size=8, seed=0, **kwargs)
+        return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), 6))
+
+    alone, helped = batches(), batches(num_workers=2)
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.labels.tolist() == [index % 4 for index in a.indices]
+    assert not torch.equal(dataset[0, 3].image, dataset[1, 3].image)
+    assert torch.equal(batches(start=16)[0].images, alone[2].images)
+
+
+@pytest.mark.parametrize("changes", [{}, {"crop_padding": 4}, {"auto_augment": "augmix-m3-w2"}])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmented_images_are_pixels_of_the_size_asked_for(
+    tmp_path: Path, channels: int, changes: dict[str, Any]
+) -> None:
+    dataset = LabelledDataset(labelled(tmp_path, channels=channels), view=view_of(channels, **changes), seed=0)
+    images = torch.stack([dataset[epoch, index].image for epoch in range(5) for index in range(10)])
+    assert images.dtype == torch.uint8
+    assert images.shape == (50, channels, 32, 32)
+    assert len(images.flatten(1).unique(dim=0)) == 50
+
+
+def test_a_padded_crop_is_the_image_moved_by_at_most_the_padding(tmp_path: Path) -> None:
+    source = labelled(tmp_path)
+    view = view_of(crop_padding=2, hflip=0.0, auto_augment=None, erase_prob=0.0)
+    image = source.load(0)
+    bordered = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+    places = [(y, x) for y in range(5) for x in range(5)]
+    seen = set()
+    for _ in range(60):
+        moved = view(image).numpy()
+        seen |= {(y, x) for y, x in places if np.array_equal(moved, bordered[:, y : y + 32, x : x + 32])}
+    assert len(seen) > 15
+
+
+def test_random_erasing_leaves_the_rest_and_fills_a_rectangle_with_noise_of_the_images_scale() -> None:
+    view = view_of(crop_padding=1, hflip=0.0, auto_augment=None, erase_prob=0.25)
+    image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
+    views = torch.stack([view(image) for _ in range(400)])
+    changed = (views != 200).any(1)  # (n, h, w)
+    share = changed.flatten(1).any(1).float().mean()
+    assert 0.17 < share < 0.33
+    noise = views.permute(0, 2, 3, 1)[changed].float() / 255
+    assert noise.mean() == pytest.approx(0.5, abs=0.02)
+    assert noise.std() == pytest.approx(0.2, abs=0.02)
+    for erased in changed[changed.flatten(1).any(1)][:20]:
+        rows, columns = erased.any(1).nonzero(), erased.any(0).nonzero()
+        box = erased[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert box.float().mean() > 0.95  # noise may hit 200 by chance
+
+
+@pytest.mark.parametrize("name", ["rand-x9", "strong", ""])
+def test_a_policy_that_timm_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"rand-m9-mstd0\.5-inc1|null is for none"):
+        view_of(auto_augment=name)
+
+
+def test_a_share_of_each_class_is_exact_nested_and_chosen_by_the_seed(tmp_path: Path) -> None:
+    source = labelled(tmp_path, number=42)  # 11, 11, 10, 10
+    chosen: dict[float, set[str]] = {}
+    for fraction in (0.01, 0.1, 0.5, 0.9, 1.0):
+        part = share_of_each_class(source, fraction, seed=3)
+        assert part.labels is not None
+        counts = np.bincount(part.labels).tolist()
+        assert counts == [max(1, round(fraction * n)) for n in (11, 11, 10, 10)]
+        chosen[fraction] = {part.describe(i) for i in range(len(part))}
+        for i in range(len(part)):
+            index = int(part.describe(i).split("[")[1][:-1])
+            assert part.labels[i] == index % 4
+            assert torch.equal(part.load(i), source.load(index))
+    assert chosen[0.01] <= chosen[0.1] < chosen[0.5] < chosen[0.9] < chosen[1.0]
+    again = share_of_each_class(source, 0.5, seed=3)
+    assert {again.describe(i) for i in range(len(again))} == chosen[0.5]
+    other = share_of_each_class(source, 0.5, seed=4)
+    assert {other.describe(i) for i in range(len(other))} != chosen[0.5]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 7, 8, 37])
+def test_a_pass_gives_every_index_to_one_process_once(number: int, world_size: int) -> None:
+    parts = [one_pass(number, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(keys) == 4 for part in parts for keys in part)
+    seen = [index for part in parts for keys in part for index in keys if index != PADDING]
+    assert sorted(seen) == list(range(number))
+
+
+def test_padding_and_broken_images_do_not_count_in_an_evaluation(folder: Path) -> None:
+    (folder / "004.png").write_text("not an image at all")
+    source = open_source("folder", str(folder), "train", 3)
+    dataset = EvaluationDataset(
+        source, np.arange(11), class_names=[str(i) for i in range(11)], view=Cover((16, 16)), shape=(3, 16, 16)
+    )
+    batches: list[LabelledBatch] = list(
+        load_batches(dataset, one_pass(11, batch_size=4), num_workers=0, pin_memory=False)
+    )
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9, 10, -1]
+    assert [bad.index for batch in batches for bad in batch.bad] == [4]
+    assert all(batch.images.shape == (4, 3, 16, 16) for batch in batches)
+
+
+def test_the_evaluation_crop_keeps_its_share_of_the_middle() -> None:
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 8:56, 8:56] = 255
+    assert (cover(image, (48, 48), 0.75) == 255).all()
+    assert (cover(image, (64, 64), 1.0) == image).all()
+    assert (cover(image, (64, 64), 0.5) == 255).all()

@@ -1,6 +1,7 @@
 """What only a GPU can show: the layouts agree there, and a training step never waits for it."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import TINY
 
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data import Batch, PixelNormalizer
+from fcmae.data import MaskedBatch, PixelNormalizer
+from fcmae.encoder.convnextv2 import Layout
 from fcmae.engine import Plan, Trainer, start_accelerator
 from fcmae.optim import build_adamw
 
@@ -19,15 +21,16 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("fast", ["packed", pytest.param("minkowski", marks=pytest.mark.minkowski)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
-def test_packed_equals_masked_on_cuda(dtype: torch.dtype, tolerance: float) -> None:
+def test_every_layout_agrees_with_masked_on_cuda(dtype: torch.dtype, tolerance: float, fast: Layout) -> None:
     model = FCMAE(TINY, stem_stride=2).to("cuda", dtype)
     images = torch.randn(4, 3, 64, 96, device="cuda", dtype=dtype)
     ids = sample_visible_ids(4, 24, 0.6, device="cuda")
     gradients = []
     with torch.backends.cudnn.flags(allow_tf32=False):
-        for layout in ("masked", "packed"):
-            model.layout = layout
+        for layout in ("masked", fast):
+            model.layout = cast(Layout, layout)
             model.zero_grad()
             model(images, ids).loss.backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
@@ -56,7 +59,8 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
         config=config,
     )
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8))
-    batch = Batch(pixels, sample_visible_ids(4, 16, 0.6), (0, 1, 2, 3), ()).pin_memory()
+    ids = sample_visible_ids(4, 16, 0.6)
+    batch = MaskedBatch(images=pixels, indices=(0, 1, 2, 3), bad=(), visible_ids=ids).pin_memory()
     batches = iter([batch] * 10)
     for _ in range(2):
         trainer.update(batches)

@@ -6,14 +6,13 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
+from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fcmae.engine
 import pretrain
 from fcmae.checkpoint import save_checkpoint
+from fcmae.convert import to_timm
 from fcmae.data import save_arrays
-from fcmae.errors import run_script
 
-ROOT = Path(__file__).parent.parent
 TINY = "[[1,1,1,1],[8,8,16,16]]"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +64,13 @@ visualize: {{every_steps: 100, num_images: 2}}
 
 def run(*arguments: str) -> int:
     """Run pretrain.py in this process, as the script would; returns the exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", *arguments])
-        code = run_script(pretrain.main)
-    torch.set_num_threads(threads)
-    return code
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return run_main(pretrain.main, *arguments)
 
 
 def losses(folder: Path) -> dict[int, float]:
-    by_step = {record["step"]: record["loss"] for record in records(folder)}
-    assert len(by_step) == len(records(folder)), "a step was recorded twice"
+    found = [record for record in records(folder) if "loss" in record]
+    by_step = {record["step"]: record["loss"] for record in found}
+    assert len(by_step) == len(found), "a step was recorded twice"
     return by_step
 
 
@@ -202,25 +184,40 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
     assert_same_weights(folder, tmp_path / "whole")
 
 
+@pytest.mark.minkowski
+@pytest.mark.parametrize(("before", "after"), [("minkowski", "packed"), ("packed", "minkowski")])
+def test_a_run_goes_on_with_another_layout(before: str, after: str, arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, f"output={tmp_path / 'whole'}", f"model.layout={after}") == 0
+    folder = tmp_path / "changed"
+    assert run(*arguments, f"output={folder}", f"model.layout={before}") == 0
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    assert run(*arguments, f"output={folder}", f"model.layout={after}", "resume=auto") == 0
+    assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    first, second = weights(folder), weights(tmp_path / "whole")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (value - second[name]).norm() <= 1e-3 * second[name].norm(), name
+
+
+def test_a_layout_without_its_package_ends_in_one_line_before_anything_is_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
+    assert run(*arguments, "model.layout=minkowski") == 2
+    err = capsys.readouterr().err
+    assert err.startswith(
+        "error: model: layout 'minkowski' needs MinkowskiEngine, which is not installed: run make"
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_path: Path) -> None:
     settings = [*arguments, "model.drop_path=0", "train.max_steps=6"]
     assert run(*settings, f"output={tmp_path / 'one'}") == 0
     assert run(*settings, f"output={tmp_path / 'four'}", "data.batch_size=2", "optim.accumulate=4") == 0
     assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert records(tmp_path / "four")[-1]["seen_images"] == records(tmp_path / "one")[-1]["seen_images"]
-
-
-@pytest.fixture
-def environment() -> dict[str, str]:
-    """For launching this checkout's pretrain.py from anywhere, with a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free.getsockname()[1])}
-
-
-def launch(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    module = [sys.executable, "-m", *command]
-    return subprocess.run(module, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_two_processes_see_together_what_one_sees(
@@ -381,10 +378,100 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], 
 
     encoder = {n.removeprefix("encoder."): v for n, v in weights(tmp_path / "run").items() if "encoder." in n}
     save_file(encoder, tmp_path / "encoder.safetensors")
-    only = tmp_path / "only"
-    assert run(*start, f"output={only}", f"init_from={tmp_path / 'encoder.safetensors'}") == 0
-    assert all(torch.equal(weights(only)["encoder." + name], value) for name, value in encoder.items())
-    assert not torch.equal(weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"])
+    torch.save({"state_dict": to_timm(encoder)}, tmp_path / "timm.pth")
+    for name in ("encoder.safetensors", "timm.pth"):
+        only = tmp_path / name.replace(".", "-")
+        assert run(*start, f"output={only}", f"init_from={tmp_path / name}") == 0
+        assert all(torch.equal(weights(only)["encoder." + name], value) for name, value in encoder.items())
+        assert not torch.equal(
+            weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"]
+        )
+
+
+# k-NN on the way
+
+
+@pytest.fixture
+def labelled(data: Path, tmp_path: Path) -> list[str]:
+    """The same images to train on, with labels, and others to classify; judged every 4 steps."""
+    images = np.load(data / "images.npy")
+    save_arrays(tmp_path / "labelled" / "train", images, np.arange(40) % 4, ["a", "b", "c", "d"])
+    save_arrays(tmp_path / "labelled" / "val", images[:9, ::-1], np.arange(9) % 3, ["a", "b", "d"])
+    return [f"data.root={tmp_path / 'labelled'}", "eval.knn_every_epochs=0.8"]
+
+
+def knn(folder: Path) -> dict[int, float]:
+    found = [record for record in records(folder) if "knn_top1" in record]
+    by_step = {record["step"]: record["knn_top1"] for record in found}
+    assert len(by_step) == len(found), "a step was judged twice"
+    return by_step
+
+
+def test_knn_is_recorded_from_start_to_end_and_changes_nothing_of_the_training(
+    arguments: list[str], labelled: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    judged, alone = tmp_path / "judged", tmp_path / "alone"
+    workers = "data.num_workers=1"
+    assert run(*arguments, *labelled, f"output={judged}", workers, "checkpoint.keep=9") == 0
+    out = capsys.readouterr().out
+    assert run(*arguments, *labelled, f"output={alone}", workers, "eval.knn_every_epochs=null") == 0
+    assert list(knn(judged)) == [0, 4, 8, 12]
+    assert all(0 <= value <= 1 for value in knn(judged).values())
+    assert f"step 12 · k-NN top1 {knn(judged)[12]:.2%}\n" in out
+    events = EventAccumulator(str(judged / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("knn_top1")] == [0, 4, 8, 12]
+    assert not knn(alone)
+    assert losses(judged) == losses(alone)
+    for name in ("model", "optimizer"):
+        path = Path("checkpoints", "last", f"{name}.safetensors")
+        assert (judged / path).read_bytes() == (alone / path).read_bytes()
+    assert len(list((judged / "checkpoints").glob("step-*"))) == 3, "no checkpoint but the usual"
+
+
+def test_knn_of_a_resumed_run_equals_that_of_the_uninterrupted_one(
+    arguments: list[str], labelled: list[str], tmp_path: Path
+) -> None:
+    assert run(*arguments, *labelled, "checkpoint.every_steps=4") == 0
+    folder = tmp_path / "run"
+    whole = knn(folder), losses(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    assert run(*arguments, *labelled, "resume=auto") == 0
+    assert (knn(folder), losses(folder)) == whole
+    shutil.rmtree(folder / "checkpoints")  # as if stopped before the first
+    assert run(*arguments, *labelled, "resume=auto") == 0
+    assert (knn(folder), losses(folder)) == whole
+
+
+def test_two_processes_judge_as_one(
+    arguments: list[str], labelled: list[str], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    settings = [*arguments, *labelled, "model.drop_path=0", "train.max_steps=2", "eval.num_images=39"]
+    assert run(*settings, f"output={tmp_path / 'one'}") == 0
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
+    command += [str(ROOT / "pretrain.py"), *settings, f"output={tmp_path / 'two'}", "data.batch_size=4"]
+    done = launch(command, environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("k-NN top1") == 2
+    assert knn(tmp_path / "one") == knn(tmp_path / "two")
+
+
+def test_features_are_judged_in_bf16_and_on_held_out_images(
+    arguments: list[str], labelled: list[str], tmp_path: Path
+) -> None:
+    settings = [*arguments, *labelled, "train.max_steps=2", "train.precision=bf16"]
+    assert run(*settings, "eval.val_split=null", "eval.num_images=20") == 0
+    assert list(knn(tmp_path / "run")) == [0, 2]
+
+
+def test_images_without_labels_cannot_be_judged(
+    arguments: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failure(capsys, *arguments, "eval.knn_every_epochs=1")
+    assert f"{data}, split train: no labels" in line
+    assert not (tmp_path / "run").exists()
 
 
 # Bad input
@@ -392,13 +479,7 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on standard error of a run that ends with exit code 2."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.strip()]
-    assert len(lines) == 1, error
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    return error_line(pretrain.main, capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +541,6 @@ def test_a_checkpoint_of_another_model_is_refused(
 def test_too_little_disk_is_told_before_anything_is_trained(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "checkpoint.keep" in failure(capsys, *arguments)

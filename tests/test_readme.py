@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from fcmae import ConvNeXtV2
+from fcmae.convert import write_timm_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,6 +74,17 @@ def test_the_readme_and_the_config_tell_the_reference_records_result() -> None:
     assert told in config
 
 
+def labelled(root: Path, held_out: str = "test") -> list[str]:
+    """Overrides that take the halves of the photographs, left or right, for labelled images."""
+    photos = [Image.open(path) for path in sorted((ROOT / "docs" / "photos").glob("*.jpg"))]
+    for i, photo in enumerate(photos):
+        for name, left in (("left", 0), ("right", photo.width // 2)):
+            path = root / "labelled" / ("train" if i < 9 else held_out) / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo.crop((left, 0, left + photo.width // 2, photo.height)).save(path)
+    return [f"data.root={root / 'labelled'}", "data.num_workers=0", "data.batch_size=4"]
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: Path) -> None:
     words = shlex.split(command)
@@ -80,6 +95,30 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
     elif words[0] == "tensorboard":
         out = shell(["tensorboard", "--inspect", "--logdir", str(quickstart)])
         assert "reconstructions" in out
+    elif words[:2] == ["fcmae", "evaluate"]:
+        out = shell(["python", "-m", "fcmae.cli", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)])
+        assert "linear probe" in out
+    elif words[0] == "fcmae":
+        model = tmp_path / "classifier" / "model"
+        classifier = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=2)
+        write_timm_folder(classifier, model, mean=[0.5] * 3, std=[0.5] * 3, image_size=64)
+        places = {"runs/quickstart": str(quickstart)}
+        words = [places.get(word, re.sub("^runs/", f"{tmp_path}/", word)) for word in words[1:]]
+        assert shell([sys.executable, "-m", "fcmae.cli", *words])
+    elif "finetune.py" in words:
+        options = [*labelled(tmp_path, "val"), "train.max_steps=2", "optim.accumulate=1", "data.image_size=64"]
+        options += ["model.variant=[[1,1,1,1],[8,8,16,16]]", f"output={tmp_path / 'run'}"]
+        train = ["python", "finetune.py", "--config", "configs/finetune/tiny.yaml", *options]
+        if "--evaluate" in words:
+            shell([*train, "init_from=null"])
+            out = shell([str(tmp_path / "run") if word.startswith("runs/") else word for word in words])
+            assert re.search(r"^right +4 ", out, re.MULTILINE)
+        else:
+            assert words[3:5] == train[2:4]
+            source = ["python", "pretrain.py", "--config", "configs/quickstart.yaml", "model.stem_stride=4"]
+            shell([*source, *shortened(tmp_path / "mine"), "visualize.num_images=0"])
+            shell([*words, *options, f"init_from={tmp_path / 'mine'}"])
+            assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     else:
         assert "pretrain.py" in words, f"no rule for running: {command}"
         config = words[words.index("--config") + 1]

@@ -23,7 +23,7 @@ from fcmae.data.batches import (
     unreadable,
 )
 from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
-from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class
+from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class, shares_images
 from fcmae.data.transforms import Cover, PixelNormalizer, augmented_view, cover, random_view
 
 __all__ = [
@@ -51,5 +51,6 @@ __all__ = [
     "save_arrays",
     "seeded",
     "share_of_each_class",
+    "shares_images",
     "unreadable",
 ]

@@ -191,7 +191,8 @@ class _Row:
     def describe(self, index: int) -> str:
         if self.reader is not None:
             try:
-                return str(self.reader.filename(index, absolute=True))
+                name = str(self.reader.filename(index, absolute=True))
+                return f"{self.reader.root}/{name}" if hasattr(self.reader, "tar_state") else name
             except (KeyError, NotImplementedError, TypeError):
                 pass  # timm's readers of nameless rows
         return f"{self.name}[{index}]"
@@ -298,6 +299,15 @@ def labels_by(source: Source, class_names: Sequence[str] | None, what: str) -> n
         name = source.class_names[source.labels[labels.argmin()]]
         raise UserError(f"{what}: class {name!r} is not among the {len(number)} classes of training")
     return labels
+
+
+def shares_images(source: Source, other: Source) -> bool:
+    """Whether the first image of a folder, tar file or array is among those of another, or the other way round.
+
+    So it is where one of them is the whole of a root, for want of a folder named for its split.
+    """
+    pairs = ((source, other), (other, source))
+    return any(b.describe(index) == a.describe(0) for a, b in pairs for index in range(len(b)))
 
 
 class Subset:

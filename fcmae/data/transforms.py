@@ -47,6 +47,8 @@ class AutoAugment(v2.Transform):
 
     def __init__(self, name: str, size: tuple[int, int], mean: Sequence[float]) -> None:
         super().__init__()
+        if not name:
+            raise ValueError("an empty name; null is for none")
         try:
             stages = transforms_imagenet_train(
                 size, auto_augment=name, interpolation="bicubic", mean=tuple(mean), separate=True
@@ -54,7 +56,7 @@ class AutoAugment(v2.Transform):
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise ValueError(f"timm knows no such policy ({error}); the paper's is rand-m9-mstd0.5-inc1") from error
         assert isinstance(stages, tuple)
-        self.policy = stages[1]
+        self.policy = stages[1]  # between the crop and the tensor
 
     def forward(self, image: Tensor) -> Tensor:
         return v2.functional.pil_to_tensor(self.policy(v2.functional.to_pil_image(image)))

@@ -276,7 +276,10 @@ class ConvNeXtV2(nn.Module):
         return sites.scatter(x)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the four stages' maps (b, c_i, h_i, w_i), finest first, for dense prediction.
+        """Return the four stages' maps (b, c_i, h_i, w_i), finest first, for detection and segmentation.
+
+        c_i is `dims[i]`; the strides are stem_stride times 1, 2, 4 and 8: in the official network 4, 8, 16 and 32.
+        The maps are as the stages leave them, without a norm, like those of timm's `features_only`.
 
         Raises:
             ValueError: as `features`.

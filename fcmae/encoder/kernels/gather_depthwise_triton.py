@@ -1,5 +1,7 @@
 """The Triton side of `gather_depthwise`: the same formulas, rows in blocks; accumulates in at least float32."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -50,8 +52,9 @@ def _grad_weight_kernel(
     tl.store(partial + (split * K + j) * c + channels, total, channels < c)
 
 
-def _accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
+    accumulator = tl.float64 if x.dtype == torch.float64 else tl.float32
+    return {"K": len(weight), "ROWS": ROWS, "CHANNELS": CHANNELS, "DTYPE": accumulator}
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
@@ -59,24 +62,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Ten
     n, c = x.shape
     out = torch.empty_like(x)
     grid = (triton.cdiv(n, ROWS), triton.cdiv(c, CHANNELS))
-    _convolve_kernel[grid](
-        x, weight, bias.contiguous(), neighbours, out, n, c,
-        K=len(weight), ROWS=ROWS, CHANNELS=CHANNELS, DTYPE=_accumulator(x.dtype),
-    )  # fmt: skip
+    _convolve_kernel[grid](x, weight, bias.contiguous(), neighbours, out, n, c, **_constants(x, weight))
     return out
 
 
 def differentiate(x: Tensor, weight: Tensor, grad: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight; x, weight and grad contiguous."""
     n, c = x.shape
-    k = len(weight)
     grad_x = convolve(grad, weight.flip(0), torch.zeros_like(weight[0]), neighbours)
     blocks = triton.cdiv(n, ROWS)
     splits = min(blocks, 64)
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    partial = torch.empty(splits, k, c, dtype=accumulator, device=x.device)
-    _grad_weight_kernel[(k, splits, triton.cdiv(c, CHANNELS))](
-        x, grad, neighbours, partial, n, c, blocks,
-        K=k, ROWS=ROWS, CHANNELS=CHANNELS, DTYPE=_accumulator(x.dtype),
-    )  # fmt: skip
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    partial = torch.empty(splits, len(weight), c, dtype=dtype, device=x.device)
+    grid = (len(weight), splits, triton.cdiv(c, CHANNELS))
+    _grad_weight_kernel[grid](x, grad, neighbours, partial, n, c, blocks, **_constants(x, weight))
     return grad_x, partial.sum(0).to(weight.dtype)
