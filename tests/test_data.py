@@ -534,6 +534,15 @@ def test_a_policy_that_timm_does_not_know_is_refused(name: str) -> None:
         view_of(auto_augment=name)
 
 
+@pytest.mark.parametrize("name", ["rand-m10-n15-inc1", "v0", "original", "3a", "augmix-m10-w3"])
+def test_the_strongest_augmentation_does_not_fail(name: str) -> None:
+    view = view_of(auto_augment=name)
+    image = torch.arange(3 * 32 * 32).reshape(3, 32, 32).to(torch.uint8)
+    for index in range(150):
+        with seeded(0, index):
+            assert view(image).shape == (3, 32, 32)
+
+
 def test_a_share_of_each_class_is_exact_nested_and_chosen_by_the_seed(tmp_path: Path) -> None:
     source = labelled(tmp_path, number=42)  # 11, 11, 10, 10
     chosen: dict[float, set[str]] = {}

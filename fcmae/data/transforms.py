@@ -1,10 +1,14 @@
 """Crops, flips, augmentation and pixel normalisation of uint8 tensors (c, h, w), mostly of any channel count."""
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from PIL import Image
+from timm.data.auto_augment import posterize
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor, nn
@@ -38,6 +42,11 @@ class Cover(v2.Transform):
         return cover(image, self.size, self.crop_pct)
 
 
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's, with at least one bit: its strongest level keeps none, which Pillow 13 refuses."""
+    return posterize(image, max(bits, 1), **kwargs)
+
+
 class AutoAugment(v2.Transform):
     """timm's policy `name`, which works on PIL images of one or three channels.
 
@@ -57,6 +66,11 @@ class AutoAugment(v2.Transform):
             raise ValueError(f"timm knows no such policy ({error}); the paper's is rand-m9-mstd0.5-inc1") from error
         assert isinstance(stages, tuple)
         self.policy = stages[1]  # between the crop and the tensor
+        for stage in self.policy.transforms:
+            sequences = getattr(stage, "policy", [getattr(stage, "ops", [])])
+            for operation in itertools.chain(*sequences):
+                if operation.aug_fn is posterize:
+                    operation.aug_fn = _posterize
 
     def forward(self, image: Tensor) -> Tensor:
         return v2.functional.pil_to_tensor(self.policy(v2.functional.to_pil_image(image)))
