@@ -1,6 +1,7 @@
 """benchmarks/cifar10.py: its data, the runs that it compares, and how it takes up what was stopped."""
 
 import importlib
+import itertools
 import json
 from argparse import Namespace
 from collections.abc import Sequence
@@ -142,3 +143,15 @@ def test_results_are_drawn(cifar10: Any, tmp_path: Path) -> None:
     with Image.open(tmp_path / "plot.png") as picture:
         assert np.asarray(picture.convert("RGB")).std() > 10
     assert (tmp_path / "plot.png").stat().st_size < 200_000
+
+
+def test_the_shipped_results_are_of_the_shipped_commands_and_are_what_the_documents_show(cifar10: Any) -> None:
+    args = parse(cifar10, "run")
+    runs = [
+        cifar10.finetuning(args, *key)
+        for key in itertools.product(cifar10.FRACTIONS, cifar10.SEEDS, cifar10.STARTS)
+    ]
+    commands = {" ".join(command) for _, command in [cifar10.pretraining(args), *runs]}
+    results = ROOT / "benchmarks/results/cifar10-cpu.json"
+    assert {json.loads(line)["command"] for line in results.read_text().splitlines()} == commands
+    assert cifar10.table(results) in (ROOT / "docs/results.md").read_text()
