@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.patches import pick_patches
+
 PATCH_NORM_EPS = 1e-6
 
 
@@ -13,20 +15,19 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (var + PATCH_NORM_EPS).sqrt()
 
 
-def hidden_patch_loss(pred: Tensor, target: Tensor, hidden: Tensor, *, norm_pix_loss: bool) -> Tensor:
+def hidden_patch_loss(pred: Tensor, images: Tensor, hidden: Tensor, patch: int, *, norm_pix_loss: bool) -> Tensor:
     """Mean over hidden patches of the patch's mean squared error, in at least float32 (paper, section 3.1).
 
     Args:
-        pred: predicted patches (b, L, n).
-        target: patches of the images (b, L, n), same order; visible ones are never read.
-        hidden: int64 ids (b, L - p) of the hidden patches.
+        pred: predictions of the hidden patches (b, m, patch * patch * c), values in (p, q, c) order.
+        images: (b, c, H, W); visible pixels are never read.
+        hidden: int64 ids (b, m) of the hidden patches, without repeats.
+        patch: pixels per patch side.
         norm_pix_loss: compare against each patch's pixels minus their mean, over their standard deviation.
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    pred = pred.gather(1, hidden[..., None].expand(-1, -1, pred.shape[-1])).to(dtype)
-    image = torch.arange(len(target), device=target.device)[:, None]
-    target = target[image, hidden].to(dtype)
+    target = pick_patches(images, hidden, patch).to(dtype)
     if norm_pix_loss:
         mean, std = patch_statistics(target)
         target = (target - mean) / std
-    return F.mse_loss(pred, target)
+    return F.mse_loss(pred.to(dtype), target)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fcmae.decoder import Decoder
 from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout, Variant, require_layout
 from fcmae.loss import hidden_patch_loss
-from fcmae.masking import count_visible, hidden_ids, ids_to_visible, sample_visible_ids
-from fcmae.patches import grid_shape, patchify
+from fcmae.masking import count_visible, hidden_ids, sample_visible_ids
+from fcmae.patches import grid_shape
 
 
 @dataclass
@@ -19,9 +19,12 @@ class FCMAEOutput:
     loss: Tensor
     """Scalar, at least float32."""
     pred: Tensor
-    """(b, L, patch * patch * in_chans), values in (p, q, c) order; patch-normalised with `norm_pix_loss`."""
+    """(b, L - p, patch * patch * in_chans): hidden patches, values in (p, q, c) order; patch-normalised with
+    `norm_pix_loss`."""
     visible_ids: Tensor
     """int64 (b, p)."""
+    hidden_ids: Tensor
+    """int64 (b, L - p), sorted."""
 
 
 class FCMAE(nn.Module):
@@ -92,12 +95,8 @@ class FCMAE(nn.Module):
             visible_ids = ids.to(images.device)
         elif visible_ids.shape[-1] >= num_patches:
             raise ValueError(f"all {num_patches} patches are visible: nothing is left to reconstruct")
+        hidden = hidden_ids(visible_ids, num_patches)
         features = self.encoder.features(images, visible_ids, self.layout)
-        pred = self.decoder(features, ids_to_visible(visible_ids, num_patches))
-        loss = hidden_patch_loss(
-            pred,
-            patchify(images, self.patch_size),
-            hidden_ids(visible_ids, num_patches),
-            norm_pix_loss=self.norm_pix_loss,
-        )
-        return FCMAEOutput(loss, pred, visible_ids)
+        pred = self.decoder(features, hidden)
+        loss = hidden_patch_loss(pred, images, hidden, self.patch_size, norm_pix_loss=self.norm_pix_loss)
+        return FCMAEOutput(loss, pred, visible_ids, hidden)

@@ -1,5 +1,6 @@
 """Images to patches and back, in the official (p, q, c) order; knows nothing of masks or models."""
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -31,6 +32,18 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     """
     grid_shape((images.shape[-2], images.shape[-1]), patch)
     return rearrange(images, "b c (gh p) (gw q) -> b (gh gw) (p q c)", p=patch, q=patch)
+
+
+def pick_patches(images: Tensor, ids: Tensor, patch: int) -> Tensor:
+    """Cut only the patches `ids`, int64 (b, m), out of images (b, c, h, w): (b, m, patch * patch * c).
+
+    Raises:
+        ValueError: as `patchify`.
+    """
+    _, gw = grid_shape((images.shape[-2], images.shape[-1]), patch)
+    cells = rearrange(images, "b c (gh p) (gw q) -> b gh gw p q c", p=patch, q=patch)  # a view
+    image = torch.arange(len(images), device=ids.device)[:, None]
+    return cells[image, ids // gw, ids % gw].flatten(2)
 
 
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The FCMAE decoder (paper, section 3.1): fills hidden cells with a mask token and predicts every patch."""
+"""The FCMAE decoder (paper, section 3.1): fills hidden cells with a mask token and predicts their patches."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from fcmae.encoder.convnextv2 import Block, init_weights
 from fcmae.encoder.layouts import DenseSites
+from fcmae.encoder.packed import PackedSites
+from fcmae.masking import ids_to_visible
 
 
 def conv1x1(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -32,12 +34,17 @@ class Decoder(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, features: Tensor, visible: Tensor) -> Tensor:
-        """Predict all patches (b, L, out_dim) from the encoder's map (b, h, w, c) and booleans `visible` (b, L)."""
+    def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the patches `hidden` (b, m), int64 without repeats, from the encoder's map (b, h, w, c).
+
+        Returns (b, m, out_dim). Predictions of visible patches have no part in the loss and are not made.
+        """
         b, h, w, _ = features.shape
         x = conv1x1(features, self.proj)
-        x = torch.where(visible.view(b, h, w, 1), x, self.mask_token.flatten().to(x.dtype))
+        is_hidden = ids_to_visible(hidden, h * w).view(b, h, w, 1)
+        x = torch.where(is_hidden, self.mask_token.flatten().to(x.dtype), x)
         sites = DenseSites((h, w))
         for block in self.decoder:
             x = block(x, sites)
-        return conv1x1(x, self.pred).flatten(1, 2)
+        x = PackedSites((h, w), hidden, 1).gather(x)  # (b, m, 1, 1, dim)
+        return conv1x1(x, self.pred).flatten(1, 3)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fcmae.encoder.kernels.gelu_grn import gelu_grn
-from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites
+from fcmae.encoder.kernels.mlp import grn_mlp
+from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
 from fcmae.patches import grid_shape
@@ -94,13 +94,6 @@ class GRN(nn.Module):
         scale = sites.spread(1 + self.gamma.flatten() * response)
         return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
 
-    def after_gelu(self, h: Tensor, sites: Sites) -> Tensor:
-        """GRN(GELU(h)), fused where all that is stored is active; an exported program gets the plain operations."""
-        if self.scope == "image" and sites.all_active and not torch.compiler.is_exporting():
-            out = gelu_grn(h.flatten(1, -2), self.gamma.flatten(), self.beta.flatten(), self.eps)
-            return out.view_as(h)
-        return self(F.gelu(h), sites)
-
 
 class DropPath(nn.Module):
     """Stochastic depth: drops a residual branch for whole images with probability `rate` while training."""
@@ -129,9 +122,22 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
-        h = sites.depthwise(x, self.dwconv)
-        h = self.grn.after_gelu(self.pwconv1(self.norm(h)), sites)
-        return x + self.drop_path(self.pwconv2(h), sites)
+        if sites.all_active and self.grn.scope == "image" and not torch.compiler.is_exporting():
+            h = self._fused(x, sites)
+        else:
+            h = self.norm(sites.depthwise(x, self.dwconv))
+            h = self.pwconv2(self.grn(F.gelu(self.pwconv1(h)), sites))
+        return x + self.drop_path(h, sites)
+
+    def _fused(self, x: Tensor, sites: Sites) -> Tensor:
+        """The branch over storage without inactive sites; the norm's weight and bias become the expansion's."""
+        expand, grn, project = self.pwconv1, self.grn, self.pwconv2
+        h = sites.depthwise_norm(x, self.dwconv, self.norm.eps)
+        w1 = expand.weight * self.norm.weight
+        b1 = torch.addmv(expand.bias, expand.weight, self.norm.bias)
+        h, w1, b1, w2, b2 = as_autocast(h, w1, b1, project.weight, project.bias)
+        out = grn_mlp(h.flatten(1, -2), w1, b1, grn.gamma.flatten(), grn.beta.flatten(), w2, b2, grn.eps)
+        return out.view(*x.shape)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -46,6 +46,10 @@ class Sites(Protocol):
         """Apply a depthwise convolution at active sites; hidden neighbours count as zero."""
         ...
 
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
+        """Apply `depthwise` and normalise each site over its channels, without a weight and bias of the norm."""
+        ...
+
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         """Apply a 2x2 convolution of stride 2; returns the map and its coarser layout."""
         ...
@@ -78,6 +82,20 @@ def l2_norm(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last axis without weight and bias, in x's dtype, accumulated in at least float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the dtype of the autocast under way, if there is one, where a gradient's way back sees it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 def conv2d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:
     """`F.conv2d` of x (b, h, w, c); returns (b, h', w', c')."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, **kwargs).permute(0, 2, 3, 1)
@@ -101,6 +119,9 @@ class DenseSites:
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         return conv2d_channels_last(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
+        return normalise(self.depthwise(x, conv), eps)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         coarser = replace(self, grid=(self.grid[0] // 2, self.grid[1] // 2))

@@ -31,7 +31,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fcmae.encoder.kernels.gather_depthwise import gather_depthwise
-from fcmae.encoder.layouts import SITES_PER_PATCH, l2_norm
+from fcmae.encoder.layouts import SITES_PER_PATCH, l2_norm, normalise
 
 KERNEL_SIZE = 7
 """Of the depthwise convolutions, whose kernel map the blocks of a stage share."""
@@ -175,6 +175,9 @@ class MinkowskiSites:
         weight = conv.weight.permute(3, 2, 0, 1).flatten(0, 1).squeeze(-1)  # (c, 1, kh, kw) -> (kw * kh, c)
         out = gather_depthwise(x.flatten(0, 1).to(dtype), weight.to(dtype), conv.bias.to(dtype), self._neighbours)
         return self._rows(out).to(conv.weight.dtype)
+
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
+        return normalise(self.depthwise(x, conv), eps)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         engine = import_engine()

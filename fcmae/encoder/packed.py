@@ -10,24 +10,31 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
-from fcmae.encoder.layouts import SITES_PER_PATCH, conv2d_channels_last, l2_norm
+from fcmae.encoder.layouts import SITES_PER_PATCH, as_autocast, conv2d_channels_last, l2_norm, normalise
+
+
+def _cells(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
+    """View a canvas (b, h, w, c) as (b, gh, gw, k, k, c)."""
+    return canvas.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1)).transpose(2, 3)
 
 
 def _place(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, k, _, c = x.shape
-    canvas = x.new_zeros(b, grid[0], k, grid[1], k, c)
-    image = torch.arange(b, device=ids.device)[:, None]
-    canvas[image, ids // grid[1], :, ids % grid[1]] = x
-    return canvas.view(b, grid[0] * k, grid[1] * k, c)
+    canvas = x.new_zeros(b, grid[0] * k, grid[1] * k, c)
+    _put(x, canvas, ids, grid)
+    return canvas
+
+
+def _put(x: Tensor, canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> None:
+    """Write patches (b, p, k, k, c) into a canvas (b, h, w, c), or a view of one."""
+    image = torch.arange(len(x), device=ids.device)[:, None]
+    _cells(canvas, grid)[image, ids // grid[1], ids % grid[1]] = x
 
 
 def _pick(canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    b, h, w, c = canvas.shape
-    canvas = canvas.reshape(b, grid[0], h // grid[0], grid[1], w // grid[1], c)
-    image = torch.arange(b, device=ids.device)[:, None]
-    return canvas[image, ids // grid[1], :, ids % grid[1]]
+    image = torch.arange(len(canvas), device=ids.device)[:, None]
+    return _cells(canvas, grid)[image, ids // grid[1], ids % grid[1]]
 
 
 class _Place(torch.autograd.Function):
@@ -68,7 +75,8 @@ class _Depthwise(torch.autograd.Function):
     """Depthwise convolution of packed patches: onto the canvas, convolve, back.
 
     A Function so that the packed input is kept for the backward pass instead of the canvas, and because the
-    gradient of the input is fastest as a forward convolution with the flipped kernel, that of the bias as a sum.
+    gradient of the input is fastest as a forward convolution with the flipped kernel, that of the bias as a sum,
+    and that of the kernel as `_grad_weight` has it.
     """
 
     @staticmethod
@@ -84,18 +92,31 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, weight, ids = ctx.saved_tensors
-        grad = _place(grads[0], ids, ctx.grid)
-        flipped = weight.flip(2, 3)
-        grad_canvas = conv2d_channels_last(grad, flipped, None, padding=ctx.padding, groups=weight.shape[0])
-        grad_weight = conv2d_weight(
-            _place(x, ids, ctx.grid).permute(0, 3, 1, 2),
-            weight.shape,
-            grad.permute(0, 3, 1, 2),
-            padding=ctx.padding,
-            groups=weight.shape[0],
+        grad = grads[0]
+        canvas = conv2d_channels_last(
+            _place(grad, ids, ctx.grid), weight.flip(2, 3), None, padding=ctx.padding, groups=weight.shape[0]
         )
-        grad_x = _pick(grad_canvas, ids, ctx.grid)
-        return grad_x, grad_weight, grads[0].sum((0, 1, 2, 3)), None, None, None
+        grad_x = _pick(canvas, ids, ctx.grid)
+        grad_weight = _grad_weight(x, grad, ids, ctx.grid, ctx.padding)
+        return grad_x, grad_weight, grad.sum((0, 1, 2, 3)), None, None, None
+
+
+def _grad_weight(x: Tensor, grad: Tensor, ids: Tensor, grid: tuple[int, int], padding: int) -> Tensor:
+    """Return the gradient (c, 1, kh, kw) of a depthwise kernel, given that of the output.
+
+    It is a depthwise convolution itself, of one image whose channels are those of all images, with the output's
+    gradient as the kernel: oneDNN is several times faster at that than at its own gradient.
+    """
+    b, c = len(x), x.shape[-1]
+    h, w = grid[0] * x.shape[2], grid[1] * x.shape[3]
+    canvas = x.new_zeros(h + 2 * padding, w + 2 * padding, b, c)
+    kernels = x.new_zeros(h, w, b, c)
+    _put(x, canvas[padding : padding + h, padding : padding + w].permute(2, 0, 1, 3), ids, grid)
+    _put(grad, kernels.permute(2, 0, 1, 3), ids, grid)
+    out = F.conv2d(
+        canvas.flatten(2)[None].permute(0, 3, 1, 2), kernels.flatten(2).permute(2, 0, 1)[:, None], groups=b * c
+    )
+    return out.unflatten(1, (b, c)).sum((0, 1))[:, None]
 
 
 @dataclass(frozen=True)
@@ -123,12 +144,12 @@ class PackedSites:
         return F.linear(windows.flatten(4), weight, conv.bias)
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        weight, bias = conv.weight, conv.bias
-        assert bias is not None
-        if torch.is_autocast_enabled(x.device.type):  # as a convolution would, but where its backward sees it
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        assert conv.bias is not None
+        x, weight, bias = as_autocast(x, conv.weight, conv.bias)
         return _Depthwise.apply(x, weight, bias, self.visible_ids, self.grid, conv.padding[0])
+
+    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
+        return normalise(self.depthwise(x, conv), eps)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         k = self.sites_per_patch // 2

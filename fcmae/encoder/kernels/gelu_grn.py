@@ -11,8 +11,6 @@ and backward, with g the gradient of out, t = sum_sites g y, u = gamma t:
     dgamma = sum_images r t,    dbeta = sum g
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,42 +24,39 @@ def gelu_grn_reference(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Te
     return gamma * (y * response) + beta + y
 
 
-def gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """The same as `gelu_grn_reference`, computing norms in at least float32; gradient 0 where a norm is 0."""
-    return _GeluGRN.apply(h, gamma, beta, eps)
+def gelu_grn_forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (out, norm): `gelu_grn_reference` in h's dtype, and ||y|| (b, c) in at least float32."""
+    y = F.gelu(h)
+    squares = y.to(torch.promote_types(h.dtype, torch.float32)).square()
+    norm = squares.sum(1).sqrt()
+    scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + eps)
+    out = squares if squares.dtype == h.dtype else None  # on a CPU, fresh memory costs more than arithmetic
+    return torch.addcmul(beta.to(h.dtype), y, scale[:, None].to(h.dtype), out=out), norm
 
 
-class _GeluGRN(torch.autograd.Function):
-    """Keeps h and the norms; GELU is computed again in the backward pass, which saves a map of c channels.
+def gelu_grn_backward(
+    grad: Tensor, h: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return grad_h, out once more, and grad_gamma, grad_beta and the sum of grad_h over images and sites: each (c,).
 
-    Buffers are used again where they can be: on a CPU, fresh memory costs more than the arithmetic.
+    Args:
+        grad: of out, (b, n, c); used as a buffer.
+        h: (b, n, c).
+        norm: (b, c), as `gelu_grn_forward` returned it; a gradient through it is 0 where it is 0.
+        gamma, beta: (c,).
+        eps: of GRN.
     """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        y = F.gelu(h)
-        squares = y.to(torch.promote_types(h.dtype, torch.float32)).square()
-        norm = squares.sum(1).sqrt()  # (b, c)
-        ctx.save_for_backward(h, norm, gamma)
-        ctx.eps = eps
-        scale = 1 + gamma * norm / (norm.mean(dim=-1, keepdim=True) + eps)
-        out = squares if squares.dtype == h.dtype else None
-        return torch.addcmul(beta.to(h.dtype), y, scale[:, None].to(h.dtype), out=out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grad = grads[0]
-        h, norm, gamma = ctx.saved_tensors
-        mean = norm.mean(dim=-1, keepdim=True) + ctx.eps
-        response = norm / mean
-        y = F.gelu(h)
-        buffer = grad * y
-        t = buffer.sum(1, dtype=norm.dtype)  # (b, c)
-        u = gamma * t
-        grad_norm = u / mean - (u * norm).mean(dim=-1, keepdim=True) / mean**2
-        along = torch.where(norm > 0, grad_norm / norm, 0.0)
-        scale = 1 + gamma * response
-        grad_y = torch.mul(y, along[:, None].to(y.dtype), out=buffer).addcmul_(grad, scale[:, None].to(y.dtype))
-        grad_h = torch.ops.aten.gelu_backward.grad_input(grad_y, h, grad_input=grad_y)
-        grad_gamma = (response * t).sum(0).to(gamma.dtype)
-        return grad_h, grad_gamma, grad.sum((0, 1), dtype=norm.dtype).to(gamma.dtype), None
+    mean = norm.mean(dim=-1, keepdim=True) + eps
+    response = norm / mean
+    y = F.gelu(h)
+    buffer = grad * y
+    t = buffer.sum(1, dtype=norm.dtype)  # (b, c)
+    u = gamma * t
+    grad_norm = u / mean - (u * norm).mean(dim=-1, keepdim=True) / mean**2
+    along = torch.where(norm > 0, grad_norm / norm, 0.0)[:, None].to(y.dtype)
+    scale = (1 + gamma * response)[:, None].to(y.dtype)
+    grad_beta = grad.sum((0, 1), dtype=norm.dtype)
+    out = torch.addcmul(beta.to(y.dtype), y, scale, out=buffer)
+    grad_y = grad.mul_(scale).addcmul_(y, along)
+    grad_h = torch.ops.aten.gelu_backward.grad_input(grad_y, h, grad_input=grad_y)
+    return grad_h, out, (response * t).sum(0), grad_beta, grad_h.sum((0, 1), dtype=norm.dtype)
