@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fcmae import FCMAE, VARIANTS, FCMAEOutput, sample_visible_ids
 from fcmae.encoder.convnextv2 import LAYOUTS, Layout
+from fcmae.engine import keep_freed_memory
 from fcmae.optim import build_adamw
 
 REFERENCE = "masked"
@@ -288,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check, measure, print, write."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the scripts do
     if args.measure_memory:
         print(peak_memory_here(*build_way(args.measure_memory, args), args))
         return

@@ -1,9 +1,11 @@
 """The training loop: steps, schedule, checkpoints, progress; knows neither the model nor the images."""
 
+import ctypes
 import dataclasses
 import json
 import math
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -57,6 +59,10 @@ HARMLESS = (
 
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where torchrun and the MPI launchers say how many processes there are."""
+
+
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt, from its malloc.h."""
 
 
 class TrainBatch(Protocol):
@@ -117,6 +123,17 @@ class Plan:
         return self.total_steps * self.images_per_step / self.num_samples
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: given back to the system at once, large tensors come with page faults each step.
+
+    Without effect where the C library is another one. A process keeps its peak of memory until it ends.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MALLOC_MMAP_MAX, 0)
+        libc.mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def start_accelerator(precision: str) -> Accelerator:
     """Return the Accelerator of this process, computing in `precision` ("auto": as launched).
 
@@ -139,6 +156,7 @@ def start_accelerator(precision: str) -> Accelerator:
     except (ValueError, ImportError) as error:
         raise UserError(f"train.precision={precision}: {error}") from error
     if accelerator.device.type == "cpu":
+        keep_freed_memory()
         if accelerator.mixed_precision == "fp16":
             raise UserError("train.precision=fp16: needs a GPU; on CPU use bf16 or no")
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ

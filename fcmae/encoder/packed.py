@@ -5,13 +5,15 @@ Only the depthwise convolution looks across patch borders: it lays the patches o
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder.layouts import SITES_PER_PATCH, as_autocast, conv2d_channels_last, l2_norm, normalise
+from fcmae.encoder.kernels.patch_depthwise import patch_depthwise, patch_depthwise_norm, patch_slots
+from fcmae.encoder.layouts import SITES_PER_PATCH, as_autocast, l2_norm
 
 
 def _cells(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -71,54 +73,6 @@ class _Pick(torch.autograd.Function):
         return _Place.apply(grads[0], ids, ctx.grid), None, None
 
 
-class _Depthwise(torch.autograd.Function):
-    """Depthwise convolution of packed patches: onto the canvas, convolve, back.
-
-    A Function so that the packed input is kept for the backward pass instead of the canvas, and because the
-    gradient of the input is fastest as a forward convolution with the flipped kernel, that of the bias as a sum,
-    and that of the kernel as `_grad_weight` has it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, grid: tuple[int, int], padding: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, ids)
-        ctx.grid, ctx.padding = grid, padding
-        canvas = _place(x, ids, grid)
-        out = conv2d_channels_last(canvas, weight, bias, padding=padding, groups=weight.shape[0])
-        return _pick(out, ids, grid)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        x, weight, ids = ctx.saved_tensors
-        grad = grads[0]
-        canvas = conv2d_channels_last(
-            _place(grad, ids, ctx.grid), weight.flip(2, 3), None, padding=ctx.padding, groups=weight.shape[0]
-        )
-        grad_x = _pick(canvas, ids, ctx.grid)
-        grad_weight = _grad_weight(x, grad, ids, ctx.grid, ctx.padding)
-        return grad_x, grad_weight, grad.sum((0, 1, 2, 3)), None, None, None
-
-
-def _grad_weight(x: Tensor, grad: Tensor, ids: Tensor, grid: tuple[int, int], padding: int) -> Tensor:
-    """Return the gradient (c, 1, kh, kw) of a depthwise kernel, given that of the output.
-
-    It is a depthwise convolution itself, of one image whose channels are those of all images, with the output's
-    gradient as the kernel: oneDNN is several times faster at that than at its own gradient.
-    """
-    b, c = len(x), x.shape[-1]
-    h, w = grid[0] * x.shape[2], grid[1] * x.shape[3]
-    canvas = x.new_zeros(h + 2 * padding, w + 2 * padding, b, c)
-    kernels = x.new_zeros(h, w, b, c)
-    _put(x, canvas[padding : padding + h, padding : padding + w].permute(2, 0, 1, 3), ids, grid)
-    _put(grad, kernels.permute(2, 0, 1, 3), ids, grid)
-    out = F.conv2d(
-        canvas.flatten(2)[None].permute(0, 3, 1, 2), kernels.flatten(2).permute(2, 0, 1)[:, None], groups=b * c
-    )
-    return out.unflatten(1, (b, c)).sum((0, 1))[:, None]
-
-
 @dataclass(frozen=True)
 class PackedSites:
     """Visible patches only, stored as (b, p, k, k, c) with k sites per patch side."""
@@ -146,10 +100,17 @@ class PackedSites:
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         assert conv.bias is not None
         x, weight, bias = as_autocast(x, conv.weight, conv.bias)
-        return _Depthwise.apply(x, weight, bias, self.visible_ids, self.grid, conv.padding[0])
+        return patch_depthwise(x, weight, bias, self.visible_ids, self._slots, self.grid)
 
     def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
-        return normalise(self.depthwise(x, conv), eps)
+        assert conv.bias is not None
+        x, weight, bias = as_autocast(x, conv.weight, conv.bias)
+        return patch_depthwise_norm(x, weight, bias, self.visible_ids, self._slots, self.grid, eps)
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """Where each patch is among the visible ones (b, L)."""
+        return patch_slots(self.visible_ids, self.grid[0] * self.grid[1])
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         k = self.sites_per_patch // 2

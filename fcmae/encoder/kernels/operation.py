@@ -1,6 +1,6 @@
-"""Operations of PyTorch that run as formulas on any device and as Triton kernels on CUDA; knows none of them."""
+"""Operations of PyTorch: formulas on any device, Triton kernels on CUDA, numba's on CPU; knows none of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any
 
@@ -8,14 +8,18 @@ import torch
 from torch.library import CustomOpDef
 
 
-def operation(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def operation(
+    fake: Callable[..., Any], *, numba_dtypes: Collection[torch.dtype] = ()
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Return a decorator that registers a function of tensors as the operation `fcmae::<its name>`.
 
     The function itself is the reference and runs where there is no GPU. On CUDA runs the function of the same
-    name and signature in the module of the same name plus `_triton`. Compiled programs call either as it is.
+    name and signature in the module of the same name plus `_triton`, and on CPU, for first arguments of
+    `numba_dtypes`, that of the module plus `_numba`. Compiled programs call each as it is.
 
     Args:
         fake: the function's outputs, contiguous and uninitialised, from inputs of which only the shapes are known.
+        numba_dtypes: what the numba version takes; none where there is no such version.
     """
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
@@ -26,6 +30,14 @@ def operation(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Custom
         def _(*args: Any) -> Any:
             kernels = import_module(f"{function.__module__}_triton")  # only here: Triton is not everywhere
             return getattr(kernels, function.__name__)(*args)
+
+        if numba_dtypes:
+
+            @op.register_kernel("cpu")
+            def _(*args: Any) -> Any:
+                if args[0].dtype not in numba_dtypes:
+                    return function(*args)
+                return getattr(import_module(f"{function.__module__}_numba"), function.__name__)(*args)
 
         return op
 

@@ -23,6 +23,9 @@ from torch.nn.grad import conv2d_weight
 
 from fcmae.encoder.kernels.operation import operation
 
+NUMBA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the CPU version takes; it computes in float32."""
+
 
 def patch_slots(visible_ids: Tensor, num_patches: int) -> Tensor:
     """Return int32 (b, L): the place of each patch in its image's row of visible_ids (b, p), -1 where hidden."""
@@ -76,7 +79,7 @@ def _statistics_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-@operation(fake=lambda x, *_: x.new_empty(x.shape))
+@operation(fake=lambda x, *_: x.new_empty(x.shape), numba_dtypes=NUMBA_DTYPES)
 def patch_depthwise(
     x: Tensor,
     weight: Tensor,
@@ -100,7 +103,7 @@ def patch_depthwise(
     return _convolve(x, weight, bias, visible_ids, slots, grid).to(x.dtype).contiguous()
 
 
-@operation(fake=lambda x, *_: (x.new_empty(x.shape), _statistics_like(x)))
+@operation(fake=lambda x, *_: (x.new_empty(x.shape), _statistics_like(x)), numba_dtypes=NUMBA_DTYPES)
 def patch_depthwise_norm_rstd(
     x: Tensor,
     weight: Tensor,
@@ -117,7 +120,7 @@ def patch_depthwise_norm_rstd(
     return ((conv - mean[..., None]) * rstd[..., None]).to(x.dtype).contiguous(), rstd.contiguous()
 
 
-@operation(fake=lambda grad, *_: grad.new_empty(grad.shape))
+@operation(fake=lambda grad, *_: grad.new_empty(grad.shape), numba_dtypes=NUMBA_DTYPES)
 def patch_norm_backward(grad: Tensor, out: Tensor, rstd: Tensor) -> Tensor:
     """The gradient of the norm's input (b, p, k, k, c) from that of its output, the output, and rstd."""
     g, normed = grad.to(rstd.dtype), out.to(rstd.dtype)
@@ -132,7 +135,7 @@ def _fake_weight_grads(
     return flat.new_empty(x.shape[-1], 1, size, size), flat
 
 
-@operation(fake=_fake_weight_grads)
+@operation(fake=_fake_weight_grads, numba_dtypes=NUMBA_DTYPES)
 def patch_depthwise_weight_grads(
     grad: Tensor, x: Tensor, visible_ids: Tensor, slots: Tensor, grid: Sequence[int], size: int
 ) -> tuple[Tensor, Tensor]:
