@@ -113,5 +113,5 @@ class SparkEncoder(ConvNeXtV2):
     def sites(self, images: Tensor, visible_ids: Tensor | None, layout: str) -> Sites:
         assert visible_ids is not None
         grid = grid_shape((images.shape[2], images.shape[3]), self.patch_size)
-        self.visibility.patches = PackedSites(grid, visible_ids)
+        self.visibility.patches = PackedSites.of_patches(grid, visible_ids)
         return SparkSites.of(self.visibility.patches)

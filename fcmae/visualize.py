@@ -14,7 +14,7 @@ from fcmae.data.transforms import PixelNormalizer
 from fcmae.loss import patch_statistics
 from fcmae.masking import ids_to_visible, sample_visible_ids
 from fcmae.model import FCMAE
-from fcmae.patches import grid_shape, patchify, unpatchify
+from fcmae.patches import grid_shape, patchify, pick_patches, unpatchify
 
 HIDDEN_GRAY = 0.5
 """Of hidden patches in the masked picture, in [0, 1]."""
@@ -23,7 +23,7 @@ SMALLEST_SHOWN = 128
 
 
 def reconstruct(
-    images: Tensor, pred: Tensor, visible_ids: Tensor, patch: int, *, norm_pix_loss: bool
+    images: Tensor, pred: Tensor, hidden_ids: Tensor, patch: int, *, norm_pix_loss: bool
 ) -> tuple[Tensor, Tensor]:
     """Return (reconstruction, visible): images (b, c, H, W) with predicted hidden patches, booleans (b, 1, H, W).
 
@@ -32,19 +32,19 @@ def reconstruct(
 
     Args:
         images: (b, c, H, W), normalised as the model saw them.
-        pred: (b, L, patch * patch * c).
-        visible_ids: int64 (b, p).
+        pred: of the hidden patches (b, m, patch * patch * c).
+        hidden_ids: int64 (b, m).
     """
-    target = patchify(images.float(), patch)
+    patches = patchify(images.float(), patch)
     pred = pred.float()
     if norm_pix_loss:
-        mean, std = patch_statistics(target)
+        mean, std = patch_statistics(pick_patches(images.float(), hidden_ids, patch))
         pred = pred * std + mean
-    visible = ids_to_visible(visible_ids, target.shape[1])[..., None]  # (b, L, 1)
+    visible = ~ids_to_visible(hidden_ids, patches.shape[1])[..., None]  # (b, L, 1)
     grid = (images.shape[2] // patch, images.shape[3] // patch)
     pixels = visible.expand(-1, -1, patch * patch)
     return (
-        unpatchify(torch.where(visible, target, pred), patch, grid),
+        unpatchify(patches.scatter(1, hidden_ids[..., None].expand_as(pred), pred), patch, grid),
         unpatchify(pixels, patch, grid),
     )
 
@@ -103,10 +103,10 @@ def draw_reconstructions(
     images, visible_ids = normalize(pixels.to(device)), visible_ids.to(device)
     training = model.training
     model.eval()
-    pred = model.forward(images, visible_ids).pred  # forward: a compiled model is compiled for training's shapes
+    out = model.forward(images, visible_ids)  # forward: a compiled model is compiled for training's shapes
     model.train(training)
     reconstruction, visible = reconstruct(
-        images, pred, visible_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
+        images, out.pred, out.hidden_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
     )
     return draw_panels(normalize.invert(images).cpu(), normalize.invert(reconstruction).cpu(), visible.cpu())
 
@@ -134,8 +134,9 @@ def draw_mask_ratios(
     for ratio in mask_ratios:
         generator = torch.Generator().manual_seed(seed)  # the same noise: masks within masks
         ids = sample_visible_ids(1, grid[0] * grid[1], ratio, generator).to(images.device)
+        out = model(images, ids)
         reconstruction, visible = reconstruct(
-            images, model(images, ids).pred, ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
+            images, out.pred, out.hidden_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
         )
         reconstructions.append(reconstruction)
         visibles.append(visible)

@@ -36,7 +36,7 @@ def make_sites(layout: Layout, grid: tuple[int, int], ids: Tensor, k: int) -> Si
         return MaskedSites((grid[0] * k, grid[1] * k), ids, sites_per_patch=k)
     if layout == "minkowski":
         return MinkowskiSites.of_patches(grid, ids, sites_per_patch=k)
-    return PackedSites(grid, ids, sites_per_patch=k)
+    return PackedSites.of_patches(grid, ids, sites_per_patch=k)
 
 
 def pixels_of(ids: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
@@ -210,7 +210,7 @@ def test_auto_is_packed_with_ids_and_dense_without() -> None:
 @pytest.mark.parametrize("k", [1, 2, 8])
 def test_packed_gather_and_scatter_are_each_others_transpose(k: int) -> None:
     grid, ids = (3, 4), some_ids(2, 12, 5)
-    sites = PackedSites(grid, ids, sites_per_patch=k)
+    sites = PackedSites.of_patches(grid, ids, sites_per_patch=k)
     dense = torch.randn(2, 3 * k, 4 * k, 6, dtype=torch.float64)
     x = torch.randn(2, 5, k, k, 6, dtype=torch.float64)
     left = (sites.gather(dense) * x).sum()
@@ -230,21 +230,21 @@ def test_scatter_after_gather_keeps_active_sites_and_zeroes_the_rest(layout: Lay
 
 
 def test_packed_gather_undoes_scatter() -> None:
-    sites = PackedSites((3, 4), some_ids(2, 12, 5), sites_per_patch=2)
+    sites = PackedSites.of_patches((3, 4), some_ids(2, 12, 5), sites_per_patch=2)
     x = torch.randn(2, 5, 2, 2, 7)
     assert torch.equal(sites.gather(sites.scatter(x)), x)
 
 
 def test_packed_patches_lie_as_the_ids_say() -> None:
     dense = torch.arange(4 * 6).view(1, 4, 6, 1).double()
-    sites = PackedSites((2, 3), torch.tensor([[1, 5]]), sites_per_patch=2)
+    sites = PackedSites.of_patches((2, 3), torch.tensor([[1, 5]]), sites_per_patch=2)
     packed = sites.gather(dense)
     assert torch.equal(packed[0, 0], dense[0, 0:2, 2:4])
     assert torch.equal(packed[0, 1], dense[0, 2:4, 4:6])
 
 
 def test_packed_gather_and_scatter_pass_gradcheck() -> None:
-    sites = PackedSites((2, 3), some_ids(2, 6, 3), sites_per_patch=2)
+    sites = PackedSites.of_patches((2, 3), some_ids(2, 6, 3), sites_per_patch=2)
     dense = torch.randn(2, 4, 6, 2, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     for function, argument in ((sites.gather, dense), (sites.scatter, x)):

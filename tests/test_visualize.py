@@ -7,6 +7,7 @@ import torch
 from fcmae import FCMAE, patchify, sample_visible_ids
 from fcmae.data import PixelNormalizer
 from fcmae.loss import patch_statistics
+from fcmae.masking import hidden_ids
 from fcmae.visualize import draw_panels, draw_reconstructions, reconstruct
 
 
@@ -17,15 +18,17 @@ def test_a_perfect_prediction_reconstructs_the_image(norm_pix_loss: bool) -> Non
     mean, std = patch_statistics(target)
     pred = (target - mean) / std if norm_pix_loss else target
     ids = sample_visible_ids(2, 24, 0.6)
-    reconstruction, visible = reconstruct(images, pred, ids, 8, norm_pix_loss=norm_pix_loss)
+    hidden = hidden_ids(ids, 24)
+    pred = pred[torch.arange(2)[:, None], hidden]
+    reconstruction, visible = reconstruct(images, pred, hidden, 8, norm_pix_loss=norm_pix_loss)
     assert torch.allclose(reconstruction, images, atol=1e-5)
     assert visible.float().mean().item() == pytest.approx(ids.shape[1] / 24)
 
 
 def test_visible_patches_are_pasted_in_and_hidden_ones_get_their_own_mean() -> None:
     images = torch.randn(1, 3, 32, 32)
-    ids = torch.tensor([[0, 5]])
-    reconstruction, visible = reconstruct(images, torch.zeros(1, 16, 192), ids, 8, norm_pix_loss=True)
+    ids = hidden_ids(torch.tensor([[0, 5]]), 16)
+    reconstruction, visible = reconstruct(images, torch.zeros(1, 14, 192), ids, 8, norm_pix_loss=True)
     assert torch.equal(torch.where(visible, reconstruction, 0), torch.where(visible, images, 0))
     hidden = patchify(reconstruction, 8)[0, 1]
     assert torch.allclose(hidden, patchify(images, 8)[0, 1].mean().expand_as(hidden), atol=1e-6)

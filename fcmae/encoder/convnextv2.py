@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 LAYOUTS: dict[str, Callable[[tuple[int, int], Tensor], Sites]] = {
     # name: (patch grid, visible_ids) -> the first stage's sites; "dense" needs no ids and is made apart
     "masked": lambda grid, ids: MaskedSites((grid[0] * SITES_PER_PATCH, grid[1] * SITES_PER_PATCH), ids),
-    "packed": PackedSites,
+    "packed": PackedSites.of_patches,
     "minkowski": MinkowskiSites.of_patches,
 }
 
@@ -130,14 +130,22 @@ class Block(nn.Module):
         return x + self.drop_path(h, sites)
 
     def _fused(self, x: Tensor, sites: Sites) -> Tensor:
-        """The branch over storage without inactive sites; the norm's weight and bias become the expansion's."""
-        expand, grn, project = self.pwconv1, self.grn, self.pwconv2
-        h = sites.depthwise_norm(x, self.dwconv, self.norm.eps)
-        w1 = expand.weight * self.norm.weight
-        b1 = torch.addmv(expand.bias, expand.weight, self.norm.bias)
-        h, w1, b1, w2, b2 = as_autocast(h, w1, b1, project.weight, project.bias)
-        out = grn_mlp(h.flatten(1, -2), w1, b1, grn.gamma.flatten(), grn.beta.flatten(), w2, b2, grn.eps)
-        return out.view(*x.shape)
+        """The branch, over storage without inactive sites."""
+        norm, expand, grn, project = self.norm, self.pwconv1, self.grn, self.pwconv2
+        (h,) = as_autocast(sites.depthwise_norm(x, self.dwconv, norm.eps))
+        out = grn_mlp(
+            h.flatten(1, -2),
+            norm.weight,
+            norm.bias,
+            expand.weight,
+            expand.bias,
+            grn.gamma.flatten(),
+            grn.beta.flatten(),
+            project.weight,
+            project.bias,
+            grn.eps,
+        )
+        return out.view(x.shape)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,11 +1,10 @@
 """The packed layout, the fast path: only visible patches are stored, as (b, p, k, k, c).
 
 Pointwise work and memory shrink to the visible share, and everything on the last axis stays a plain matmul.
-Only the depthwise convolution looks across patch borders: it lays the patches out on a canvas of zeros.
+Only the depthwise convolution looks across patch borders, through a table of where each patch is stored.
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -24,14 +23,9 @@ def _cells(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
 def _place(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, k, _, c = x.shape
     canvas = x.new_zeros(b, grid[0] * k, grid[1] * k, c)
-    _put(x, canvas, ids, grid)
-    return canvas
-
-
-def _put(x: Tensor, canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> None:
-    """Write patches (b, p, k, k, c) into a canvas (b, h, w, c), or a view of one."""
-    image = torch.arange(len(x), device=ids.device)[:, None]
+    image = torch.arange(b, device=ids.device)[:, None]
     _cells(canvas, grid)[image, ids // grid[1], ids % grid[1]] = x
+    return canvas
 
 
 def _pick(canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -81,7 +75,14 @@ class PackedSites:
     """Patches (gh, gw)."""
     visible_ids: Tensor
     """Visible patches (b, p), int64, without repeats."""
-    sites_per_patch: int = SITES_PER_PATCH
+    slots: Tensor
+    """Where each patch is among the visible ones, int32 (b, L), -1 for hidden ones."""
+    sites_per_patch: int
+
+    @classmethod
+    def of_patches(cls, grid: tuple[int, int], visible_ids: Tensor, sites_per_patch: int = SITES_PER_PATCH) -> Self:
+        """Return the layout of these visible patches (b, p), in the first stage unless said otherwise."""
+        return cls(grid, visible_ids, patch_slots(visible_ids, grid[0] * grid[1]), sites_per_patch)
 
     def gather(self, dense: Tensor) -> Tensor:
         return _Pick.apply(dense, self.visible_ids, self.grid)
@@ -100,17 +101,12 @@ class PackedSites:
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         assert conv.bias is not None
         x, weight, bias = as_autocast(x, conv.weight, conv.bias)
-        return patch_depthwise(x, weight, bias, self.visible_ids, self._slots, self.grid)
+        return patch_depthwise(x, weight, bias, self.visible_ids, self.slots, self.grid)
 
     def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
         assert conv.bias is not None
         x, weight, bias = as_autocast(x, conv.weight, conv.bias)
-        return patch_depthwise_norm(x, weight, bias, self.visible_ids, self._slots, self.grid, eps)
-
-    @cached_property
-    def _slots(self) -> Tensor:
-        """Where each patch is among the visible ones (b, L)."""
-        return patch_slots(self.visible_ids, self.grid[0] * self.grid[1])
+        return patch_depthwise_norm(x, weight, bias, self.visible_ids, self.slots, self.grid, eps)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         k = self.sites_per_patch // 2

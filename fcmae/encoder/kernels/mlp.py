@@ -1,11 +1,16 @@
-"""The pointwise half of a block, fused: expand, GELU, GRN, project; of the wide maps only one is kept.
+"""The pointwise half of a block, fused: the norm's weight and bias, expand, GELU, GRN, project.
 
-    h = x W1' + b1,    a = grn(gelu(h)) (gelu_grn.py),    out = a W2' + b2
+With v, s weight and bias of the LayerNorm whose normalised x comes in:
+
+    W = W1 diag(v),    h = x W' + b1 + W1 s,    a = grn(gelu(h)) (gelu_grn.py),    out = a W2' + b2
 
 and backward, with g the gradient of out:
 
-    grad_a = g W2,    grad_h as in gelu_grn.py,    grad_x = grad_h W1
-    grad_W1 = grad_h' x,    grad_W2 = g' a    with a computed again from h
+    grad_a = g W2,    grad_h as in gelu_grn.py,    grad_x = grad_h W,    grad_b1 = sum grad_h
+    grad_W = grad_h' x,    grad_W1 = grad_W diag(v) + grad_b1 s',    grad_v = colsum(W1 * grad_W),    grad_s = W1' grad_b1
+    grad_W2 = g' a with a computed again from h,    grad_b2 = sum g
+
+So of the maps of width 4c only h is kept, and the norm's weight and bias cost work on parameters, none on maps.
 """
 
 from typing import Any
@@ -18,25 +23,45 @@ from fcmae.encoder.kernels.gelu_grn import gelu_grn_backward, gelu_grn_forward, 
 
 
 def grn_mlp_reference(
-    x: Tensor, w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor, w2: Tensor, b2: Tensor, eps: float
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    eps: float,
 ) -> Tensor:
-    """As `grn_mlp`, gradients left to autograd."""
-    return F.linear(gelu_grn_reference(F.linear(x, w1, b1), gamma, beta, eps), w2, b2)
+    """As `grn_mlp`, one operation after the other, gradients left to autograd."""
+    h = F.linear((x * norm_weight + norm_bias).to(x.dtype), w1.to(x.dtype), b1.to(x.dtype))
+    return F.linear(gelu_grn_reference(h, gamma, beta, eps).to(x.dtype), w2.to(x.dtype), b2.to(x.dtype))
 
 
 def grn_mlp(
-    x: Tensor, w1: Tensor, b1: Tensor, gamma: Tensor, beta: Tensor, w2: Tensor, b2: Tensor, eps: float
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    eps: float,
 ) -> Tensor:
-    """Return linear(GRN(GELU(linear(x)))) of x (b, n, c), GRN over the n sites of each image, all of them active.
+    """Return linear(GRN(GELU(linear(x * norm_weight + norm_bias)))) (b, n, c), computed and returned in x's dtype.
 
     Args:
-        x: (b, n, c).
-        w1, b1: (4c, c) and (4c,), of x's dtype.
-        gamma, beta: (4c,), at least float32.
-        w2, b2: (c, 4c) and (c,), of x's dtype.
+        x: (b, n, c), normalised over c; all n sites of an image are active.
+        norm_weight, norm_bias: (c,).
+        w1, b1: (4c, c) and (4c,).
+        gamma, beta: (4c,).
+        w2, b2: (c, 4c) and (c,).
         eps: of GRN.
     """
-    return _GRNMLP.apply(x, w1, b1, gamma, beta, w2, b2, eps)
+    return _GRNMLP.apply(x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, eps)
 
 
 class _GRNMLP(torch.autograd.Function):
@@ -44,6 +69,8 @@ class _GRNMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
         w1: Tensor,
         b1: Tensor,
         gamma: Tensor,
@@ -52,26 +79,31 @@ class _GRNMLP(torch.autograd.Function):
         b2: Tensor,
         eps: float,
     ) -> Tensor:
-        h = F.linear(x, w1, b1)
+        w = (w1 * norm_weight).to(x.dtype)
+        h = F.linear(x, w, torch.addmv(b1, w1, norm_bias).to(x.dtype))
         a, norm = gelu_grn_forward(h, gamma, beta, eps)
-        ctx.save_for_backward(x, w1, gamma, beta, w2, h, norm)
+        ctx.save_for_backward(x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm)
         ctx.eps = eps
-        return F.linear(a, w2, b2)
+        return F.linear(a, w2.to(x.dtype), b2.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, gamma, beta, w2, h, norm = ctx.saved_tensors
+        x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
         grad = grads[0].flatten(0, 1)
-        grad_a = (grad @ w2).view_as(h)
+        grad_a = (grad @ w2.to(grad.dtype)).view_as(h)
         grad_h, a, grad_gamma, grad_beta, grad_b1 = gelu_grn_backward(grad_a, h, norm, gamma, beta, ctx.eps)
         rows = grad_h.flatten(0, 1)
+        grad_w = (rows.t() @ x.flatten(0, 1)).to(w1.dtype)
+        grad_b1 = grad_b1.to(w1.dtype)
         return (
-            (rows @ w1).view_as(x),
-            rows.t() @ x.flatten(0, 1),
-            grad_b1.to(w1.dtype),
+            (rows @ w).view_as(x),
+            (w1 * grad_w).sum(0),
+            grad_b1 @ w1,
+            torch.addr(grad_w * norm_weight, grad_b1, norm_bias),
+            grad_b1,
             grad_gamma.to(gamma.dtype),
             grad_beta.to(beta.dtype),
-            grad.t() @ a.flatten(0, 1),
-            grad.sum(0),
+            (grad.t() @ a.flatten(0, 1)).to(w2.dtype),
+            grad.sum(0, dtype=w2.dtype),
             None,
         )

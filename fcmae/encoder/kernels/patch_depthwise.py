@@ -147,7 +147,12 @@ def patch_depthwise_weight_grads(
 
 
 def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
-    x, weight, visible_ids, slots = ctx.saved_tensors[:4]
+    return _convolution_grads(ctx, grad, *ctx.saved_tensors)
+
+
+def _convolution_grads(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, visible_ids: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
     grad_x = patch_depthwise(grad, weight.flip(2, 3), None, visible_ids, slots, ctx.grid)
     grad_weight, grad_bias = patch_depthwise_weight_grads(grad, x, visible_ids, slots, ctx.grid, weight.shape[-1])
     bias_dtype = ctx.bias_dtype
@@ -175,8 +180,9 @@ def _keep_for_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _norm_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    grad_conv = patch_norm_backward(grad, *ctx.saved_tensors[4:])
-    return *_convolution_backward(ctx, grad_conv), None
+    x, weight, visible_ids, slots, out, rstd = ctx.saved_tensors  # once only: checkpointing hands them out once
+    grad_conv = patch_norm_backward(grad, out, rstd)
+    return *_convolution_grads(ctx, grad_conv, x, weight, visible_ids, slots), None
 
 
 patch_depthwise.register_autograd(_convolution_backward, setup_context=_keep_for_convolution)

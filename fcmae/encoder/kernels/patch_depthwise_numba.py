@@ -104,7 +104,7 @@ def patch_depthwise(
     taps = F.pad(taps, (0, 0, 0, -len(taps) % 4)).repeat(1, 1, k)
     shift = taps.new_zeros(k * c) if bias is None else bias.to(torch.float32).repeat(k)
     out = torch.empty(x.shape, dtype=torch.float32)
-    _run(_convolve, _rows(x), taps, shift, visible_ids, grid[0], grid[1], out.view(*x.shape[:3], -1))
+    _run(_convolve, _rows(x), taps, shift, visible_ids.contiguous(), grid[0], grid[1], out.view(*x.shape[:3], -1))
     return out.to(x.dtype)
 
 
@@ -137,6 +137,6 @@ def patch_depthwise_weight_grads(
     c = x.shape[-1]
     per_image = torch.empty(len(x), size, size * c)
     rows = _rows(grad)
-    _run(_differentiate, _rows(x), rows, visible_ids, grid[0], grid[1], per_image)
+    _run(_differentiate, _rows(x), rows, visible_ids.contiguous(), grid[0], grid[1], per_image)
     grad_weight = per_image.sum(0).view(size, size, c).permute(2, 0, 1)[:, None]
     return grad_weight.contiguous(), rows.view(-1, c).sum(0)
