@@ -1,14 +1,28 @@
 """Time a pretraining step (forward, backward, AdamW) of FCMAE, several ways of computing it side by side.
 
     python benchmarks/train_step.py --variant atto --image-size 224 --batch 16 --rounds 5
-    python benchmarks/train_step.py --variant base --batch 128 --precision bf16 --compile --json base.json
+    python benchmarks/train_step.py --variant tiny base --batch 128 --precision bf16 --compile --json base.json
+    python benchmarks/train_step.py --ways packed masked official --official ConvNeXt-V2
 
-All ways run in one process, in rounds that take each way in turn, so that a busy machine disturbs them alike.
-`spark` is the rival, SparK's masked dense convolution (spark.py). Before anything is timed, each way must give
-the loss and the gradient of `masked` in float32, or the run stops.
+All ways run in one process, in rounds that take each way in turn, so that a busy machine disturbs them alike:
+
+    packed, masked, minkowski   our layouts (minkowski where MinkowskiEngine is installed)
+    plain                       packed without our kernels (plain.py)
+    masked-channels_last        masked, images and weights in torch.channels_last
+    spark                       SparK's way of masked dense convolution (spark.py)
+    channelwise                 minkowski with the engine's own depthwise convolution (channelwise.py)
+    official                    facebookresearch/ConvNeXt-V2, from the folder that --official names (official.py)
+    WAY+compile                 with --compile: torch.compile of ours
+    WAY+graph                   with --graph, on a GPU: the whole step as one CUDA graph
+
+Before anything is timed, each way but `official`, which draws its own masks, must give the loss and the gradient
+of `masked` in float32, or the run stops.
 
 Memory is what two steps need at their peak beyond weights and inputs; on a CPU a process of its own measures it
-for each way, and compiled ways have none, as the compiler's own memory would be counted.
+for each way, and compiled ways have none, as the compiler's own memory would be counted. "of matmul" is the
+arithmetic of visible patches (a way that computes hidden ones as well gets no credit for that) over the time, as a
+share of what a large matrix product reaches; "of bandwidth" is the memory that the step must read and write at the
+least, over the time, as a share of what a large copy reaches. Both are measured in the same run.
 """
 
 import argparse
@@ -27,17 +41,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from channelwise import ChannelwiseSites
+from official import Official
+from plain import PlainPackedSites
 from spark import SparkEncoder
 from torch import Tensor
 
 from fcmae import FCMAE, VARIANTS, FCMAEOutput, sample_visible_ids
-from fcmae.encoder.convnextv2 import LAYOUTS, Layout
+from fcmae.encoder.convnextv2 import LAYOUTS, Layout, require_layout
 from fcmae.engine import keep_freed_memory
+from fcmae.masking import count_visible
 from fcmae.optim import build_adamw
 
 REFERENCE = "masked"
-COMPILED = "+compile"
+COMPILED, GRAPH = "+compile", "+graph"
+CHANNELS_LAST = "-channels_last"
+WAYS = ["packed", "plain", REFERENCE, REFERENCE + CHANNELS_LAST, "spark", "minkowski", "channelwise", "official"]
 MASK_RATIO = 0.6
+PATCH = 32
 TOLERANCE = {"loss": 1e-5, "gradient": 1e-4}
 """Largest relative differences from the reference in float32 that count as rounding."""
 
@@ -49,6 +70,8 @@ class Way:
     name: str
     forward: Callable[[Tensor, Tensor], FCMAEOutput]
     optimizer: torch.optim.Optimizer
+    step: Callable[[], None] | None = None
+    """The whole step as a graph, where it is one."""
     seconds: list[float] = field(default_factory=list)
     """Seconds of a step, one number per round."""
     peak_memory: int | None = None
@@ -60,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--variant", default="atto", choices=VARIANTS)
+    parser.add_argument("--variant", nargs="+", default=["atto"], choices=VARIANTS, help="a table for each")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -69,8 +92,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps of each way in a round")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--precision", default="no", choices=["no", "bf16"])
-    parser.add_argument("--layouts", nargs="+", default=["packed", REFERENCE, "spark"], choices=[*LAYOUTS, "spark"])
-    parser.add_argument("--compile", action="store_true", help="add a torch.compile twin of each way")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all that can run here")
+    parser.add_argument("--compile", action="store_true", help="add a torch.compile twin of packed, plain, masked")
+    parser.add_argument("--graph", action="store_true", help="on a GPU: add packed as one CUDA graph")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="a clone of facebookresearch/ConvNeXt-V2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there as well")
     parser.add_argument("--measure-memory", metavar="WAY", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -78,44 +103,90 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--batch, --threads, --rounds and --steps must be at least 1, --warmup at least 0")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.graph and args.device != "cuda":
+        parser.error("--graph needs a GPU")
+    if args.ways is None:
+        missing = {"minkowski", "channelwise"} if not has_engine() else set()
+        missing |= {"official"} if args.official is None else set()
+        args.ways = [way for way in WAYS if way not in missing]
+    if "official" in args.ways and args.official is None:
+        parser.error("the way 'official' needs --official DIR")
     return args
 
 
-def build_model(layout: str, args: argparse.Namespace) -> FCMAE:
-    """Build the network, the same weights for every layout, with biases and GRN away from zero so leaks show."""
+def has_engine() -> bool:
+    """Whether MinkowskiEngine is installed."""
+    try:
+        require_layout("minkowski")
+    except ValueError:
+        return False
+    return True
+
+
+def build_model(way: str, args: argparse.Namespace) -> FCMAE | Official:
+    """Build the network, the same weights for every way, with biases and GRN away from zero so leaks show."""
     torch.manual_seed(0)
-    known = cast(Layout, REFERENCE if layout == "spark" else layout)
-    model = FCMAE(args.variant, mask_ratio=MASK_RATIO, layout=known)
+    if way == "official":
+        return Official(args.official, args.variant, args.image_size, MASK_RATIO).to(args.device)
+    layout = REFERENCE if way == "spark" else way.removesuffix(CHANNELS_LAST)
+    model = FCMAE(args.variant, mask_ratio=MASK_RATIO, layout=cast(Layout, layout))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "grn" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    if layout == "spark":
+    if way == "spark":
         encoder = SparkEncoder(args.variant)
         encoder.load_state_dict(model.encoder.state_dict())
         model.encoder = encoder
+    if way.endswith(CHANNELS_LAST):
+        model = model.to(memory_format=torch.channels_last)
     return model.to(args.device)
 
 
-def build_batch(model: FCMAE, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def build_batch(way: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Build random images and visible ids."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(args.batch, 3, args.image_size, args.image_size, generator=generator)
-    num_patches = (args.image_size // model.patch_size) ** 2
+    num_patches = (args.image_size // PATCH) ** 2
     ids = sample_visible_ids(args.batch, num_patches, MASK_RATIO, generator)
+    if way.endswith(CHANNELS_LAST):
+        images = images.contiguous(memory_format=torch.channels_last)
     return images.to(args.device), ids.to(args.device)
 
 
 def build_way(name: str, args: argparse.Namespace) -> tuple[Way, tuple[Tensor, Tensor]]:
     """Build one way by name ("packed", "packed+compile", ...) and its batch."""
-    model = build_model(name.removesuffix(COMPILED), args)
+    base = name.removesuffix(COMPILED).removesuffix(GRAPH)
+    model, batch = build_model(base, args), build_batch(base, args)
     optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
     forward = torch.compile(model) if name.endswith(COMPILED) else model
-    return Way(name, forward, optimizer), build_batch(model, args)
+    way = Way(name, forward, optimizer)
+    if name.endswith(GRAPH):
+        way.step = capture(way, batch, args)
+    return way, batch
+
+
+def capture(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> Callable[[], None]:
+    """Record a whole step, forward to optimizer, as a CUDA graph; returns what replays it."""
+    for group in way.optimizer.param_groups:
+        group["capturable"] = True
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # what is allocated once must be there before the recording
+        for _ in range(3):
+            train_step(way, batch, args)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train_step(way, batch, args)
+    return graph.replay
 
 
 def train_step(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
     """Run one pretraining step."""
+    if way.step is not None:
+        way.step()
+        return
     with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
         loss = way.forward(*batch).loss
     loss.backward()
@@ -146,12 +217,66 @@ def check(model: FCMAE, reference: FCMAE, batch: tuple[Tensor, Tensor], name: st
     return differences
 
 
-def check_layouts(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Check each layout against the reference."""
+def check_ways(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Check each way against the reference."""
     reference = build_model(REFERENCE, args)
-    batch = build_batch(reference, args)
-    others = [layout for layout in args.layouts if layout != REFERENCE]
-    return {layout: check(build_model(layout, args), reference, batch, layout) for layout in others}
+    assert isinstance(reference, FCMAE)
+    differences: dict[str, dict[str, float]] = {}
+    for way in args.ways:
+        model = build_model(way, args)
+        if way != REFERENCE and isinstance(model, FCMAE):
+            differences[way] = check(model, reference, build_batch(way, args), way)
+    return differences
+
+
+def work(args: argparse.Namespace) -> dict[str, float]:
+    """Return what a step must do at the least: FLOP, and bytes to and from memory.
+
+    A multiplication with an addition is 2 FLOP, a backward pass twice a forward one. Of memory, a block's fused
+    passes read and write 12 maps of its width c forward (each of its two matrix products has a side of 4c) and
+    twice that backward, float32 or bf16; AdamW reads and writes seven numbers of each weight, in float32.
+    """
+    depths, dims = VARIANTS[args.variant]
+    num_patches = (args.image_size // PATCH) ** 2
+    p = count_visible(num_patches, MASK_RATIO)
+    macs, maps, weights = p * 64 * 48 * dims[0], 0, 0
+    for stage, (depth, c) in enumerate(zip(depths, dims, strict=True)):
+        sites = p * 4 ** (3 - stage)
+        macs += depth * sites * (49 * c + 8 * c * c) + (sites * 4 * dims[stage - 1] * c if stage else 0)
+        maps += depth * sites * c
+        weights += depth * 8 * c * c
+    out = 3 * PATCH**2
+    macs += num_patches * (dims[-1] * 512 + 49 * 512 + 8 * 512**2) + (num_patches - p) * 512 * out
+    maps += num_patches * 512
+    weights += 8 * 512**2 + 512 * out
+    size = 2 if args.precision == "bf16" else 4
+    return {"flop": 6.0 * macs * args.batch, "bytes": 36.0 * size * maps * args.batch + 28.0 * weights}
+
+
+def limits(args: argparse.Namespace) -> dict[str, float]:
+    """Return what the device reaches: FLOP a second in a large matrix product, bytes a second in a large copy."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    side = 8192 if args.device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=args.device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(2**28 if args.device == "cuda" else 2**25, device=args.device)
+    target = torch.zeros_like(source)
+    return {
+        "flop_per_s": 2.0 * side**3 / fastest(lambda: torch.mm(a, b), args.device),
+        "bytes_per_s": 2.0 * source.nbytes / fastest(lambda: target.copy_(source), args.device),
+    }
+
+
+def fastest(function: Callable[[], object], device: str) -> float:
+    """Return the least of ten times of a call, in seconds."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times: list[float] = []
+    for _ in range(10):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def resident_memory(field_name: str) -> int:
@@ -186,6 +311,7 @@ def peak_memory(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace
     if way.name.endswith(COMPILED):
         return None
     options = ["variant", "image_size", "batch", "threads", "device", "precision"]
+    options += ["official"] if args.official else []
     flags = [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in options]
     command = [sys.executable, sys.argv[0], *flags, f"--measure-memory={way.name}"]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -204,7 +330,9 @@ def time_round(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace)
 
 def measure(args: argparse.Namespace) -> list[Way]:
     """Build all ways, measure their memory, then time them in alternating rounds, each starting one way on."""
-    names = [layout + suffix for suffix in ("", COMPILED)[: 1 + args.compile] for layout in args.layouts]
+    names = list(args.ways)
+    names += [way + COMPILED for way in ("packed", "plain", REFERENCE) if args.compile and way in args.ways]
+    names += ["packed" + GRAPH] if args.graph else []
     built = [build_way(name, args) for name in names]
     for way, batch in built:
         way.peak_memory = peak_memory(way, batch, args)
@@ -235,13 +363,14 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "device": f"{args.device}: {device_name(args.device)}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "step": f"{args.variant}, {args.image_size} px, batch {args.batch}, mask ratio {MASK_RATIO}, "
-        f"precision {args.precision}",
+        "step": f"{args.image_size} px, batch {args.batch}, mask ratio {MASK_RATIO}, precision {args.precision}",
         "rounds": f"{args.rounds} of {args.steps} steps, alternating, after {args.warmup} to warm up",
     }
 
 
-def summarise(way: Way, ways: list[Way], batch: int) -> dict[str, Any]:
+def summarise(
+    way: Way, ways: list[Way], batch: int, work: dict[str, float], limits: dict[str, float]
+) -> dict[str, Any]:
     """Return a row of the table; the ratio is the median over rounds of the reference's time over this way's."""
     median = statistics.median(way.seconds)
     reference = next((w.seconds for w in ways if w.name == REFERENCE), None)
@@ -253,6 +382,8 @@ def summarise(way: Way, ways: list[Way], batch: int) -> dict[str, Any]:
         "ms_min": 1e3 * min(way.seconds),
         "ms_max": 1e3 * max(way.seconds),
         "ratio": statistics.median(ratios) if ratios else None,
+        "of_matmul": work["flop"] / median / limits["flop_per_s"],
+        "of_bandwidth": work["bytes"] / median / limits["bytes_per_s"],
         "peak_memory_mb": None if way.peak_memory is None else way.peak_memory / 1e6,
         "ms_rounds": [1e3 * s for s in way.seconds],
     }
@@ -264,7 +395,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     def show(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    head = ["way", "images/s", "ms a step", "min–max", f"x {REFERENCE}", "peak memory of a step, MB"]
+    head = ["way", "images/s", "ms a step", "min–max", f"x {REFERENCE}", "of matmul", "of bandwidth", "peak MB"]
     body = [
         [
             row["way"],
@@ -272,6 +403,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             show(row["ms"], 1),
             f"{show(row['ms_min'], 1)}–{show(row['ms_max'], 1)}",
             show(row["ratio"], 2),
+            f"{row['of_matmul']:.0%}",
+            f"{row['of_bandwidth']:.0%}",
             show(row["peak_memory_mb"], 0),
         ]
         for row in rows
@@ -285,27 +418,46 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
+def run_variant(args: argparse.Namespace) -> dict[str, Any]:
+    """Check, measure and print one size; returns what is written."""
+    found = {"variant": args.variant, "work": work(args), "limits": limits(args)}
+    print(
+        f"\n{args.variant}: {found['work']['flop'] / 1e9:.1f} GFLOP and {found['work']['bytes'] / 1e9:.2f} GB a step; "
+        f"a matrix product reaches {found['limits']['flop_per_s'] / 1e9:.0f} GFLOP/s, "
+        f"a copy {found['limits']['bytes_per_s'] / 1e9:.1f} GB/s"
+    )
+    differences = check_ways(args)
+    for way, by in differences.items():
+        print(f"check: {way} differs from {REFERENCE} by {by['loss']:.0e} (loss), {by['gradient']:.0e} (gradient)")
+    sys.stdout.flush()
+    ways = measure(args)
+    rows = [summarise(way, ways, args.batch, found["work"], found["limits"]) for way in ways]
+    print(f"\n{format_table(rows)}", flush=True)
+    return {**found, "check": differences, "ways": rows}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Check, measure, print, write."""
+    """Measure each variant, print, write."""
+    LAYOUTS["plain"] = PlainPackedSites.of_patches
+    LAYOUTS["channelwise"] = ChannelwiseSites.of_patches
     args = parse_args(argv)
+    variants = args.variant
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the scripts do
     if args.measure_memory:
+        (args.variant,) = variants
         print(peak_memory_here(*build_way(args.measure_memory, args), args))
         return
     header = describe(args)
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
-    differences = check_layouts(args)
-    for layout, by in differences.items():
-        print(
-            f"check: {layout} differs from {REFERENCE} by {by['loss']:.0e} (loss), {by['gradient']:.0e} (gradient)"
-        )
-    sys.stdout.flush()
-    ways = measure(args)
-    rows = [summarise(way, ways, args.batch) for way in ways]
-    print(f"\n{format_table(rows)}")
-    if args.json:
-        args.json.write_text(json.dumps({**header, "check": differences, "ways": rows}, indent=2) + "\n")
+    measured: list[dict[str, Any]] = []
+    for args.variant in variants:
+        try:
+            measured.append(run_variant(args))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        if args.json:
+            args.json.write_text(json.dumps({**header, "variants": measured}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
