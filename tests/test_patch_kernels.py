@@ -1,17 +1,21 @@
 """Operations with a Triton side agree with obvious formulas by either side, forward and gradient, and compile."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import relative_error, some_ids
 from torch import Tensor
-from torch.library import CustomOpDef, opcheck
+from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateImportUsage]
 
-from fcmae.encoder.kernels import patch_depthwise as depthwise
-from fcmae.encoder.kernels.patch_depthwise import patch_depthwise, patch_depthwise_norm, patch_slots
+from fcmae.encoder.kernels import gelu_grn, patch_depthwise, patch_loss
+from fcmae.loss import PATCH_NORM_EPS, hidden_patch_loss
+from fcmae.masking import hidden_ids
+from fcmae.patches import patchify
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Sums have another order than the reference; bfloat16 keeps 8 bits, and the reference rounds nowhere."""
@@ -20,24 +24,31 @@ EPS = 1e-6
 
 OPERATIONS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": op
-    for module in (depthwise,)
+    for module in (gelu_grn, patch_depthwise, patch_loss)
     for name, op in vars(module).items()
     if isinstance(op, CustomOpDef)
 }
 
 
 @pytest.fixture(params=["formulas", "triton"])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where to compute: by the formulas on the CPU, then by the kernels, in Triton's interpreter if need be."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where to compute: by the formulas on the CPU, then by the kernels, in Triton's interpreter if need be.
+
+    Sums are split among a few programs only, so that each has more than one turn of its loop even here.
+    """
     with ExitStack() as stack:
         if request.param == "triton":
             pytest.importorskip("triton", reason="needs Triton")
+            kernels = "fcmae.encoder.kernels"
+            monkeypatch.setattr(f"{kernels}.patch_depthwise_triton.WEIGHT_PROGRAMS", 21)
+            monkeypatch.setattr(f"{kernels}.gelu_grn_triton.PROGRAMS", 4)
+            monkeypatch.setattr(f"{kernels}.gelu_grn_triton.ROWS", 4)
             if not torch.cuda.is_available():
                 library = stack.enter_context(torch.library._scoped_library("fcmae", "IMPL"))
                 for path, op in OPERATIONS.items():
                     module, name = path.split(".")
-                    kernels = import_module(f"fcmae.encoder.kernels.{module}_triton")
-                    library.impl(op._name, getattr(kernels, name), "CPU")
+                    kernel = getattr(import_module(f"{kernels}.{module}_triton"), name)
+                    library.impl(op._name, kernel, "CPU")
         yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
@@ -56,7 +67,7 @@ def depthwise_of_images(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, gr
         corners = [(i // grid[1] * k, i % grid[1] * k) for i in image_ids]
         for patch, (top, left) in zip(image_x, corners, strict=True):
             image[:, top : top + k, left : left + k] = patch.permute(2, 0, 1)
-        conv = torch.nn.functional.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=c)
+        conv = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=c)
         out += [conv[:, top : top + k, left : left + k].permute(1, 2, 0) for top, left in corners]
     return torch.stack(out).view(b, p, k, k, c)
 
@@ -66,7 +77,8 @@ PATCHES = {
     "1x1 sites, 3 channels": (2, (2, 4), 3, 1, 3, 7),
     "2x2 sites, 100 channels": (1, (2, 3), 2, 2, 100, 7),
     "4x4 sites, 40 channels": (1, (1, 2), 1, 4, 40, 7),
-    "8x8 sites, 1 channel, one patch": (1, (1, 1), 1, 8, 1, 7),
+    "8x8 sites": (1, (2, 1), 2, 8, 3, 7),
+    "1 channel, one patch": (1, (1, 1), 1, 2, 1, 7),
     "all visible": (1, (2, 2), 4, 2, 5, 7),
     "small kernel": (2, (3, 2), 3, 2, 4, 3),
     "more channels than a program": (1, (1, 2), 1, 1, 200, 3),
@@ -75,8 +87,8 @@ PATCHES = {
 
 @pytest.mark.parametrize(
     ("case", "norm", "dtype"),
-    [(case, True, torch.float64) for case in PATCHES]
-    + [(case, False, torch.float64) for case in ("small kernel", "more channels than a program")]
+    [(case, True, torch.float64) for case in PATCHES if "1 channel" not in case]  # of which the norm is 0
+    + [(case, False, torch.float64) for case in ("1 channel, one patch", "more channels than a program")]
     + [("small kernel", norm, dtype) for norm in (False, True) for dtype in (torch.float32, torch.bfloat16)],
 )
 def test_patch_depthwise_equals_a_convolution_of_images(
@@ -88,17 +100,216 @@ def test_patch_depthwise_equals_a_convolution_of_images(
     reference = [tensor.double().requires_grad_() for tensor in drawn[:3]]
     expected = depthwise_of_images(reference[0], reference[1], reference[2], ids, grid)
     if norm:
-        expected = torch.nn.functional.layer_norm(expected, expected.shape[-1:], eps=EPS)
+        expected = F.layer_norm(expected, expected.shape[-1:], eps=EPS)
     expected_grads = torch.autograd.grad(expected, reference, drawn[3].double())
 
     tensors = [tensor.to(device).requires_grad_() for tensor in drawn[:3]]
     on_device = ids.to(device)
-    slots = patch_slots(on_device, grid[0] * grid[1])
+    slots = patch_depthwise.patch_slots(on_device, grid[0] * grid[1])
     if norm:
-        out = patch_depthwise_norm(tensors[0], tensors[1], tensors[2], on_device, slots, grid, EPS)
+        out = patch_depthwise.patch_depthwise_norm(tensors[0], tensors[1], tensors[2], on_device, slots, grid, EPS)
     else:
-        out = patch_depthwise(tensors[0], tensors[1], tensors[2], on_device, slots, grid)
+        out = patch_depthwise.patch_depthwise(tensors[0], tensors[1], tensors[2], on_device, slots, grid)
     grads = torch.autograd.grad(out, tensors, drawn[3].to(device))
     for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
         assert ours.dtype == dtype
         assert relative_error(ours.double().cpu(), theirs) <= TOLERANCE[dtype]
+
+
+GELU_SHAPES = [(1, 1, 1), (2, 3, 5), (1, 19, 70), (3, 8, 100)]
+
+
+def maps(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Random h and gradient (b, n, c), scale and along (b, c), beta (c,); parameters are at least float32."""
+    b, _, c = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    return [
+        (2 * torch.randn(size, dtype=torch.float64)).to(kind)
+        for size, kind in ((shape, dtype), (shape, dtype), ((b, c), wide), ((b, c), wide), ((c,), wide))
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", GELU_SHAPES)
+def test_the_passes_of_gelu_and_grn_equal_their_formulas(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    tensors = maps(shape, dtype)
+    h, g, scale, along, beta = (tensor.double() for tensor in tensors)
+    h.requires_grad_()
+    y = F.gelu(h)
+    # dh is the derivative of s g y + along y^2 / 2
+    (grad_h,) = torch.autograd.grad((scale[:, None] * g * y + along[:, None] * y**2 / 2).sum(), h)
+    out = beta + scale[:, None] * y
+    expected = [y.square().sum(1), out, (g * y).sum(1), g.sum(1), grad_h, out, grad_h.sum(1)]
+
+    h, g, scale, along, beta = (tensor.to(device) for tensor in tensors)
+    ours = [
+        gelu_grn.gelu_square_sums(h),
+        gelu_grn.gelu_scale(h, scale, beta),
+        *gelu_grn.gelu_grad_sums(h, g),
+        *gelu_grn.gelu_grn_backward(h, g, scale, along, beta),
+    ]
+    assert [result.dtype for result in ours] == [
+        dtype if result.shape == shape and result.ndim == 3 else scale.dtype for result in expected
+    ]
+    for result, reference in zip(ours, expected, strict=True):
+        assert relative_error(result.double().cpu(), reference) <= TOLERANCE[dtype]
+
+
+class ByPasses(torch.autograd.Function):
+    """`gelu_grn` made of its passes, as an example of how they belong together."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        norm = gelu_grn.gelu_square_sums(h).sqrt()
+        ctx.save_for_backward(h, norm, gamma, beta)
+        ctx.eps = eps
+        return gelu_grn.gelu_scale(h, 1 + gamma * norm / (norm.mean(-1, keepdim=True) + eps), beta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        h, norm, gamma, beta = ctx.saved_tensors
+        mean = norm.mean(-1, keepdim=True) + ctx.eps
+        response = norm / mean
+        t, total = gelu_grn.gelu_grad_sums(h, grads[0])
+        u = gamma * t
+        grad_norm = u / mean - (u * norm).mean(-1, keepdim=True) / mean**2
+        along = torch.where(norm > 0, grad_norm / norm, 0.0)
+        grad_h, _, _ = gelu_grn.gelu_grn_backward(h, grads[0], 1 + gamma * response, along, beta)
+        return grad_h, (response * t).sum(0), total.sum(0), None
+
+
+LOSSES = {
+    # what is odd: (b, channels, grid, patch, visible patches)
+    "one hidden patch": (1, 3, (1, 2), 4, 1),
+    "one channel": (2, 1, (3, 2), 8, 2),
+    "four channels": (1, 4, (2, 4), 5, 3),
+}
+
+
+def hidden_patches(b: int, c: int, grid: tuple[int, int], patch: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random predictions of hidden patches, images that are NaN where visible, and hidden ids."""
+    num_patches = grid[0] * grid[1]
+    visible = some_ids(b, num_patches, p)
+    images = 3 + torch.randn(b, c, grid[0] * patch, grid[1] * patch, dtype=torch.float64)
+    cells = images.unflatten(3, (grid[1], patch)).unflatten(2, (grid[0], patch))
+    for image, row in enumerate(visible.tolist()):
+        for i in row:
+            cells[image, :, i // grid[1], :, i % grid[1]] = torch.nan
+    pred = torch.randn(b, num_patches - p, patch * patch * c, dtype=torch.float64)
+    return pred, images, hidden_ids(visible, num_patches)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("case", LOSSES)
+def test_patch_loss_equals_the_loss_of_whole_images(
+    case: str, norm_pix_loss: bool, dtype: torch.dtype, device: str
+) -> None:
+    b, c, grid, patch, p = LOSSES[case]
+    drawn, images, hidden = hidden_patches(b, c, grid, patch, p)
+    drawn, images = drawn.to(dtype), images.float().contiguous(memory_format=torch.channels_last)
+    pred = drawn.double().requires_grad_()
+    everywhere = pred.new_zeros(b, grid[0] * grid[1], pred.shape[-1])
+    everywhere = everywhere.scatter(1, hidden[..., None].expand_as(pred), pred)
+    target = patchify(images.double(), patch)
+    expected = hidden_patch_loss(everywhere, target, hidden, norm_pix_loss=norm_pix_loss)
+    (expected_grad,) = torch.autograd.grad(3 * expected, pred)
+
+    pred = drawn.to(device).requires_grad_()
+    loss = patch_loss.patch_loss(
+        pred, images.to(device), hidden.to(device), patch, norm_pix_loss=norm_pix_loss, eps=PATCH_NORM_EPS
+    )
+    (grad,) = torch.autograd.grad(3 * loss, pred)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert grad.dtype == dtype
+    assert relative_error(loss.double().cpu(), expected) <= min(TOLERANCE[dtype], 1e-4)  # pred is the same
+    assert relative_error(grad.double().cpu(), expected_grad) <= TOLERANCE[dtype]
+
+
+def examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Each differentiable function with float32 tensors: all of floating type are to be differentiated by."""
+    grid, p = (2, 2), 2
+    (x, weight, bias, _), ids = patches(2, grid, p, 2, 3, 3)
+    slots = patch_depthwise.patch_slots(ids, 4)
+    h, _, _, gamma, beta = maps((2, 3, 5), torch.float32)
+    pred, images, hidden = hidden_patches(2, 3, grid, 4, p)
+    cases: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "depthwise": (
+            lambda x, weight, ids, slots: patch_depthwise.patch_depthwise(x, weight, None, ids, slots, grid),
+            [x, weight, ids, slots],
+        ),
+        "depthwise and norm": (
+            lambda x, weight, bias, ids, slots: patch_depthwise.patch_depthwise_norm(
+                x, weight, bias, ids, slots, grid, EPS
+            ),
+            [x, weight, bias, ids, slots],
+        ),
+        "gelu and grn": (lambda h, gamma, beta: ByPasses.apply(h, gamma, beta, EPS), [h, gamma[0], beta]),
+        "loss": (
+            lambda pred, hidden: patch_loss.patch_loss(
+                pred, images.float().to(device), hidden, 4, norm_pix_loss=True, eps=EPS
+            ),
+            [pred, hidden],
+        ),
+    }
+    for _, tensors in cases.values():
+        for i, tensor in enumerate(tensors):
+            wide = tensor.is_floating_point()
+            tensors[i] = tensor.to(device, torch.float32 if wide else None).requires_grad_(wide)
+    return cases
+
+
+@pytest.mark.parametrize("name", ["depthwise", "depthwise and norm", "gelu and grn", "loss"])
+def test_every_differentiable_function_compiles(name: str, device: str) -> None:
+    function, tensors = examples(device)[name]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    results = []
+    torch._dynamo.reset()
+    for version in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        out = (version(*tensors) ** 2).sum()
+        results.append((out, *torch.autograd.grad(out, wanted)))
+    for compiled, eager in zip(*results, strict=True):
+        assert relative_error(compiled, eager) <= 1e-5  # the same kernels and formulas on the same numbers
+
+
+def test_gelu_and_grn_made_of_their_passes_are_gelu_grn(device: str) -> None:
+    function, tensors = examples(device)["gelu and grn"]
+    results = []
+    for version in (function, lambda h, gamma, beta: gelu_grn.gelu_grn_reference(h, gamma, beta, EPS)):
+        out = version(*tensors)
+        results.append((out, *torch.autograd.grad((out**2).sum(), tensors)))
+    for ours, reference in zip(*results, strict=True):
+        assert relative_error(ours, reference) <= TOLERANCE[torch.float32]
+
+
+def arguments(name: str, device: str) -> tuple[Any, ...]:
+    """Small arguments of an operation; parameters require gradients where it is differentiable."""
+    (x, weight, bias, grad), ids = patches(2, (2, 2), 2, 2, 3, 3)
+    slots = patch_depthwise.patch_slots(ids, 4)
+    h, g, scale, along, beta = maps((2, 3, 5), torch.bfloat16)
+    pred, images, hidden = hidden_patches(2, 3, (2, 2), 4, 2)
+    given: dict[str, tuple[Any, ...]] = {
+        "patch_depthwise": (
+            x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), ids, slots, [2, 2]
+        ),
+        "patch_depthwise_norm_rstd": (
+            x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), ids, slots, [2, 2], EPS
+        ),
+        "patch_norm_backward": (grad, x.detach(), x.detach()[..., 0]),
+        "patch_depthwise_weight_grads": (grad, x.detach(), ids, slots, [2, 2], 3),
+        "gelu_square_sums": (h,),
+        "gelu_scale": (h, scale, beta),
+        "gelu_grad_sums": (h, g),
+        "gelu_grn_backward": (h, g, scale, along, beta),
+        "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
+    }  # fmt: skip
+    return tuple(
+        a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given[name]
+    )
+
+
+@pytest.mark.parametrize("path", OPERATIONS)
+def test_every_operation_is_registered_soundly(path: str, device: str) -> None:
+    opcheck(OPERATIONS[path], arguments(path.partition(".")[2], device))

@@ -9,6 +9,9 @@ and backward, with g the gradient of out, t = sum_sites g y, u = gamma t:
     dn = u / (mean n + eps) - mean_c(u n) / (mean n + eps)^2
     dy = s g + (dn / n) y,    dn / n taken as 0 where n = 0
     dgamma = sum_images r t,    dbeta = sum g
+
+The passes over h that this takes are also there one by one, for who fuses them with the linear layers around
+them: they compute y again rather than store it, on CUDA by Triton kernels.
 """
 
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fcmae.encoder.kernels.operation import operation
 
 
 def gelu_grn_reference(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -65,3 +70,51 @@ class _GeluGRN(torch.autograd.Function):
         grad_h = torch.ops.aten.gelu_backward.grad_input(grad_y, h, grad_input=grad_y)
         grad_gamma = (response * t).sum(0).to(gamma.dtype)
         return grad_h, grad_gamma, grad.sum((0, 1), dtype=norm.dtype).to(gamma.dtype), None
+
+
+def _sums_like(h: Tensor) -> Tensor:
+    return h.new_empty(h.shape[0], h.shape[2], dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+def _wide_gelu(h: Tensor) -> Tensor:
+    return F.gelu(h.to(torch.promote_types(h.dtype, torch.float32)))
+
+
+@operation(fake=lambda h: _sums_like(h))
+def gelu_square_sums(h: Tensor) -> Tensor:
+    """Return sum_n y^2 (b, c), at least float32, of h (b, n, c)."""
+    return _wide_gelu(h).square().sum(1)
+
+
+@operation(fake=lambda h, *_: h.new_empty(h.shape))
+def gelu_scale(h: Tensor, scale: Tensor, beta: Tensor) -> Tensor:
+    """Return beta + scale y (b, n, c) in h's dtype; h (b, n, c), scale (b, c) at least float32, beta (c,)."""
+    return (beta + scale[:, None] * _wide_gelu(h)).to(h.dtype).contiguous()
+
+
+@operation(fake=lambda h, _: (_sums_like(h), _sums_like(h)))
+def gelu_grad_sums(h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return t = sum_n g y and sum_n g, (b, c) each, at least float32; h and grad (b, n, c) of one dtype."""
+    y = _wide_gelu(h)
+    g = grad.to(y.dtype)
+    return (g * y).sum(1), g.sum(1)
+
+
+@operation(fake=lambda h, *_: (h.new_empty(h.shape), h.new_empty(h.shape), _sums_like(h)))
+def gelu_grn_backward(
+    h: Tensor, grad: Tensor, scale: Tensor, along: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dh = dy gelu'(h) with dy = scale g + along y, once more out = beta + scale y, and sum_n dh.
+
+    dh and out are (b, n, c) in h's dtype, the sums (b, c) at least float32.
+
+    Args:
+        h, grad: (b, n, c), of one dtype; grad is the gradient of out.
+        scale, along: s and dn / n above, (b, c), at least float32.
+        beta: (c,).
+    """
+    y = _wide_gelu(h)
+    grad_y = scale[:, None] * grad + along[:, None] * y
+    grad_h = torch.ops.aten.gelu_backward(grad_y, h.to(y.dtype))
+    out = beta + scale[:, None] * y
+    return grad_h.to(h.dtype).contiguous(), out.to(h.dtype).contiguous(), grad_h.sum(1)
