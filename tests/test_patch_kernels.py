@@ -1,8 +1,12 @@
 """Operations with a Triton side agree with obvious formulas by either side, forward and gradient, and compile."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +34,12 @@ OPERATIONS = {
 }
 
 
+def triton_side(path: str) -> Callable[..., Any]:
+    """The function that runs an operation on CUDA."""
+    module, name = path.split(".")
+    return getattr(import_module(f"fcmae.encoder.kernels.{module}_triton"), name)
+
+
 @pytest.fixture(params=["formulas", "triton"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where to compute: by the formulas on the CPU, then by the kernels, in Triton's interpreter if need be.
@@ -46,9 +56,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             if not torch.cuda.is_available():
                 library = stack.enter_context(torch.library._scoped_library("fcmae", "IMPL"))
                 for path, op in OPERATIONS.items():
-                    module, name = path.split(".")
-                    kernel = getattr(import_module(f"{kernels}.{module}_triton"), name)
-                    library.impl(op._name, kernel, "CPU")
+                    library.impl(op._name, triton_side(path), "CPU")
         yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
@@ -313,3 +321,40 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize("path", OPERATIONS)
 def test_every_operation_is_registered_soundly(path: str, device: str) -> None:
     opcheck(OPERATIONS[path], arguments(path.partition(".")[2], device))
+
+
+def compile_every_kernel() -> None:
+    """Call every operation's Triton side with a compiler for an H100 and nothing to launch on; prints kernels."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    def only_compile(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled: Any = run(kernel, *args, warmup=True, **kwargs)
+        print(compiled.name)
+
+    run = JITFunction.run
+    driver: Any = Driver()
+    triton.runtime.driver.set_active(driver)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", only_compile)
+        for path in OPERATIONS:
+            given = arguments(path.partition(".")[2], "cpu")
+            half = (a.detach().bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given)
+            triton_side(path)(*half)
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter runs more Python than the compiler takes; in a process of its own, as it cannot be left."""
+    pytest.importorskip("triton", reason="needs Triton")
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "import test_patch_kernels as tests; tests.compile_every_kernel()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 8, done.stdout
