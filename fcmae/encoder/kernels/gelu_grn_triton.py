@@ -19,12 +19,12 @@ def _normal(h):
 
 
 @triton.jit
-def _tile(start, stop, n, c, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _tile(start, n, c, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Offsets (ROWS, CHANNELS) of this program's image and channels from row `start` on, and which are there."""
     rows = start + tl.arange(0, ROWS)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first = tl.program_id(2).to(tl.int64) * n
-    return (first + rows)[:, None] * c + channels[None, :], (rows < stop)[:, None] & (channels < c)[None, :]
+    return (first + rows)[:, None] * c + channels[None, :], (rows < n)[:, None] & (channels < c)[None, :]
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _square_sums_kernel(
     total = tl.zeros((ROWS, CHANNELS), DTYPE)
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, stop, n, c, ROWS, CHANNELS)
+        at, inside = _tile(start, n, c, ROWS, CHANNELS)
         value = tl.load(h + at, inside, other=0.0).to(DTYPE)
         y = value * _normal(value)
         total += y * y
@@ -65,7 +65,7 @@ def _scale_kernel(
     s = _per_image(scale, c, CHANNELS, DTYPE)[None, :]
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, stop, n, c, ROWS, CHANNELS)
+        at, inside = _tile(start, n, c, ROWS, CHANNELS)
         value = tl.load(h + at, inside, other=0.0).to(DTYPE)
         tl.store(out + at, (shift + s * (value * _normal(value))).to(out.dtype.element_ty), inside)
 
@@ -78,7 +78,7 @@ def _grad_sums_kernel(
     total = tl.zeros((ROWS, CHANNELS), DTYPE)
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, stop, n, c, ROWS, CHANNELS)
+        at, inside = _tile(start, n, c, ROWS, CHANNELS)
         value = tl.load(h + at, inside, other=0.0).to(DTYPE)
         g = tl.load(grad + at, inside, other=0.0).to(DTYPE)
         along += g * (value * _normal(value))
@@ -99,7 +99,7 @@ def _backward_kernel(
     total = tl.zeros((ROWS, CHANNELS), DTYPE)
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, stop, n, c, ROWS, CHANNELS)
+        at, inside = _tile(start, n, c, ROWS, CHANNELS)
         value = tl.load(h + at, inside, other=0.0).to(DTYPE)
         g = tl.load(grad + at, inside, other=0.0).to(DTYPE)
         below = _normal(value)
@@ -113,7 +113,7 @@ def _backward_kernel(
 
 
 def _rows(h: Tensor) -> int:
-    """How many sites of h (b, n, c) a program walks down: all, if that makes programs enough."""
+    """Sites of h (b, n, c) that a program walks down, a multiple of ROWS: all, if that makes programs enough."""
     b, n, c = h.shape
     splits = triton.cdiv(PROGRAMS, b * triton.cdiv(c, CHANNELS))
     return ROWS * triton.cdiv(n, ROWS * splits)

@@ -16,7 +16,7 @@ from conftest import relative_error, some_ids
 from torch import Tensor
 from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateImportUsage]
 
-from fcmae.encoder.kernels import gelu_grn, patch_depthwise, patch_loss
+from fcmae.encoder.kernels import gather_depthwise, gelu_grn, patch_depthwise, patch_loss
 from fcmae.loss import PATCH_NORM_EPS, hidden_patch_loss
 from fcmae.masking import hidden_ids
 from fcmae.patches import patchify
@@ -24,11 +24,14 @@ from fcmae.patches import patchify
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Sums have another order than the reference; bfloat16 keeps 8 bits, and the reference rounds nowhere."""
 
+GATHER_TOLERANCE = TOLERANCE | {torch.bfloat16: 5e-2}
+"""Its formulas on a CPU accumulate in bfloat16."""
+
 EPS = 1e-6
 
 OPERATIONS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": op
-    for module in (gelu_grn, patch_depthwise, patch_loss)
+    for module in (gather_depthwise, gelu_grn, patch_depthwise, patch_loss)
     for name, op in vars(module).items()
     if isinstance(op, CustomOpDef)
 }
@@ -60,6 +63,49 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
+def neighbour_table(b: int, h: int, w: int, k: int) -> Tensor:
+    """The table (k * k, n) of a k x k kernel over a random two thirds of the sites of b maps, in torch's order."""
+    active = torch.rand(b, h, w) < 2 / 3
+    active[0, 0, 0] = True
+    n = int(active.sum())
+    rows = torch.full(active.shape, n)
+    rows[active] = torch.arange(n)
+    around = F.pad(rows, [k // 2] * 4, value=n).unfold(1, k, 1).unfold(2, k, 1)
+    return around[active].flatten(1).t().contiguous()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3, 1), (2, 5, 4, 3, 8), (1, 7, 9, 7, 37)])
+def test_gather_depthwise_equals_its_reference(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    b, h, w, k, c = shape
+    neighbours = neighbour_table(b, h, w, k)
+    n = neighbours.shape[1]
+    drawn = [torch.randn(size, dtype=torch.float64).to(dtype) for size in ((n, c), (k * k, c), (c,), (n, c))]
+    results = []
+    for function, place, precision in (
+        (gather_depthwise.gather_depthwise, device, dtype),
+        (gather_depthwise.gather_depthwise_reference, "cpu", torch.float64),
+    ):
+        tensors = [tensor.to(place, precision).requires_grad_() for tensor in drawn[:3]]
+        out = function(tensors[0], tensors[1], tensors[2], neighbours.to(place))
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, drawn[3].to(place, precision))])
+    for ours, reference in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours.double().cpu(), reference) <= GATHER_TOLERANCE[dtype]
+
+
+def test_gather_depthwise_is_a_depthwise_convolution_where_all_sites_are_there() -> None:
+    x = torch.randn(2, 5, 6, 4, dtype=torch.float64)
+    conv = torch.nn.Conv2d(4, 4, 7, padding=3, groups=4).double()
+    rows = torch.arange(60).view(2, 5, 6)
+    neighbours = F.pad(rows, (3, 3, 3, 3), value=60).unfold(1, 7, 1).unfold(2, 7, 1).reshape(60, 49).t()
+    assert conv.bias is not None
+    out = gather_depthwise.gather_depthwise(x.flatten(0, 2), conv.weight.flatten(1).t(), conv.bias, neighbours)
+    assert relative_error(out.view(2, 5, 6, 4), conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) <= 1e-12
+
+
 def patches(b: int, grid: tuple[int, int], p: int, k: int, c: int, size: int) -> tuple[list[Tensor], Tensor]:
     """Random x, weight, bias and a weighting of the output in float64, and visible ids."""
     shapes = [(b, p, k, k, c), (c, 1, size, size), (c,), (b, p, k, k, c)]
@@ -85,7 +131,7 @@ PATCHES = {
     "1x1 sites, 3 channels": (2, (2, 4), 3, 1, 3, 7),
     "2x2 sites, 100 channels": (1, (2, 3), 2, 2, 100, 7),
     "4x4 sites, 40 channels": (1, (1, 2), 1, 4, 40, 7),
-    "8x8 sites": (1, (2, 1), 2, 8, 3, 7),
+    "8x8 sites": (1, (2, 1), 1, 8, 3, 7),
     "1 channel, one patch": (1, (1, 1), 1, 2, 1, 7),
     "all visible": (1, (2, 2), 4, 2, 5, 7),
     "small kernel": (2, (3, 2), 3, 2, 4, 3),
@@ -298,7 +344,14 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
     slots = patch_depthwise.patch_slots(ids, 4)
     h, g, scale, along, beta = maps((2, 3, 5), torch.bfloat16)
     pred, images, hidden = hidden_patches(2, 3, (2, 2), 4, 2)
+    neighbours = neighbour_table(1, 2, 3, 3)
+    rows = torch.randn(neighbours.shape[1], 5)
+    gather_weight = torch.randn(5, 9).t()
     given: dict[str, tuple[Any, ...]] = {
+        "gather_depthwise": (
+            rows.requires_grad_(), gather_weight.requires_grad_(), rows[0].clone().requires_grad_(), neighbours
+        ),
+        "gather_depthwise_backward": (rows.detach(), gather_weight.detach(), rows.detach() + 1, neighbours),
         "patch_depthwise": (
             x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), ids, slots, [2, 2]
         ),
@@ -336,7 +389,7 @@ def compile_every_kernel() -> None:
 
     def only_compile(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled: Any = run(kernel, *args, warmup=True, **kwargs)
-        print(compiled.name)
+        print(f"{kernel.__module__}.{compiled.name}")
 
     run = JITFunction.run
     driver: Any = Driver()
@@ -354,7 +407,7 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs Triton")
     paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
     environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", "import test_patch_kernels as tests; tests.compile_every_kernel()"]
+    command = [sys.executable, "-c", "import test_operations as tests; tests.compile_every_kernel()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(set(done.stdout.split())) == 8, done.stdout
+    assert len(set(done.stdout.split())) == 10, done.stdout
