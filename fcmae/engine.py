@@ -124,7 +124,7 @@ class Plan:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: given back to the system at once, large tensors come with page faults each step.
+    """Let glibc keep what is freed: large tensors given back to the system at once cost page faults in every step.
 
     Without effect where the C library is another one. A process keeps its peak of memory until it ends.
     """

@@ -47,5 +47,7 @@ class Decoder(nn.Module):
         x = x.view(b, h * w, 1, 1, -1)
         for block in self.decoder:
             x = block(x, sites)
-        x = PackedSites.of_patches((h, w), hidden, sites_per_patch=1).gather(x.view(b, h, w, -1))  # (b, m, 1, 1, dim)
+        x = PackedSites.of_patches((h, w), hidden, sites_per_patch=1).gather(
+            x.view(b, h, w, -1)
+        )  # (b, m, 1, 1, dim)
         return conv1x1(x, self.pred).flatten(1, 3)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcmae.encoder.kernels.operation import operation
+
 
 def gather_depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
     """As `gather_depthwise`, every neighbour of every row at once, gradients left to autograd."""
@@ -20,8 +22,14 @@ def gather_depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbou
     return torch.einsum("knc,kc->nc", padded[neighbours], weight) + bias
 
 
+def _padded(rows: Tensor) -> Tensor:
+    """Rows with one of zeros after the last, where absent neighbours point."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+@operation(fake=lambda x, *_: x.new_empty(x.shape))
 def gather_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
-    """Return the depthwise convolution (n, c), in x's dtype; on CUDA by Triton kernels.
+    """Return the depthwise convolution (n, c), in x's dtype; differentiable in x, weight and bias.
 
     Args:
         x: (n, c), n at least 1.
@@ -30,52 +38,34 @@ def gather_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor
         neighbours: int64 (k, n), the row that offset j of row i reads, n where there is none; the offsets of an
             odd centred kernel in an order that the centre mirrors, so that neighbours[k - 1 - j] undoes j.
     """
-    return _GatherDepthwise.apply(x, weight, bias, neighbours)
-
-
-class _GatherDepthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight, neighbours)
-        if x.is_cuda:
-            from fcmae.encoder.kernels.gather_depthwise_triton import convolve  # Triton is not everywhere
-
-            return convolve(x, weight, bias, neighbours)
-        return _convolve(x, weight, bias, neighbours)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, neighbours = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        if x.is_cuda:
-            from fcmae.encoder.kernels.gather_depthwise_triton import differentiate
-
-            grad_x, grad_weight = differentiate(x, weight, grad, neighbours)
-        else:
-            grad_x, grad_weight = _differentiate(x, weight, grad, neighbours)
-        return grad_x, grad_weight, grad.sum(0), None
-
-
-def _padded(rows: Tensor) -> Tensor:
-    """Rows with one of zeros after the last, where absent neighbours point."""
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
     padded = _padded(x)
     out = bias.expand_as(x).clone()
-    for row_weight, rows in zip(weight, neighbours, strict=True):
+    for row_weight, rows in zip(weight.contiguous(), neighbours, strict=True):
         out.addcmul_(padded.index_select(0, rows), row_weight)
     return out
 
 
-def _differentiate(x: Tensor, weight: Tensor, grad: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-    padded = _padded(grad)
-    grad_x = torch.zeros_like(x)
-    grad_weight = torch.empty_like(weight)
+@operation(fake=lambda x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+def gather_depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight, from that of the output."""
+    padded, weight = _padded(grad), weight.contiguous()
+    grad_x = x.new_zeros(x.shape)
+    grad_weight = weight.new_empty(weight.shape)
     for j, rows in enumerate(neighbours.flip(0)):
         gathered = padded.index_select(0, rows)
         grad_x.addcmul_(gathered, weight[j])
         torch.sum(gathered.mul_(x), 0, out=grad_weight[j])
     return grad_x, grad_weight
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x, weight, _, neighbours = inputs
+    ctx.save_for_backward(x, weight, neighbours)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    x, weight, neighbours = ctx.saved_tensors
+    return *gather_depthwise_backward(x, weight, grad, neighbours), grad.sum(0), None
+
+
+gather_depthwise.register_autograd(_backward, setup_context=_keep)

@@ -54,26 +54,29 @@ def _grad_weight_kernel(
 
 def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
     accumulator = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return {"K": len(weight), "ROWS": ROWS, "CHANNELS": CHANNELS, "DTYPE": accumulator}
+    sizes = {"K": len(weight), "ROWS": ROWS, "CHANNELS": CHANNELS}
+    return sizes | {"DTYPE": accumulator, "enable_fp_fusion": True}
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
-    """As `gather_depthwise`, forward only; x (n, c) and weight (k, c) contiguous."""
+def gather_depthwise(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
+    """As the operation of this name."""
     n, c = x.shape
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     grid = (triton.cdiv(n, ROWS), triton.cdiv(c, CHANNELS))
-    _convolve_kernel[grid](x, weight, bias.contiguous(), neighbours, out, n, c, **_constants(x, weight))
+    x, weight, bias, neighbours = (tensor.contiguous() for tensor in (x, weight, bias, neighbours))
+    _convolve_kernel[grid](x, weight, bias, neighbours, out, n, c, **_constants(x, weight))
     return out
 
 
-def differentiate(x: Tensor, weight: Tensor, grad: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and weight; x, weight and grad contiguous."""
+def gather_depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+    """As the operation of this name."""
     n, c = x.shape
-    grad_x = convolve(grad, weight.flip(0), torch.zeros_like(weight[0]), neighbours)
+    grad_x = gather_depthwise(grad, weight.flip(0), torch.zeros_like(weight[0]), neighbours)
     blocks = triton.cdiv(n, ROWS)
     splits = min(blocks, 64)
     dtype = torch.promote_types(x.dtype, torch.float32)
     partial = torch.empty(splits, len(weight), c, dtype=dtype, device=x.device)
     grid = (len(weight), splits, triton.cdiv(c, CHANNELS))
+    x, grad, neighbours = (tensor.contiguous() for tensor in (x, grad, neighbours))
     _grad_weight_kernel[grid](x, grad, neighbours, partial, n, c, blocks, **_constants(x, weight))
     return grad_x, partial.sum(0).to(weight.dtype)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.encoder.kernels.gelu_grn import gelu_grn_backward, gelu_grn_forward, gelu_grn_reference
+from fcmae.encoder.kernels.gelu_grn import gelu_grn_forward, gelu_grn_gradients, gelu_grn_reference
 
 
 def grn_mlp_reference(
@@ -91,7 +91,7 @@ class _GRNMLP(torch.autograd.Function):
         x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
         grad = grads[0].flatten(0, 1)
         grad_a = (grad @ w2.to(grad.dtype)).view_as(h)
-        grad_h, a, grad_gamma, grad_beta, grad_b1 = gelu_grn_backward(grad_a, h, norm, gamma, beta, ctx.eps)
+        grad_h, a, grad_gamma, grad_beta, grad_b1 = gelu_grn_gradients(grad_a, h, norm, gamma, beta, ctx.eps)
         rows = grad_h.flatten(0, 1)
         grad_w = (rows.t() @ x.flatten(0, 1)).to(w1.dtype)
         grad_b1 = grad_b1.to(w1.dtype)

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef
+from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
 
 
 def operation(

@@ -176,7 +176,8 @@ def _keep_for_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, visible_ids, slots, ctx.grid, _ = inputs
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, weight, visible_ids, slots, *output)
-    ctx.set_materialize_grads(False)  # rstd never has one
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _norm_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:

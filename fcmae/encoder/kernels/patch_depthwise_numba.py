@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numba import njit, prange
 from torch import Tensor
 
+
 def _compiled(function: Callable[..., None]) -> Any:
     """Compile at the first call, in parallel; kept on disk for the next process where there is a place for it."""
     options: dict[str, Any] = {"parallel": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}}

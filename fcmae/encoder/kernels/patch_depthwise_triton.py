@@ -5,6 +5,9 @@ the k sums in registers: each site it reads serves all the sums within the kerne
 from visible_ids, where its neighbours are stored from slots; a hidden neighbour is skipped with all its work.
 """
 
+# What pyright does not know of Triton's language and launches:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +32,14 @@ def _load_line(x, line, channels, SITES: tl.constexpr, C: tl.constexpr, DTYPE: t
     sites = ()
     for i in tl.static_range(SITES):
         address = x + (line * SITES + i) * C + channels
-        sites = sites + (tl.load(address, channels < C, other=0.0).to(DTYPE),)
+        sites += (tl.load(address, channels < C, other=0.0).to(DTYPE),)
     return sites
+
+
+@triton.jit
+def _add(sums, i: tl.constexpr, value):
+    """The tuple `sums` with value added to its i-th."""
+    return sums[:i] + (sums[i] + value,) + sums[i + 1 :]  # noqa: RUF005  (Triton knows no unpacking)
 
 
 @triton.jit
@@ -43,7 +52,7 @@ def _place(visible_ids, line, p, gw, SITES: tl.constexpr):
 
 @triton.jit
 def _find_line(slots, image, y, gx, p, gh, gw, SITES: tl.constexpr):
-    """The stored line in row y of sites and column gx of patches, int64, or a negative number where there is none."""
+    """The stored line in row y of sites and column gx of patches, int64, or -1 where there is none."""
     inside = (y >= 0) & (y < gh * SITES) & (gx >= 0) & (gx < gw)
     slot = tl.load(slots + (image * gh + y // SITES) * gw + gx, inside, other=-1)
     line = (image.to(tl.int64) * p + slot) * SITES + y % SITES
@@ -78,8 +87,7 @@ def _convolve_kernel(
                         w = tl.load(weight + offset * C + channels, inside, other=0.0).to(DTYPE)
                         for site in tl.static_range(SITES):
                             if site + shift >= 0 and site + shift < SITES:
-                                total = sums[site] + sites[site + shift] * w
-                                sums = sums[:site] + (total,) + sums[site + 1 :]
+                                sums = _add(sums, site, sites[site + shift] * w)
     first = line.to(tl.int64) * SITES
     for site in tl.static_range(SITES):
         value = sums[site]
@@ -96,7 +104,7 @@ def _weight_grads_kernel(
     grad, x, visible_ids, slots, partial, lines, p, gh, gw,
     C: tl.constexpr, SITES: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One row of the weight and the bias, over every `splits`-th line, into partial (splits, SIZE * SIZE + 1, C)."""
+    """Row i of the weight, and the bias, summed over some lines into partial (splits, SIZE * SIZE + 1, C)."""
     REACH: tl.constexpr = SIZE // 2
     PATCHES: tl.constexpr = (REACH + SITES - 1) // SITES
     i = tl.program_id(0)
@@ -117,8 +125,7 @@ def _weight_grads_kernel(
                 for j in tl.static_range(SIZE):
                     for site in tl.static_range(SITES):
                         if site + j - REACH >= side * SITES and site + j - REACH < (side + 1) * SITES:
-                            total = sums[j] + g[site] * sites[site + j - REACH - side * SITES]
-                            sums = sums[:j] + (total,) + sums[j + 1 :]
+                            sums = _add(sums, j, g[site] * sites[site + j - REACH - side * SITES])
     first = partial + split.to(tl.int64) * (SIZE * SIZE + 1) * C + channels
     for j in tl.static_range(SIZE):
         tl.store(first + (i * SIZE + j) * C, sums[j], channels < C)
@@ -255,4 +262,4 @@ def patch_depthwise_weight_grads(
         enable_fp_fusion=True,
     )
     sums = partial.sum(0)
-    return sums[:-1].t().reshape(c, 1, size, size), sums[-1].clone()
+    return sums[:-1].t().contiguous().view(c, 1, size, size), sums[-1].clone()

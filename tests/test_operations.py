@@ -1,0 +1,405 @@
+"""Operations with a Triton side agree with obvious formulas by either side, forward and gradient, and compile."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error, some_ids
+from torch import Tensor
+from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateImportUsage]
+
+from fcmae.encoder.kernels import gather_depthwise, gelu_grn, patch_depthwise, patch_loss
+from fcmae.loss import hidden_patch_loss, patch_statistics
+from fcmae.masking import hidden_ids
+from fcmae.patches import patchify
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Sums have another order than the reference; bfloat16 keeps 8 bits, and the reference rounds nowhere."""
+
+GATHER_TOLERANCE = TOLERANCE | {torch.bfloat16: 5e-2}
+"""Its formulas on a CPU accumulate in bfloat16."""
+
+EPS = 1e-6
+
+OPERATIONS = {
+    f"{module.__name__.rpartition('.')[2]}.{name}": op
+    for module in (gather_depthwise, gelu_grn, patch_depthwise, patch_loss)
+    for name, op in vars(module).items()
+    if isinstance(op, CustomOpDef)
+}
+
+
+def triton_side(path: str) -> Callable[..., Any]:
+    """The function that runs an operation on CUDA."""
+    module, name = path.split(".")
+    return getattr(import_module(f"fcmae.encoder.kernels.{module}_triton"), name)
+
+
+@pytest.fixture(params=["formulas", "cpu", "triton"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where to compute: by the formulas, as on a CPU, and by Triton's kernels, in its interpreter if need be.
+
+    Sums are split among a few programs only, so that each has more than one turn of its loop even here.
+    """
+    with ExitStack() as stack:
+        if request.param == "formulas":
+            library = stack.enter_context(torch.library._scoped_library("fcmae", "IMPL"))
+            for op in OPERATIONS.values():
+                library.impl(op._name, op._init_fn, "CPU", allow_override=True)
+        if request.param == "triton":
+            pytest.importorskip("triton", reason="needs Triton")
+            kernels = "fcmae.encoder.kernels"
+            monkeypatch.setattr(f"{kernels}.patch_depthwise_triton.WEIGHT_PROGRAMS", 21)
+            monkeypatch.setattr(f"{kernels}.gelu_grn_triton.PROGRAMS", 4)
+            monkeypatch.setattr(f"{kernels}.gelu_grn_triton.ROWS", 4)
+            if not torch.cuda.is_available():
+                library = stack.enter_context(torch.library._scoped_library("fcmae", "IMPL"))
+                for path, op in OPERATIONS.items():
+                    library.impl(op._name, triton_side(path), "CPU", allow_override=True)
+        yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def neighbour_table(b: int, h: int, w: int, k: int) -> Tensor:
+    """The table (k * k, n) of a k x k kernel over a random two thirds of the sites of b maps, in torch's order."""
+    active = torch.rand(b, h, w) < 2 / 3
+    active[0, 0, 0] = True
+    n = int(active.sum())
+    rows = torch.full(active.shape, n)
+    rows[active] = torch.arange(n)
+    around = F.pad(rows, [k // 2] * 4, value=n).unfold(1, k, 1).unfold(2, k, 1)
+    return around[active].flatten(1).t().contiguous()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3, 1), (2, 5, 4, 3, 8), (1, 7, 9, 7, 37)])
+def test_gather_depthwise_equals_its_reference(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    b, h, w, k, c = shape
+    neighbours = neighbour_table(b, h, w, k)
+    n = neighbours.shape[1]
+    drawn = [torch.randn(size, dtype=torch.float64).to(dtype) for size in ((n, c), (k * k, c), (c,), (n, c))]
+    results = []
+    for function, place, precision in (
+        (gather_depthwise.gather_depthwise, device, dtype),
+        (gather_depthwise.gather_depthwise_reference, "cpu", torch.float64),
+    ):
+        tensors = [tensor.to(place, precision).requires_grad_() for tensor in drawn[:3]]
+        out = function(tensors[0], tensors[1], tensors[2], neighbours.to(place))
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, drawn[3].to(place, precision))])
+    for ours, reference in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours.double().cpu(), reference) <= GATHER_TOLERANCE[dtype]
+
+
+def test_gather_depthwise_is_a_depthwise_convolution_where_all_sites_are_there() -> None:
+    x = torch.randn(2, 5, 6, 4, dtype=torch.float64)
+    conv = torch.nn.Conv2d(4, 4, 7, padding=3, groups=4).double()
+    rows = torch.arange(60).view(2, 5, 6)
+    neighbours = F.pad(rows, (3, 3, 3, 3), value=60).unfold(1, 7, 1).unfold(2, 7, 1).reshape(60, 49).t()
+    assert conv.bias is not None
+    out = gather_depthwise.gather_depthwise(x.flatten(0, 2), conv.weight.flatten(1).t(), conv.bias, neighbours)
+    assert relative_error(out.view(2, 5, 6, 4), conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) <= 1e-12
+
+
+def patches(b: int, grid: tuple[int, int], p: int, k: int, c: int, size: int) -> tuple[list[Tensor], Tensor]:
+    """Random x, weight, bias and a weighting of the output in float64, and visible ids."""
+    shapes = [(b, p, k, k, c), (c, 1, size, size), (c,), (b, p, k, k, c)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes], some_ids(b, grid[0] * grid[1], p)
+
+
+def depthwise_of_images(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The obvious version: each patch put where it belongs in an image of zeros, convolved, taken out again."""
+    b, p, k, _, c = x.shape
+    out = []
+    for image_x, image_ids in zip(x, ids.tolist(), strict=True):
+        image = x.new_zeros(c, grid[0] * k, grid[1] * k)
+        corners = [(i // grid[1] * k, i % grid[1] * k) for i in image_ids]
+        for patch, (top, left) in zip(image_x, corners, strict=True):
+            image[:, top : top + k, left : left + k] = patch.permute(2, 0, 1)
+        conv = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=c)
+        out += [conv[:, top : top + k, left : left + k].permute(1, 2, 0) for top, left in corners]
+    return torch.stack(out).view(b, p, k, k, c)
+
+
+PATCHES = {
+    # what is odd: (b, grid, p, k, c, K)
+    "1x1 sites, 3 channels": (2, (2, 4), 3, 1, 3, 7),
+    "2x2 sites, 100 channels": (1, (2, 3), 2, 2, 100, 7),
+    "4x4 sites, 40 channels": (1, (1, 2), 1, 4, 40, 7),
+    "8x8 sites": (1, (2, 1), 1, 8, 3, 7),
+    "1 channel, one patch": (1, (1, 1), 1, 2, 1, 7),
+    "all visible": (1, (2, 2), 4, 2, 5, 7),
+    "small kernel": (2, (3, 2), 3, 2, 4, 3),
+    "more channels than a program": (1, (1, 2), 1, 1, 200, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "norm", "dtype"),
+    [(case, True, torch.float64) for case in PATCHES if "1 channel" not in case]  # of which the norm is 0
+    + [(case, False, torch.float64) for case in ("1 channel, one patch", "more channels than a program")]
+    + [("small kernel", norm, dtype) for norm in (False, True) for dtype in (torch.float32, torch.bfloat16)],
+)
+def test_patch_depthwise_equals_a_convolution_of_images(
+    case: str, norm: bool, dtype: torch.dtype, device: str
+) -> None:
+    grid = PATCHES[case][1]
+    drawn, ids = patches(*PATCHES[case])
+    drawn = [tensor.to(dtype) for tensor in drawn]
+    reference = [tensor.double().requires_grad_() for tensor in drawn[:3]]
+    expected = depthwise_of_images(reference[0], reference[1], reference[2], ids, grid)
+    if norm:
+        expected = F.layer_norm(expected, expected.shape[-1:], eps=EPS)
+    expected_grads = torch.autograd.grad(expected, reference, drawn[3].double())
+
+    tensors = [tensor.to(device).requires_grad_() for tensor in drawn[:3]]
+    on_device = ids.to(device)
+    slots = patch_depthwise.patch_slots(on_device, grid[0] * grid[1])
+    if norm:
+        out = patch_depthwise.patch_depthwise_norm(tensors[0], tensors[1], tensors[2], on_device, slots, grid, EPS)
+    else:
+        out = patch_depthwise.patch_depthwise(tensors[0], tensors[1], tensors[2], on_device, slots, grid)
+    grads = torch.autograd.grad(out, tensors, drawn[3].to(device))
+    for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert ours.dtype == dtype
+        assert relative_error(ours.double().cpu(), theirs) <= TOLERANCE[dtype]
+
+
+GELU_SHAPES = [(1, 1, 1), (2, 3, 5), (1, 19, 70), (3, 8, 100)]
+
+
+def maps(shape: tuple[int, int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Random h and gradient (b, n, c), scale and along (b, c), beta (c,); parameters are at least float32."""
+    b, _, c = shape
+    wide = torch.promote_types(dtype, torch.float32)
+    return [
+        (2 * torch.randn(size, dtype=torch.float64)).to(kind)
+        for size, kind in ((shape, dtype), (shape, dtype), ((b, c), wide), ((b, c), wide), ((c,), wide))
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", GELU_SHAPES)
+def test_the_passes_of_gelu_and_grn_equal_their_formulas(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    tensors = maps(shape, dtype)
+    h, g, scale, along, beta = (tensor.double() for tensor in tensors)
+    h.requires_grad_()
+    y = F.gelu(h)
+    # dh is the derivative of s g y + along y^2 / 2
+    (grad_h,) = torch.autograd.grad((scale[:, None] * g * y + along[:, None] * y**2 / 2).sum(), h)
+    out = beta + scale[:, None] * y
+    expected = [y.square().sum(1), out, (g * y).sum(1), g.sum(1), grad_h, out, grad_h.sum(1)]
+
+    h, g, scale, along, beta = (tensor.to(device) for tensor in tensors)
+    ours = [
+        gelu_grn.gelu_square_sums(h),
+        gelu_grn.gelu_scale(h, scale, beta),
+        *gelu_grn.gelu_grad_sums(h, g),
+        *gelu_grn.gelu_grn_backward(h, g, scale, along, beta),
+    ]
+    assert [result.dtype for result in ours] == [
+        dtype if result.shape == shape and result.ndim == 3 else scale.dtype for result in expected
+    ]
+    for result, reference in zip(ours, expected, strict=True):
+        assert relative_error(result.double().cpu(), reference) <= TOLERANCE[dtype]
+
+
+class ByPasses(torch.autograd.Function):
+    """GELU and GRN as they are computed on CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        out, norm = gelu_grn.forward_by_passes(h, gamma, beta, eps)
+        ctx.save_for_backward(h, norm, gamma, beta)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grad_h, _, grad_gamma, grad_beta, _ = gelu_grn.gradients_by_passes(grads[0], *ctx.saved_tensors, ctx.eps)
+        return grad_h, grad_gamma, grad_beta, None
+
+
+LOSSES = {
+    # what is odd: (b, channels, grid, patch, visible patches)
+    "one hidden patch": (1, 3, (1, 2), 4, 1),
+    "one channel": (2, 1, (3, 2), 8, 2),
+    "four channels": (1, 4, (2, 4), 5, 3),
+}
+
+
+def hidden_patches(b: int, c: int, grid: tuple[int, int], patch: int, p: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random predictions of hidden patches, images that are NaN where visible, and hidden ids."""
+    num_patches = grid[0] * grid[1]
+    visible = some_ids(b, num_patches, p)
+    images = 3 + torch.randn(b, c, grid[0] * patch, grid[1] * patch, dtype=torch.float64)
+    cells = images.unflatten(3, (grid[1], patch)).unflatten(2, (grid[0], patch))
+    for image, row in enumerate(visible.tolist()):
+        for i in row:
+            cells[image, :, i // grid[1], :, i % grid[1]] = torch.nan
+    pred = torch.randn(b, num_patches - p, patch * patch * c, dtype=torch.float64)
+    return pred, images, hidden_ids(visible, num_patches)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("case", LOSSES)
+def test_the_loss_equals_its_formula(case: str, norm_pix_loss: bool, dtype: torch.dtype, device: str) -> None:
+    b, c, grid, patch, p = LOSSES[case]
+    drawn, images, hidden = hidden_patches(b, c, grid, patch, p)
+    drawn, images = drawn.to(dtype), images.float().contiguous(memory_format=torch.channels_last)
+    pred = drawn.double().requires_grad_()
+    target = patchify(images.double(), patch)[torch.arange(b)[:, None], hidden]
+    if norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    expected = F.mse_loss(pred, target)
+    (expected_grad,) = torch.autograd.grad(3 * expected, pred)
+
+    pred = drawn.to(device).requires_grad_()
+    loss = hidden_patch_loss(pred, images.to(device), hidden.to(device), patch, norm_pix_loss=norm_pix_loss)
+    (grad,) = torch.autograd.grad(3 * loss, pred)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert grad.dtype == dtype
+    assert relative_error(loss.double().cpu(), expected) <= min(TOLERANCE[dtype], 1e-4)  # pred is the same
+    assert relative_error(grad.double().cpu(), expected_grad) <= TOLERANCE[dtype]
+
+
+def examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Each differentiable function with float32 tensors: all of floating type are to be differentiated by."""
+    grid, p = (2, 2), 2
+    (x, weight, bias, _), ids = patches(2, grid, p, 2, 3, 3)
+    slots = patch_depthwise.patch_slots(ids, 4)
+    h, _, _, gamma, beta = maps((2, 3, 5), torch.float32)
+    pred, images, hidden = hidden_patches(2, 3, grid, 4, p)
+    cases: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "depthwise": (
+            lambda x, weight, ids, slots: patch_depthwise.patch_depthwise(x, weight, None, ids, slots, grid),
+            [x, weight, ids, slots],
+        ),
+        "depthwise and norm": (
+            lambda x, weight, bias, ids, slots: patch_depthwise.patch_depthwise_norm(
+                x, weight, bias, ids, slots, grid, EPS
+            ),
+            [x, weight, bias, ids, slots],
+        ),
+        "gelu and grn": (lambda h, gamma, beta: ByPasses.apply(h, gamma, beta, EPS), [h, gamma[0], beta]),
+        "loss": (
+            lambda pred, hidden: hidden_patch_loss(pred, images.float().to(device), hidden, 4, norm_pix_loss=True),
+            [pred, hidden],
+        ),
+    }
+    for _, tensors in cases.values():
+        for i, tensor in enumerate(tensors):
+            wide = tensor.is_floating_point()
+            tensors[i] = tensor.to(device, torch.float32 if wide else None).requires_grad_(wide)
+    return cases
+
+
+@pytest.mark.parametrize("name", ["depthwise", "depthwise and norm", "gelu and grn", "loss"])
+def test_every_differentiable_function_compiles(name: str, device: str) -> None:
+    function, tensors = examples(device)[name]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    results = []
+    torch._dynamo.reset()
+    for version in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        out = (version(*tensors) ** 2).sum()
+        results.append((out, *torch.autograd.grad(out, wanted)))
+    for compiled, eager in zip(*results, strict=True):
+        assert relative_error(compiled, eager) <= 1e-5  # the same kernels and formulas on the same numbers
+
+
+def test_gelu_and_grn_made_of_their_passes_are_gelu_grn(device: str) -> None:
+    function, tensors = examples(device)["gelu and grn"]
+    results = []
+    for version in (function, lambda h, gamma, beta: gelu_grn.gelu_grn_reference(h, gamma, beta, EPS)):
+        out = version(*tensors)
+        results.append((out, *torch.autograd.grad((out**2).sum(), tensors)))
+    for ours, reference in zip(*results, strict=True):
+        assert relative_error(ours, reference) <= TOLERANCE[torch.float32]
+
+
+def arguments(name: str, device: str) -> tuple[Any, ...]:
+    """Small arguments of an operation; parameters require gradients where it is differentiable."""
+    (x, weight, bias, grad), ids = patches(2, (2, 2), 2, 2, 3, 3)
+    slots = patch_depthwise.patch_slots(ids, 4)
+    h, g, scale, along, beta = maps((2, 3, 5), torch.bfloat16)
+    pred, images, hidden = hidden_patches(2, 3, (2, 2), 4, 2)
+    neighbours = neighbour_table(1, 2, 3, 3)
+    rows = torch.randn(neighbours.shape[1], 5)
+    gather_weight = torch.randn(5, 9).t()
+    given: dict[str, tuple[Any, ...]] = {
+        "gather_depthwise": (
+            rows.requires_grad_(), gather_weight.requires_grad_(), rows[0].clone().requires_grad_(), neighbours
+        ),
+        "gather_depthwise_backward": (rows.detach(), gather_weight.detach(), rows.detach() + 1, neighbours),
+        "patch_depthwise": (
+            x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), ids, slots, [2, 2]
+        ),
+        "patch_depthwise_norm_rstd": (
+            x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), ids, slots, [2, 2], EPS
+        ),
+        "patch_norm_backward": (grad, x.detach(), x.detach()[..., 0]),
+        "patch_depthwise_weight_grads": (grad, x.detach(), ids, slots, [2, 2], 3),
+        "gelu_square_sums": (h,),
+        "gelu_scale": (h, scale, beta),
+        "gelu_grad_sums": (h, g),
+        "gelu_grn_backward": (h, g, scale, along, beta),
+        "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
+    }  # fmt: skip
+    return tuple(
+        a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given[name]
+    )
+
+
+@pytest.mark.parametrize("path", OPERATIONS)
+def test_every_operation_is_registered_soundly(path: str, device: str) -> None:
+    opcheck(OPERATIONS[path], arguments(path.partition(".")[2], device))
+
+
+def compile_every_kernel() -> None:
+    """Call every operation's Triton side with a compiler for an H100 and nothing to launch on; prints kernels."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    def only_compile(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled: Any = run(kernel, *args, warmup=True, **kwargs)
+        print(f"{kernel.__module__}.{compiled.name}")
+
+    run = JITFunction.run
+    driver: Any = Driver()
+    triton.runtime.driver.set_active(driver)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", only_compile)
+        for path in OPERATIONS:
+            given = arguments(path.partition(".")[2], "cpu")
+            half = (a.detach().bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in given)
+            triton_side(path)(*half)
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
+    """The interpreter runs more Python than the compiler takes; in a process of its own, as it cannot be left."""
+    pytest.importorskip("triton", reason="needs Triton")
+    paths = os.pathsep.join(str(path) for path in (Path(__file__).parent, Path(__file__).parents[1]))
+    environment = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", "import test_operations as tests; tests.compile_every_kernel()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 10, done.stdout
