@@ -422,7 +422,7 @@ def run_variant(args: argparse.Namespace) -> dict[str, Any]:
     """Check, measure and print one size; returns what is written."""
     found = {"variant": args.variant, "work": work(args), "limits": limits(args)}
     print(
-        f"\n{args.variant}: {found['work']['flop'] / 1e9:.1f} GFLOP and {found['work']['bytes'] / 1e9:.2f} GB a step; "
+        f"\n{args.variant}: {found['work']['flop'] / 1e9:.1f} GFLOP, {found['work']['bytes'] / 1e9:.2f} GB a step; "
         f"a matrix product reaches {found['limits']['flop_per_s'] / 1e9:.0f} GFLOP/s, "
         f"a copy {found['limits']['bytes_per_s'] / 1e9:.1f} GB/s"
     )

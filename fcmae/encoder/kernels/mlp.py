@@ -7,7 +7,8 @@ With v, s weight and bias of the LayerNorm whose normalised x comes in:
 and backward, with g the gradient of out:
 
     grad_a = g W2,    grad_h as in gelu_grn.py,    grad_x = grad_h W,    grad_b1 = sum grad_h
-    grad_W = grad_h' x,    grad_W1 = grad_W diag(v) + grad_b1 s',    grad_v = colsum(W1 * grad_W),    grad_s = W1' grad_b1
+    grad_W = grad_h' x,    grad_W1 = grad_W diag(v) + grad_b1 s'
+    grad_v = columns' sums of W1 * grad_W,    grad_s = W1' grad_b1
     grad_W2 = g' a with a computed again from h,    grad_b2 = sum g
 
 So of the maps of width 4c only h is kept, and the norm's weight and bias cost work on parameters, none on maps.

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit, prange
+from numba import config, njit, prange, set_num_threads
 from torch import Tensor
 
 
@@ -88,7 +87,7 @@ def _differentiate(x, grad, ids, gh, gw, out):  # pyright: ignore[reportMissingP
 
 def _run(kernel: Any, *args: Any) -> None:
     """Call a kernel with tensors as arrays, on as many threads as torch computes on."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
+    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
     kernel(*(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in args))
 
 
