@@ -361,7 +361,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         say(f"left out {image.name}: {image.reason}")
     left_out = f", {len(done.bad):,} left out that do not decode" if done.bad else ""
     state = "written" if done.written_shards else "complete and intact"
-    print(f"{folder}: {done.num_images:,} images, {done.num_bytes / 1e9:.2f} GB, {state}{left_out}")
+    print(f"{folder}: {done.num_images:,} images, {done.num_bytes / 1e6:,.0f} MB, {state}{left_out}")
     print(f"train with data.name=arrays data.root={options.output} data.split={options.split}")
     return 0
 
@@ -376,9 +376,7 @@ def add_prepare(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder of images or a .tar, as data.root")
     parser.add_argument("output", metavar="OUT", type=Path, help="a folder; its SPLIT inside is new, or the same")
-    parser.add_argument(
-        "--name", default="folder", help="folder, or a dataset that timm opens, as data.name (folder)"
-    )
+    parser.add_argument("--name", default="folder", help="as data.name: folder, or a dataset that timm opens")
     parser.add_argument("--split", default="train", help="as data.split (train)")
     parser.add_argument(
         "--size", type=int, default=256, metavar="PIXELS", help="short side of what is larger (256)"
@@ -394,9 +392,7 @@ def add_prepare(commands: Any) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="fcmae", description="What one does with images before training, and with weights after it."
-    )
+    parser = argparse.ArgumentParser(prog="fcmae", description="What comes before training and after it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_prepare, add_export, add_predict, add_reconstruct, add_evaluate):
         add(commands)

@@ -26,7 +26,7 @@ SHARD_IMAGES = 1024
 MIN_SHARDS = 64
 """Shards at least, where there are so many images: work for many processes, and little lost in a kill."""
 OVERSAMPLING = 2
-"""Pixels that are decoded for each that is kept, per side, where decoding fewer is cheaper (as Pillow's thumbnail)."""
+"""Pixels decoded for each that is kept, along a side, where decoding fewer is cheaper; as Pillow's thumbnails."""
 SAMPLED = 32
 """Images that the size of the rest is estimated from."""
 
@@ -125,13 +125,14 @@ class _Shards(Dataset[Any]):
         with temporary.open("wb") as file:
             for index in self.indices(shard):
                 try:
-                    pixels = shrink(self.source, index, self.short_side).permute(1, 2, 0).contiguous().numpy()
+                    pixels = shrink(self.source, index, self.short_side)
                 except Exception as error:  # a broken file can make a decoder raise anything
                     record.bad.append(BadImage.of(index, self.source, error))
                     continue
-                file.write(pixels)
-                digest.update(pixels)
-                record.sizes.append((pixels.shape[0], pixels.shape[1]))
+                content = pixels.permute(1, 2, 0).numpy().tobytes()  # (h, w, c)
+                file.write(content)
+                digest.update(content)
+                record.sizes.append((pixels.shape[1], pixels.shape[2]))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -159,9 +160,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / "prepare.json"
     for other in sorted(folder.parent.glob("*/prepare.json")):
         if other != path and json.loads(other.read_text(encoding="utf-8")).get("source") == plan["source"]:
-            raise UserError(
-                f"{folder}: its images would be those of {other.parent}; give each split its own images"
-            )
+            raise UserError(f"{folder}: {other.parent} holds these images already; give each split its own")
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -197,8 +196,8 @@ def _require_disk(source: Source, folder: Path, short_side: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < estimate - there:
         raise UserError(
-            f"{folder}: {free / 1e9:.1f} GB free, but {len(source):,} images take about {estimate / 1e9:.1f} GB: free "
-            "some space, name a folder on another disk, or lower --size"
+            f"{folder}: {free / 1e9:.1f} GB free, but {len(source):,} images take about {estimate / 1e9:.1f} GB: "
+            "free some space, name a folder on another disk, or lower --size"
         )
 
 
@@ -248,5 +247,5 @@ def prepare(
     if source.class_names is not None:
         _write_whole(folder / "classes.txt", "\n".join(source.class_names) + "\n")
     index = {"format": PREPARED, "channels": channels, "shards": [len(record.sizes) for record in ordered]}
-    _write_whole(folder / "index.json", json.dumps(index | {"unreadable": bad}, indent=1))
+    _write_whole(folder / "index.json", json.dumps(index | {"unreadable": bad}))
     return Prepared(len(sizes), int(sizes.astype(np.int64).prod(1).sum()) * channels, written, bad)

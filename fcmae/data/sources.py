@@ -191,11 +191,15 @@ class PreparedSource:
         shard = int(self.firsts.searchsorted(index, "right")) - 1
         offset = int(self.offsets[index]) + top * row
         path = shard_path(self.folder, shard)
-        pixels = np.fromfile(path, np.uint8, height * row, offset=offset)
-        if len(pixels) != height * row:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            content = os.pread(file, height * row, offset)
+        finally:
+            os.close(file)
+        if len(content) != height * row:
             raise OSError(f"{path}: cut off; run the same fcmae prepare again, which mends it")
-        part = pixels.reshape(height, image_width, self.channels)[:, left : left + width]
-        return torch.from_numpy(np.ascontiguousarray(part)).permute(2, 0, 1)
+        rows = np.frombuffer(content, np.uint8).reshape(height, image_width, self.channels)
+        return torch.from_numpy(rows[:, left : left + width].copy()).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder}[{index}]"
