@@ -277,10 +277,11 @@ def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels
     divisor = max(d for d in (1, 2, 4, 8) if d <= max(spare, 1))
     if divisor > 1:
         image.draft(None, (full_width // divisor, full_height // divisor))
-    across, down = image.width / full_width, image.height / full_height
-    left, top = min(round(part.left * across), image.width - 1), min(round(part.top * down), image.height - 1)
-    right = max(round((part.left + part.width) * across), left + 1)
-    bottom = max(round((part.top + part.height) * down), top + 1)
+    if image.size == (full_width, full_height):
+        divisor = 1  # not a JPEG
+    left, top = min(round(part.left / divisor), image.width - 1), min(round(part.top / divisor), image.height - 1)
+    right = max(round((part.left + part.width) / divisor), left + 1)
+    bottom = max(round((part.top + part.height) / divisor), top + 1)
     box = (left, top, right, bottom)
     return decode(image if box == (0, 0, *image.size) else image.crop(box), channels)
 
