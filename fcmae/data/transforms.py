@@ -107,9 +107,9 @@ CHUNK = 64
 def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize and flip crops of different sizes, all of a batch together, on whatever device they are.
 
-    The same antialiased bicubic filter as `RandomView` applies one by one, as two batched matrix products. Nearly all
-    pixels are the same; some differ by a level of 255, one in 10,000 at most by two, as torch's CPU kernel rounds its
-    weights.
+    The same antialiased bicubic filter as `RandomView` applies one by one, as two batched matrix products. Nearly
+    all pixels are the same; some differ by a level of 255, one in 10,000 at most by two, as torch's CPU kernel
+    rounds its weights.
 
     Args:
         crops: uint8 (b, c, h, w), each crop in the upper left corner.
