@@ -1,6 +1,7 @@
 """`fcmae prepare`: images decoded once, whole and with their labels, whatever happens on the way."""
 
 import errno
+import functools
 import os
 import pickle
 import shutil
@@ -19,7 +20,9 @@ import torch
 from conftest import ROOT, error_line, run_main
 from PIL import Image
 from test_data import same, write_images
+from torch.utils.data import DataLoader
 
+import fcmae.data.prepare
 from fcmae import cli, sample_visible_ids
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
 from fcmae.data.sources import PreparedSource
@@ -116,6 +119,16 @@ def test_arrays_of_many_channels_and_tiny_images_are_prepared_too(tmp_path: Path
     assert sorted(tuple(tiny.load(i).shape) for i in range(3)) == [(3, 1, 1), (3, 1, 300), (3, 70, 1)]
     view = RandomView((8, 16), (0.2, 1.0), 0.5)
     assert all(view.finish(tiny.load_part(i, view.part)).shape == (3, 8, 16) for i in range(3))
+
+
+def test_processes_that_start_anew_prepare_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "few", 2)
+    spawning = functools.partial(DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr(fcmae.data.prepare, "DataLoader", spawning)
+    assert prepare(tmp_path / "few", tmp_path / "out", "--workers", 1) == 0
+    loose = open_source("folder", str(tmp_path / "few"), "train", 3)
+    packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    assert all(torch.equal(packed.load(i), loose.load(i)) for i in range(2))
 
 
 def test_a_tar_file_is_prepared_as_its_folder_is(images: Path, tmp_path: Path) -> None:
@@ -227,7 +240,7 @@ def test_a_complete_folder_is_checked_and_left_alone(
     assert (contents(tmp_path / "out"), stamps(tmp_path / "out" / "train")) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "flipped", "record", "sizes", "index"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "flipped", "record", "sizes", "no sizes", "index"])
 def test_damage_is_found_and_mended_and_nothing_else_touched(images: Path, tmp_path: Path, damage: str) -> None:
     assert prepare(images, tmp_path, "--workers", 0) == 0
     out = tmp_path / "train"
@@ -248,6 +261,9 @@ def test_damage_is_found_and_mended_and_nothing_else_touched(images: Path, tmp_p
     elif damage == "sizes":
         told = str(out / "sizes.npy")
         np.save(out / "sizes.npy", np.zeros((3, 2), np.int32))
+    elif damage == "no sizes":
+        told = str(out / "sizes.npy")
+        (out / "sizes.npy").unlink()
     else:
         told = str(out / "index.json")
         (out / "index.json").write_text("[1]")

@@ -48,11 +48,11 @@ class Source(Protocol):
         ...
 
 
-def _map_array(path: Path) -> np.ndarray:
+def _map_array(path: Path, remedy: str = "") -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error})") from error
+        raise UserError(f"{path}: not a readable .npy array ({error}){remedy}") from error
 
 
 def _read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
@@ -151,7 +151,7 @@ class PreparedSource:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: no index of prepared images ({error}); run fcmae prepare again") from error
         self.folder = folder
-        self.sizes = np.asarray(_map_array(folder / "sizes.npy"))
+        self.sizes = np.asarray(_map_array(folder / "sizes.npy", "; run fcmae prepare again"))
         if self.sizes.shape != (counts.sum(), 2) or self.sizes.dtype != np.int32:
             raise UserError(
                 f"{folder / 'sizes.npy'}: {self.sizes.dtype} {self.sizes.shape}, but {path} counts {counts.sum()} "
