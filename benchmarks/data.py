@@ -13,6 +13,7 @@ then that is the rate of a loader's core.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -155,6 +156,15 @@ def build_ways(root: Path, args: argparse.Namespace) -> dict[str, Iterator[Any]]
     return ways
 
 
+def cpu_seconds_of_others() -> float:
+    """Return the CPU seconds of all processes but this one since the system started; NaN where nothing tells."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return math.nan
+    user, nice, system, _, _, irq, softirq, *_ = map(int, path.read_text().splitlines()[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 def time_round(batches: Iterator[Any], number: int) -> float:
     """Return the seconds of `number` batches."""
     started = time.perf_counter()
@@ -199,13 +209,17 @@ def main(argv: list[str] | None = None) -> None:
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "device": f"cpu: {device_name('cpu')}, one process of one thread",
-            "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before the start",
             "torch": f"{torch.__version__}, torchvision {torchvision.__version__}",
             "images": f"{num_images:,} JPEGs of {args.images.name}, cropped to {args.image_size} px",
             "rounds": f"{args.rounds} of {args.batches} batches of {args.batch}, alternating, after one to warm up",
         }
         print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
-        rates = measure(build_ways(root, args), args)
+        ways = build_ways(root, args)
+        started, others = time.perf_counter(), cpu_seconds_of_others()
+        rates = measure(ways, args)
+        others = (cpu_seconds_of_others() - others) / (time.perf_counter() - started)
+        header["others"] = f"kept {others:.2f} of {os.cpu_count()} cores busy meanwhile"
+        print(f"others: {header['others']}")
     rows = [
         {
             "way": name,
