@@ -5,6 +5,7 @@ accelerate launch finetune.py --evaluate RUN
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from fcmae.checkpoint import EMA, build_encoder, describe_encoder, find_weights,
 from fcmae.config import FinetuneConfig, load_config, to_yaml
 from fcmae.convert import encoder_shape, write_timm_folder
 from fcmae.data import (
+    AugmentedView,
     BadImage,
     Cover,
     EvaluationDataset,
@@ -31,11 +33,11 @@ from fcmae.data import (
     LabelledDataset,
     PixelNormalizer,
     Source,
-    augmented_view,
     labels_by,
     load_batches,
     one_pass,
     open_source,
+    prefetch,
     share_of_each_class,
     shares_images,
     unreadable,
@@ -268,7 +270,7 @@ def main(argv: list[str]) -> int:
         validation = validation_set(config, class_names, config.model.in_chans, training=source)
     source = share_of_each_class(source, config.data.label_fraction, config.train.seed)
     with blame("data.auto_augment"):
-        view = augmented_view(
+        view = AugmentedView(
             config.data.size,
             crop_scale=config.data.crop_scale,
             crop_padding=config.data.crop_padding,
@@ -347,11 +349,9 @@ def main(argv: list[str]) -> int:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    batches = load_batches(
-        dataset, stream, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
+    load = functools.partial(load_batches, dataset, stream, pin_memory=accelerator.device.type == "cuda")
     if options.dry_run:
-        trainer.say(rehearse(trainer, batches))
+        trainer.say(rehearse(trainer, load))
         trainer.say(f"classes        {len(class_names)}")
         for name, images in {"data": source, **({"validation": validation.source} if validation else {})}.items():
             tried, bad = unreadable(images, 64)
@@ -376,7 +376,7 @@ def main(argv: list[str]) -> int:
     if trainer.step == trainer.plan.total_steps:
         trainer.say(f"{config.output} is finished already: delete it, or name another output, to run again")
     trainer.fit(
-        batches,
+        prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         evaluate=rate if validation else None,
         evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
     )

@@ -21,11 +21,12 @@ from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
+    RandomView,
     derive_seed,
     fixed_images,
     load_batches,
     open_source,
-    random_view,
+    prefetch,
     unreadable,
 )
 from fcmae.engine import Plan, Trainer, claim_run_folder, rehearse, require_disk, start_accelerator
@@ -93,9 +94,10 @@ def main(argv: list[str]) -> int:
     draw_ids = functools.partial(sample_visible_ids, 1, grid[0] * grid[1], config.model.mask_ratio)
     dataset = PretrainDataset(
         source,
-        view=random_view(config.data.size, config.data.crop_scale, config.data.hflip),
+        view=RandomView(config.data.size, config.data.crop_scale, config.data.hflip),
         draw_ids=draw_ids,
         seed=config.train.seed,
+        resize_on_device=accelerator.device.type == "cuda",
     )
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
@@ -121,12 +123,10 @@ def main(argv: list[str]) -> int:
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    batches = load_batches(
-        dataset, stream, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
+    load = functools.partial(load_batches, dataset, stream, pin_memory=accelerator.device.type == "cuda")
     if options.dry_run:
         tried, bad = unreadable(source, 64)
-        trainer.say(rehearse(trainer, batches))
+        trainer.say(rehearse(trainer, load))
         trainer.say(f"data           {tried} of {len(source):,} images tried, {len(bad)} unreadable")
         for image in bad:
             trainer.say(f"               {image.name}: {image.reason}")
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> int:
     if trainer.step == trainer.plan.total_steps:
         trainer.say(f"{config.output} is finished already: delete it, or name another output, to run again")
     trainer.fit(
-        batches,
+        prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         show=show,
         show_every=config.visualize.every_steps,
         evaluate=score if splits else None,

@@ -1,7 +1,8 @@
-"""The `fcmae` command: what one does with trained weights, one function per sub-command."""
+"""The `fcmae` command: what one does with images before training and with weights after it, one function each."""
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from fcmae.checkpoint import STATE, Weights, build_encoder, describe_encoder, preprocessing, read_weights
 from fcmae.config import DataSection, EvaluateConfig, override_config
-from fcmae.data import PixelNormalizer, open_source, seeded
+from fcmae.data import PixelNormalizer, open_source, seeded, shares_images
+from fcmae.data.prepare import prepare
 from fcmae.encoder import ConvNeXtV2
 from fcmae.errors import UserError, blame, run_script
 from fcmae.evaluate import Accuracy, Splits, extract_features, knn_accuracy, labelled_splits, linear_accuracy
@@ -330,13 +332,69 @@ def add_reconstruct(commands: Any) -> None:
     parser.set_defaults(run=run_reconstruct)
 
 
+# fcmae prepare
+
+
+def run_prepare(options: argparse.Namespace) -> int:
+    """Decode and shrink images once."""
+    for name, least in (("size", 1), ("channels", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    source = open_source(options.name, options.source, options.split, options.channels)
+    if options.name in ("folder", "") and options.split != "train":
+        train = open_source(options.name, options.source, "train", options.channels)
+        if len(train) < len(source) and shares_images(train, source):  # `source` is all there is
+            raise UserError(
+                f"--split {options.split}: {options.source} has no folder for it, but one for train; "
+                "name the folder of these images as SOURCE"
+            )
+    folder = options.output / options.split
+    done = prepare(
+        source,
+        folder,
+        root=options.source,
+        channels=options.channels,
+        short_side=options.size,
+        num_workers=options.workers,
+    )
+    for image in done.bad:
+        say(f"left out {image.name}: {image.reason}")
+    left_out = f", {len(done.bad):,} left out that do not decode" if done.bad else ""
+    state = "written" if done.written_shards else "complete and intact"
+    print(f"{folder}: {done.num_images:,} images, {done.num_bytes / 1e6:,.0f} MB, {state}{left_out}")
+    print(f"train with data.name=arrays data.root={options.output} data.split={options.split}")
+    return 0
+
+
+def add_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="decode and shrink images once, for data.name=arrays",
+        description="Decode images once, shrink them and write their pixels into OUT/SPLIT, with labels and class "
+        "names, to be read with data.name=arrays data.root=OUT. The same command again goes on where it stopped, "
+        "checks what is there and mends what is damaged.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a folder of images or a .tar, as data.root")
+    parser.add_argument("output", metavar="OUT", type=Path, help="a folder; its SPLIT inside is new, or the same")
+    parser.add_argument("--name", default="folder", help="as data.name: folder, or a dataset that timm opens")
+    parser.add_argument("--split", default="train", help="as data.split (train)")
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="PIXELS", help="short side of what is larger (256)"
+    )
+    parser.add_argument("--channels", type=int, default=3, metavar="N", help="1, 3 or 4, as model.in_chans (3)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one for each core)"
+    )
+    parser.set_defaults(run=run_prepare)
+
+
 # The command
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fcmae", description="What one does with trained weights.")
+    parser = argparse.ArgumentParser(prog="fcmae", description="What comes before training and after it.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_export, add_predict, add_reconstruct, add_evaluate):
+    for add in (add_prepare, add_export, add_predict, add_reconstruct, add_evaluate):
         add(commands)
     options, rest = parser.parse_known_args(argv)  # sub-parsers cannot mix options and positionals by themselves
     several = next((name for name in ("overrides", "images") if hasattr(options, name)), None)

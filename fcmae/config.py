@@ -57,7 +57,7 @@ class DataSection(Section):
     """Where images come from and how they become batches."""
 
     name: str = "folder"
-    """`folder` (also a .tar file), `arrays`, or any map-style name of timm's `create_dataset`."""
+    """`folder` (also a .tar), `arrays` (from `fcmae prepare`), or a map-style name of timm's `create_dataset`."""
     root: str
     split: str = "train"
     image_size: Positive | tuple[Positive, Positive] = 224

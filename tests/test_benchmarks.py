@@ -1,6 +1,7 @@
 """The benchmarks run, on a configuration far too small to mean anything."""
 
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -72,3 +73,20 @@ def test_spark_has_the_same_parameters(modules: tuple[Any, Any]) -> None:
     rival, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
     assert isinstance(rival.encoder, spark.SparkEncoder)
     torch.testing.assert_close(rival.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+def test_data_measures_every_way_of_loading_and_writes_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "data.py"), "--image-size=32", "--batch=2"]
+    command += ["--batches=1", "--rounds=1", f"--json={tmp_path / 'out.json'}"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+    ways = ["imagefolder", "timm", "webdataset", "folder", "prepared", "prepared, crops"]
+    if importlib.util.find_spec("webdataset") is None:
+        ways.remove("webdataset")
+        assert "webdataset: left out" in out
+        assert "pip install 'fcmae[bench]'" in out
+    assert all(f"| {way} " in out for way in ways)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["way"] for row in written["ways"]] == ways
+    assert all(row["images_per_s"] > 0 for row in written["ways"])
+    assert written["ways"][0]["ratio"] == 1.0
+    assert "13 JPEGs" in written["images"]

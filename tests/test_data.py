@@ -4,7 +4,6 @@ import pickle
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 
 from fcmae import sample_visible_ids
 from fcmae.data import (
+    AugmentedView,
     Cover,
     EvaluationDataset,
     IndexStream,
@@ -24,8 +24,8 @@ from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
+    RandomView,
     Source,
-    augmented_view,
     cover,
     derive_seed,
     fixed_images,
@@ -33,7 +33,6 @@ from fcmae.data import (
     load_batches,
     one_pass,
     open_source,
-    random_view,
     save_arrays,
     seeded,
     share_of_each_class,
@@ -59,7 +58,7 @@ def write_images(folder: Path, number: int, size: tuple[int, int] = (40, 32), mo
 def dataset_of(root: Path, *, seed: int = 0) -> PretrainDataset:
     return PretrainDataset(
         open_source("folder", str(root), "train", 3),
-        view=random_view((32, 32), (0.2, 1.0), 0.5),
+        view=RandomView((32, 32), (0.2, 1.0), 0.5),
         draw_ids=lambda: sample_visible_ids(1, 16, 0.6),
         seed=seed,
     )
@@ -206,7 +205,7 @@ def test_arrays_of_any_channel_count_are_mapped_and_cropped(tmp_path: Path, chan
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again.load(5), source.load(5))
     assert len(pickle.dumps(source)) < 1000
-    assert random_view((8, 16), (0.2, 1.0), 0.5)(source.load(0)).shape == (channels, 8, 16)
+    assert RandomView((8, 16), (0.2, 1.0), 0.5)(source.load(0)).shape == (channels, 8, 16)
 
 
 def class_folders(root: Path) -> Path:
@@ -457,7 +456,7 @@ def labelled(root: Path, number: int = 40, channels: int = 3) -> Source:
     return open_source("arrays", str(root), "train", channels)
 
 
-def view_of(channels: int = 3, **changes: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def view_of(channels: int = 3, **changes: Any) -> AugmentedView:
     options: dict[str, Any] = {
         "crop_scale": (0.3, 1.0),
         "crop_padding": None,
@@ -467,7 +466,7 @@ def view_of(channels: int = 3, **changes: Any) -> Callable[[torch.Tensor], torch
         "mean": [0.5] * channels,
         "std": [0.2] * channels,
     }
-    return augmented_view((32, 32), **options | changes)
+    return AugmentedView((32, 32), **options | changes)
 
 
 def test_augmentation_is_the_same_for_any_number_of_workers_and_changes_with_the_epoch(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What only a GPU can show: the layouts agree there, and a training step never waits for it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,7 @@ from conftest import TINY
 
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data import MaskedBatch, PixelNormalizer
+from fcmae.data import CroppedBatch, PixelNormalizer, prefetch
 from fcmae.encoder.convnextv2 import Layout
 from fcmae.engine import Plan, Trainer, start_accelerator
 from fcmae.optim import build_adamw
@@ -37,6 +38,49 @@ def test_every_layout_agrees_with_masked_on_cuda(dtype: torch.dtype, tolerance: 
     assert (gradients[0] - gradients[1]).norm() <= tolerance * gradients[0].norm()
 
 
+def some_crops(number: int) -> CroppedBatch:
+    """Return a pinned batch of four random crops that the device resizes to 64 x 64."""
+    rng = np.random.default_rng(number)
+    return CroppedBatch(
+        images=torch.from_numpy(rng.integers(0, 256, (4, 3, 90, 100), dtype=np.uint8)),
+        indices=(number,) * 4,
+        bad=(),
+        visible_ids=sample_visible_ids(4, 16, 0.6),
+        extents=torch.from_numpy(rng.integers(20, 90, (4, 2), dtype=np.int32)),
+        flipped=torch.tensor([True, False, True, False]),
+        size=(64, 64),
+    ).pin_memory()
+
+
+def test_crops_resized_on_cuda_are_those_of_the_cpu_within_a_level() -> None:
+    crops = some_crops(0)
+    there, here = (crops.to(torch.device(device)).images.cpu() for device in ("cuda", "cpu"))
+    assert (there.int() - here.int()).abs().max() <= 1
+
+
+def test_batches_copied_ahead_arrive_whole_and_in_order() -> None:
+    batches = [some_crops(number) for number in range(12)]
+    expected = [batch.to(torch.device("cuda")) for batch in batches]
+    read = []
+
+    def reading() -> Iterator[CroppedBatch]:
+        for number, batch in enumerate(batches):
+            read.append(number)
+            yield batch
+
+    busy = torch.eye(4000, device="cuda")
+    sums = []
+    for number, batch in enumerate(prefetch(reading(), torch.device("cuda"))):
+        assert len(read) == min(number + 2, 12)  # one ahead
+        assert batch.indices == (number,) * 4
+        for _ in range(20):
+            busy = busy @ busy
+        # behind that work; meanwhile later batches are copied, and must not land in this one's memory
+        sums.append(batch.images.sum() + batch.visible_ids.sum())
+        del batch
+    assert torch.stack(sums).tolist() == [int(b.images.sum() + b.visible_ids.sum()) for b in expected]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
     values = {
@@ -58,10 +102,7 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
         plan=Plan.of(config, 100, 1),
         config=config,
     )
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8))
-    ids = sample_visible_ids(4, 16, 0.6)
-    batch = MaskedBatch(images=pixels, indices=(0, 1, 2, 3), bad=(), visible_ids=ids).pin_memory()
-    batches = iter([batch] * 10)
+    batches = prefetch(iter([some_crops(0)] * 20), accelerator.device)
     for _ in range(2):
         trainer.update(batches)
     torch.cuda.set_sync_debug_mode("error")

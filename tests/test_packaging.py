@@ -22,7 +22,7 @@ def test_conda_and_pip_users_get_the_same_dependencies() -> None:
 
 
 def test_the_extras_exist() -> None:
-    assert {"dev", "minkowski", "export"} <= set(PYPROJECT["project"]["optional-dependencies"])
+    assert {"dev", "minkowski", "export", "bench"} <= set(PYPROJECT["project"]["optional-dependencies"])
 
 
 def test_versions_agree() -> None:

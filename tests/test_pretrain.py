@@ -13,8 +13,9 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,8 +28,11 @@ from safetensors.torch import load_file, save_file
 import fcmae.engine
 import pretrain
 from fcmae.checkpoint import save_checkpoint
+from fcmae.config import PretrainConfig, parse_config
 from fcmae.convert import to_timm
 from fcmae.data import save_arrays
+from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.engine import loading_rate, name_bottleneck
 
 TINY = "[[1,1,1,1],[8,8,16,16]]"
 
@@ -330,7 +334,9 @@ def test_a_dry_run_tells_size_time_and_memory_and_writes_nothing(
         "parameters",
         "updates        12",
         "first loss",
-        "images/s",
+        "step alone",
+        "data alone",
+        "bottleneck",
         "whole run",
         "peak memory",
         "checkpoint",
@@ -338,6 +344,40 @@ def test_a_dry_run_tells_size_time_and_memory_and_writes_nothing(
         assert word in out
     assert "40 of 40 images tried, 0 unreadable" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("step_rate", "data_rate", "overrides", "told"),
+    [
+        (100, 250, {}, "the step; the data come 2.5 times as fast"),
+        (300, 100, {"num_workers": 2}, "the data; the step could take 3.0 times as many: raise data.num_workers=2"),
+        (300, 100, {"num_workers": 16}, "with fcmae prepare, for data.name=arrays"),
+        (300, 100, {"num_workers": 16, "name": "arrays"}, "this takes more than 16 cores, or a faster disk"),
+    ],
+)
+def test_the_bottleneck_is_told_with_what_helps(
+    step_rate: float, data_rate: float, overrides: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    values = {"output": "run", "model": {"variant": "atto"}, "data": {"root": "images", **overrides}}
+    config = parse_config(PretrainConfig, values, "test")
+    assert told in name_bottleneck(step_rate, data_rate, config, 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_a_loaders_rate_is_that_of_its_workers_not_of_what_lay_ready(num_workers: int) -> None:
+    class Batch(NamedTuple):
+        indices: tuple[int, ...] = (0,) * 10
+
+    def batches() -> Iterator[Any]:
+        yield Batch()
+        for _ in range(PREFETCH_FACTOR * num_workers):
+            yield Batch()
+        while True:
+            time.sleep(0.02)
+            yield Batch()
+
+    assert loading_rate(batches(), num_workers) == pytest.approx(500, rel=0.15)
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(

@@ -98,6 +98,11 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
     elif words[:2] == ["fcmae", "evaluate"]:
         out = shell(["python", "-m", "fcmae.cli", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)])
         assert "linear probe" in out
+    elif words[:2] == ["fcmae", "prepare"]:
+        places = {"path/to/images": str(ROOT / "docs" / "photos"), "path/to/prepared": str(tmp_path / "prepared")}
+        told = shell([sys.executable, "-m", "fcmae.cli", *(places.get(word, word) for word in words[1:])])
+        assert "train: 13 images" in told
+        assert f"data.name=arrays data.root={places['path/to/prepared']}" in told
     elif words[0] == "fcmae":
         model = tmp_path / "classifier" / "model"
         classifier = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=2)

@@ -13,6 +13,7 @@ except (ImportError, RuntimeError, OSError) as error:
 from fcmae.data.batches import (
     NOT_COUNTED,
     BadImage,
+    CroppedBatch,
     EvaluationDataset,
     LabelledBatch,
     LabelledDataset,
@@ -20,16 +21,19 @@ from fcmae.data.batches import (
     PretrainDataset,
     fixed_images,
     load_batches,
+    prefetch,
     unreadable,
 )
 from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
 from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class, shares_images
-from fcmae.data.transforms import Cover, PixelNormalizer, augmented_view, cover, random_view
+from fcmae.data.transforms import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
 
 __all__ = [
     "NOT_COUNTED",
+    "AugmentedView",
     "BadImage",
     "Cover",
+    "CroppedBatch",
     "EvaluationDataset",
     "IndexStream",
     "LabelledBatch",
@@ -37,8 +41,8 @@ __all__ = [
     "MaskedBatch",
     "PixelNormalizer",
     "PretrainDataset",
+    "RandomView",
     "Source",
-    "augmented_view",
     "cover",
     "derive_seed",
     "fixed_images",
@@ -46,8 +50,9 @@ __all__ = [
     "load_batches",
     "one_pass",
     "open_source",
-    "random_view",
+    "prefetch",
     "reseed",
+    "resize_crops",
     "save_arrays",
     "seeded",
     "share_of_each_class",

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.sampling import PADDING, Key, seeded
+from fcmae.data.sampling import PADDING, Key, seeded, torch_seeded
 from fcmae.data.sources import Source
-from fcmae.data.transforms import cover
+from fcmae.data.transforms import RandomView, View, cover, resize_crops
 from fcmae.errors import UserError
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""
+
+PREFETCH_FACTOR = 4
+"""Batches that each worker has ready, at most."""
 
 NOT_COUNTED = -1
 """Label of what an evaluation leaves out: the padding of a last batch, and images that did not decode."""
@@ -49,6 +52,8 @@ class MaskedSample(Sample):
 
     visible_ids: Tensor
     """int64 (p,)."""
+    flipped: bool = False
+    """Whether the image, a crop that the device resizes, is then flipped."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ class Batch:
     bad: tuple[BadImage, ...]
     """Images that did not decode; in training, others took their places."""
 
+    def tensors(self) -> list[Tensor]:
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
@@ -76,7 +85,7 @@ class Batch:
     def pin_memory(self) -> Self:
         return self._each(Tensor.pin_memory)
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to `device`, without waiting where the memory is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -103,6 +112,42 @@ class MaskedBatch(Batch):
 
 
 @dataclass(frozen=True)
+class CroppedBatch(MaskedBatch):
+    """A batch of pretraining whose crops the device resizes; `images` holds each in its upper left corner."""
+
+    extents: Tensor
+    """int32 (b, 2), height and width of each crop."""
+    flipped: Tensor
+    """bool (b,)."""
+    size: tuple[int, int]
+    """Height and width of the views."""
+
+    @classmethod
+    def collate_crops(cls, samples: Sequence[MaskedSample], size: tuple[int, int]) -> Self:
+        extents = torch.tensor([sample.image.shape[1:] for sample in samples], dtype=torch.int32)
+        height, width = extents.amax(0).tolist()
+        images = torch.zeros(len(samples), height, width, samples[0].image.shape[0], dtype=torch.uint8)
+        images = images.permute(0, 3, 1, 2)  # the order in which arrays have their pixels
+        for canvas, sample in zip(images, samples, strict=True):
+            canvas[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+        return cls(
+            images=images,
+            indices=tuple(sample.index for sample in samples),
+            bad=tuple(bad for sample in samples for bad in sample.bad),
+            visible_ids=torch.stack([sample.visible_ids for sample in samples]),
+            extents=extents,
+            flipped=torch.tensor([sample.flipped for sample in samples]),
+            size=size,
+        )
+
+    def to(self, device: torch.device) -> MaskedBatch:
+        """Copy the tensors to `device` and resize the crops there, without waiting where the memory is pinned."""
+        there = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        images = resize_crops(there.images, there.extents, there.flipped, self.size)
+        return MaskedBatch(images=images, indices=self.indices, bad=self.bad, visible_ids=there.visible_ids)
+
+
+@dataclass(frozen=True)
 class LabelledBatch(Batch):
     """What a step of fine-tuning, or an evaluation, sees."""
 
@@ -119,11 +164,11 @@ class TrainDataset(Dataset[Any]):
 
     Args:
         source: the images.
-        view: augmentation of a uint8 image (c, h, w), drawing from the default generators.
+        view: the augmentation.
         seed: of the run.
     """
 
-    def __init__(self, source: Source, *, view: Callable[[Tensor], Tensor], seed: int) -> None:
+    def __init__(self, source: Source, *, view: View, seed: int) -> None:
         self.source = source
         self.view = view
         self.seed = seed
@@ -132,12 +177,14 @@ class TrainDataset(Dataset[Any]):
         return len(self.source)
 
     def load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
-        """Load image `index`, or a random other where it does not decode."""
+        """Load the part of image `index` that the view draws, or of a random other where it does not decode."""
         bad: list[BadImage] = []
         for _ in range(SUBSTITUTES):
+            state = torch.default_generator.get_state()
             try:
-                return self.source.load(index), index, tuple(bad)
+                return self.source.load_part(index, self.view.part), index, tuple(bad)
             except Exception as error:  # a broken file can make a decoder raise anything
+                torch.default_generator.set_state(state)  # the same substitute, whether or not a part was drawn
                 bad.append(BadImage.of(index, self.source, error))
                 index = int(torch.randint(len(self.source), ()))
         raise UserError(
@@ -146,34 +193,52 @@ class TrainDataset(Dataset[Any]):
         )
 
 
+LARGEST_CROP = 2
+"""Sides of a crop, in those of the view, up to which it is left to the device to resize."""
+
+
 class PretrainDataset(TrainDataset):
     """Samples by (epoch, index); crop, flip and mask depend on (seed, epoch, index) and nothing else.
 
     Args:
         source: the images.
-        view: augmentation of a uint8 image (c, h, w), drawing from torch's default generator.
-        draw_ids: draws the visible ids (1, p) of one image from the same generator.
+        view: the augmentation.
+        draw_ids: draws the visible ids (1, p) of one image from torch's default generator.
         seed: of the run.
+        resize_on_device: leave it to the device to resize and flip the crops, a batch at a time.
     """
-
-    collate = staticmethod(MaskedBatch.collate)
 
     def __init__(
         self,
         source: Source,
         *,
-        view: Callable[[Tensor], Tensor],
+        view: RandomView,
         draw_ids: Callable[[], Tensor],
         seed: int,
+        resize_on_device: bool = False,
     ) -> None:
         super().__init__(source, view=view, seed=seed)
+        self.random_view = view
         self.draw_ids = draw_ids
+        self.resize_on_device = resize_on_device
 
     def __getitem__(self, key: Key) -> MaskedSample:
         epoch, index = key
-        with seeded(self.seed, epoch, index):
-            image, index, bad = self.load(index)
-            return MaskedSample(self.view(image).contiguous(), index, bad, self.draw_ids()[0])
+        with torch_seeded(self.seed, epoch, index):
+            pixels, index, bad = self.load(index)
+            if self.resize_on_device and self._is_small(pixels):
+                flipped = self.random_view.flips()
+                return MaskedSample(pixels, index, bad, self.draw_ids()[0], flipped)
+            return MaskedSample(self.view.finish(pixels), index, bad, self.draw_ids()[0])
+
+    def _is_small(self, pixels: Tensor) -> bool:
+        sides = zip(pixels.shape[-2:], self.random_view.size, strict=True)
+        return all(side <= LARGEST_CROP * wanted for side, wanted in sides)
+
+    def collate(self, samples: Sequence[MaskedSample]) -> MaskedBatch:
+        if self.resize_on_device:
+            return CroppedBatch.collate_crops(samples, self.random_view.size)
+        return MaskedBatch.collate(samples)
 
 
 class LabelledDataset(TrainDataset):
@@ -186,7 +251,7 @@ class LabelledDataset(TrainDataset):
         epoch, index = key
         with seeded(self.seed, epoch, index):
             image, index, bad = self.load(index)
-            return LabelledSample(self.view(image).contiguous(), index, bad, int(self.source.labels[index]))
+            return LabelledSample(self.view.finish(image), index, bad, int(self.source.labels[index]))
 
 
 class EvaluationDataset(Dataset[LabelledSample]):
@@ -250,13 +315,41 @@ def load_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=dataset.collate,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
     )
     try:
         yield from loader
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
         line = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         raise UserError(line, everywhere=False) from error
+
+
+def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """Yield batches on `device`; on CUDA the next one is copied, on a stream of its own, while one is used.
+
+    There the copies overlap with the step where the batches lie in pinned memory. Elsewhere nothing is read ahead.
+    """
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    side = torch.cuda.Stream(device)
+
+    def ready(batch: Batch, copied: Any) -> Batch:
+        present = torch.cuda.current_stream(device)
+        present.wait_event(copied)
+        for tensor in batch.tensors():
+            tensor.record_stream(present)  # or its memory would be free for the next copy while it is still used
+        return batch
+
+    waiting = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            following = batch.to(device), side.record_event()
+        if waiting is not None:
+            yield ready(*waiting)
+        waiting = following
+    if waiting is not None:
+        yield ready(*waiting)
 
 
 def spread(length: int, number: int) -> list[int]:

@@ -42,6 +42,17 @@ def seeded(*keys: int) -> Iterator[None]:
         random.setstate(states[2])
 
 
+@contextmanager
+def torch_seeded(*keys: int) -> Iterator[None]:
+    """`seeded` for torch's generator alone, which takes a tenth of the time."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(derive_seed(*keys))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
 class IndexStream(Sampler[list[Key]]):
     """One process's endless batches of (epoch, index) keys, from image number `start` of the run on.
 

@@ -1,5 +1,6 @@
-"""Where images and their labels come from: folders, tar files, datasets that timm opens, memory-mapped arrays."""
+"""Where images and their labels come from: folders, tar files, datasets that timm opens, arrays of pixels."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fcmae.data.sampling import derive_seed
+from fcmae.data.transforms import Part, whole
 from fcmae.errors import UserError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -34,16 +36,23 @@ class Source(Protocol):
         """Return image `index` as uint8 (c, h, w); raises whatever decoding raises."""
         ...
 
+    def load_part(self, index: int, choose: Callable[[int, int], Part], /) -> Tensor:
+        """Return the part of image `index` that `choose` takes, knowing height and width: uint8 (c, h, w).
+
+        Where fewer pixels are cheaper, it may have less than the image's resolution, but no less than asked for.
+        """
+        ...
+
     def describe(self, index: int, /) -> str:
         """Return what a person would look for: the file's name, or the row."""
         ...
 
 
-def _map_array(path: Path) -> np.ndarray:
+def _map_array(path: Path, remedy: str = "") -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy array ({error})") from error
+        raise UserError(f"{path}: not a readable .npy array ({error}){remedy}") from error
 
 
 def _read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
@@ -80,7 +89,10 @@ class ArraySource:
         candidates = [Path(root, split, "images.npy"), Path(root, "images.npy")]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
-            raise UserError(f"data.root={root}: holds no {split}/images.npy or images.npy (uint8, n x h x w x c)")
+            raise UserError(
+                f"data.root={root}: holds no {split}/images.npy or images.npy (uint8, n x h x w x c), and nothing "
+                "that fcmae prepare wrote"
+            )
         images = _map_array(path)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
             raise UserError(
@@ -89,6 +101,7 @@ class ArraySource:
             )
         self.root, self.split, self.path = root, split, path
         self.images = images if images.ndim == 4 else images[..., None]
+        self.channels = self.images.shape[-1]
         self.labels, self.class_names = _read_labels(path.parent, len(images))
 
     def __reduce__(self) -> tuple[type["ArraySource"], tuple[str, str]]:
@@ -98,10 +111,114 @@ class ArraySource:
         return len(self.images)
 
     def load(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.images[index])).permute(2, 0, 1)
+        return self.load_part(index, whole)
+
+    def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
+        top, left, height, width, _ = choose(*self.images.shape[1:3])
+        part = self.images[index, top : top + height, left : left + width]
+        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.path}[{index}]"
+
+
+PREPARED = "fcmae images 1"
+"""What `format` says in the index of a folder that `fcmae prepare` wrote."""
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Return the file of one shard of prepared images."""
+    return folder / "shards" / f"{shard:05d}.bin"
+
+
+class PreparedSource:
+    """`ROOT/SPLIT` (or `ROOT`), written by `fcmae prepare`: images of any sizes, as bare pixels.
+
+    `index.json` says how many images each shard holds; `sizes.npy`, int32 (n, 2), each image's height and width.
+    A shard is the pixels (h, w, c) of consecutive images, uint8, one after the other. Only the rows that are seen
+    are read, and no file stays open or mapped: any number of shards and workers will do, and a file that is cut off
+    while it is read is an error, not a crash.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "index.json"
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            if index["format"] != PREPARED:
+                raise ValueError(f"format {index['format']!r}, this version reads {PREPARED!r}")
+            counts = np.array(index["shards"], np.int64)
+            self.channels = int(index["channels"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no index of prepared images ({error}); run fcmae prepare again") from error
+        self.folder = folder
+        self.sizes = np.asarray(_map_array(folder / "sizes.npy", "; run fcmae prepare again"))
+        if self.sizes.shape != (counts.sum(), 2) or self.sizes.dtype != np.int32:
+            raise UserError(
+                f"{folder / 'sizes.npy'}: {self.sizes.dtype} {self.sizes.shape}, but {path} counts {counts.sum()} "
+                "images; run fcmae prepare again"
+            )
+        num_bytes = self.sizes.astype(np.int64).prod(1) * self.channels
+        ends = np.cumsum(num_bytes)
+        self.firsts = np.cumsum(counts) - counts
+        """Number of each shard's first image."""
+        starts = ends - num_bytes
+        shard_bytes = np.array([num_bytes[a : a + n].sum() for a, n in zip(self.firsts, counts, strict=True)])
+        self.offsets = starts - np.repeat(np.cumsum(shard_bytes) - shard_bytes, counts)
+        """Of each image in its shard, in bytes."""
+        for shard, expected in enumerate(shard_bytes):
+            file = shard_path(folder, shard)
+            found = file.stat().st_size if file.is_file() else None
+            if found != expected:
+                raise UserError(
+                    f"{file}: {'missing' if found is None else f'{found:,} bytes'}, should have {expected:,}; "
+                    "run the same fcmae prepare again, which mends what is damaged"
+                )
+        self.labels, self.class_names = _read_labels(folder, len(self.sizes))
+
+    def __reduce__(self) -> tuple[type["PreparedSource"], tuple[Path]]:
+        return PreparedSource, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def load(self, index: int) -> Tensor:
+        return self.load_part(index, whole)
+
+    def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
+        image_height, image_width = map(int, self.sizes[index])
+        top, left, height, width, _ = choose(image_height, image_width)
+        row = image_width * self.channels
+        shard = int(self.firsts.searchsorted(index, "right")) - 1
+        offset = int(self.offsets[index]) + top * row
+        path = shard_path(self.folder, shard)
+        file = os.open(path, os.O_RDONLY)
+        try:
+            content = os.pread(file, height * row, offset)
+        finally:
+            os.close(file)
+        if len(content) != height * row:
+            raise OSError(f"{path}: cut off; run the same fcmae prepare again, which mends it")
+        rows = np.frombuffer(content, np.uint8).reshape(height, image_width, self.channels)
+        return torch.from_numpy(rows[:, left : left + width].copy()).permute(2, 0, 1)
+
+    def describe(self, index: int) -> str:
+        return f"{self.folder}[{index}]"
+
+
+def open_arrays(root: str, split: str) -> ArraySource | PreparedSource:
+    """Open what `fcmae prepare` or `save_arrays` wrote into `ROOT/SPLIT` or `ROOT`.
+
+    Raises:
+        UserError: if nothing is there, or it is unfinished or damaged.
+    """
+    for folder in (Path(root, split), Path(root)):
+        if (folder / "index.json").is_file():
+            return PreparedSource(folder)
+        if (folder / "images.npy").is_file():
+            break
+        if (folder / "prepare.json").is_file():
+            raise UserError(f"{folder}: unfinished; the same fcmae prepare again goes on where it stopped")
+    return ArraySource(root, split)
 
 
 def save_arrays(
@@ -147,6 +264,28 @@ def decode(image: Image.Image, channels: int) -> Tensor:
     return pil_to_tensor(image.convert(PIL_MODES[channels]))
 
 
+def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels: int) -> Tensor:
+    """Turn the part of a PIL image, which need not be loaded, that `choose` takes into uint8 (channels, h, w).
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its sides where that leaves as many pixels as wanted.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # before its size is asked for, which decoding may change
+    full_width, full_height = image.size
+    part = choose(full_height, full_width)
+    spare = min(part.height / part.enough[0], part.width / part.enough[1])
+    divisor = max(d for d in (1, 2, 4, 8) if d <= max(spare, 1))
+    if divisor > 1:
+        image.draft(None, (full_width // divisor, full_height // divisor))
+    if image.size == (full_width, full_height):
+        divisor = 1  # not a JPEG
+    left, top = min(round(part.left / divisor), image.width - 1), min(round(part.top / divisor), image.height - 1)
+    right = max(round((part.left + part.width) / divisor), left + 1)
+    bottom = max(round((part.top + part.height) / divisor), top + 1)
+    box = (left, top, right, bottom)
+    return decode(image if box == (0, 0, *image.size) else image.crop(box), channels)
+
+
 class ImageSource:
     """Encoded images that PIL decodes, each opened by a function of its index."""
 
@@ -170,11 +309,14 @@ class ImageSource:
         return self.length
 
     def load(self, index: int) -> Tensor:
+        return self.load_part(index, whole)
+
+    def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
         opened = self.open_image(index)
         if isinstance(opened, Image.Image):
-            return decode(opened, self.channels)
+            return decode_part(opened, choose, self.channels)
         with opened, Image.open(opened) as image:
-            return decode(image, self.channels)
+            return decode_part(image, choose, self.channels)
 
 
 class _Row:
@@ -237,11 +379,10 @@ def open_source(name: str, root: str, split: str, in_chans: int) -> Source:
         UserError: if nothing is there, nothing in it is an image, or the channels do not fit.
     """
     if name == "arrays":
-        arrays = ArraySource(root, split)
-        if arrays.images.shape[-1] != in_chans:
-            raise UserError(
-                f"{arrays.path}: images have {arrays.images.shape[-1]} channels, but model.in_chans is {in_chans}"
-            )
+        arrays = open_arrays(root, split)
+        if arrays.channels != in_chans:
+            place = arrays.path if isinstance(arrays, ArraySource) else arrays.folder
+            raise UserError(f"{place}: images have {arrays.channels} channels, but model.in_chans is {in_chans}")
         return arrays
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix in STREAMED:
@@ -324,6 +465,9 @@ class Subset:
 
     def load(self, index: int) -> Tensor:
         return self.source.load(int(self.indices[index]))
+
+    def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
+        return self.source.load_part(int(self.indices[index]), choose)
 
     def describe(self, index: int) -> str:
         return self.source.describe(int(self.indices[index]))

@@ -3,8 +3,9 @@
 import itertools
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -15,10 +16,118 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 
-def random_view(size: tuple[int, int], crop_scale: tuple[float, float], hflip: float) -> v2.Transform:
-    """Return the pretraining augmentation: random resized crop (bicubic) to `size` pixels, horizontal flip."""
-    crop = v2.RandomResizedCrop(size, scale=crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(hflip)])
+class Part(NamedTuple):
+    """A box of an image, in its pixels, and how much resolution is wanted of it."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    enough: tuple[int, int]
+    """(height, width) that the box may be decoded to, at least, where that is cheaper than all of its pixels."""
+
+
+def whole(height: int, width: int) -> Part:
+    """Return all of an image, in all its pixels."""
+    return Part(0, 0, height, width, (height, width))
+
+
+class View(ABC):
+    """An augmentation in two strokes: what part of an image is seen, then what becomes of its pixels.
+
+    The first needs the image's size alone, so that no more is read and decoded than is seen. Both draw from the
+    default generators.
+    """
+
+    @abstractmethod
+    def part(self, height: int, width: int) -> Part:
+        """Draw the part of an image of `height` x `width` pixels."""
+
+    @abstractmethod
+    def finish(self, pixels: Tensor) -> Tensor:
+        """Turn a part, uint8 (c, h, w) of any size, into the view."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return a view of a whole image, uint8 (c, h, w)."""
+        top, left, height, width, _ = self.part(*image.shape[-2:])
+        return self.finish(image[..., top : top + height, left : left + width])
+
+
+class RandomView(View):
+    """The pretraining augmentation: random resized crop (bicubic) to `size` pixels, horizontal flip.
+
+    Args:
+        size: height and width of the view.
+        crop_scale: share of the image's area that the crop covers, least and most.
+        hflip: probability of the flip.
+    """
+
+    def __init__(self, size: tuple[int, int], crop_scale: tuple[float, float], hflip: float) -> None:
+        self.size = size
+        self.crop = v2.RandomResizedCrop(size, scale=crop_scale)
+        self.hflip = hflip
+
+    def part(self, height: int, width: int) -> Part:
+        return Part(**self.crop.make_params([torch.empty(()).expand(height, width)]), enough=self.size)
+
+    def flips(self) -> bool:
+        """Draw whether the view is flipped, which comes after the part."""
+        return bool(torch.rand(1) < self.hflip)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        resized = v2.functional.resize(
+            pixels, list(self.size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        return resized.flip(-1) if self.flips() else resized
+
+
+def _cubic_weights(lengths: Tensor, longest: int, size: int, flipped: Tensor | None = None) -> Tensor:
+    """Return what each of `size` pixels takes of the first `lengths` (b,) of `longest`: float32 (b, size, longest).
+
+    Pillow's and torch's antialiased bicubic filter: Keys' kernel with a = -0.5, stretched where pixels get fewer.
+    """
+    device = lengths.device
+    places = torch.arange(size, device=device).expand(len(lengths), size)
+    if flipped is not None:
+        places = torch.where(flipped[:, None], size - 1 - places, places)
+    scale = lengths[:, None] / size
+    centres = (places + 0.5) * scale  # (b, size), in pixels of the source
+    sources = torch.arange(longest, device=device) + 0.5
+    x = ((sources - centres[..., None]) / scale.clamp(min=1)[..., None]).abs()  # (b, size, longest)
+    inner = (1.5 * x - 2.5) * x * x + 1
+    outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0)) * (sources < lengths[:, None, None])
+    return weights / weights.sum(-1, keepdim=True)
+
+
+CHUNK = 64
+"""Crops that are resized at once, which bounds the memory for their float32 copies."""
+
+
+def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize and flip crops of different sizes, all of a batch together, on whatever device they are.
+
+    The same antialiased bicubic filter as `RandomView` applies one by one, as two batched matrix products. Nearly
+    all pixels are the same; some differ by a level of 255, one in 10,000 at most by two, as torch's CPU kernel
+    rounds its weights.
+
+    Args:
+        crops: uint8 (b, c, h, w), each crop in the upper left corner.
+        extents: int (b, 2), height and width of each crop.
+        flipped: bool (b,).
+        size: height and width of the result.
+
+    Returns:
+        uint8 (b, c, *size).
+    """
+    done: list[Tensor] = []
+    for some, extent, flip in zip(*(t.split(CHUNK) for t in (crops, extents, flipped)), strict=True):
+        heights, widths = extent.unbind(1)
+        across = _cubic_weights(widths, some.shape[3], size[1], flip)
+        down = _cubic_weights(heights, some.shape[2], size[0])
+        narrow = torch.einsum("bchw,bjw->bchj", some.float(), across).round_().clamp_(0, 255)
+        done.append(torch.einsum("bih,bchj->bcij", down, narrow).round_().clamp_(0, 255).to(torch.uint8))
+    return torch.cat(done)
 
 
 def cover(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
@@ -93,34 +202,46 @@ class ErasePixels(v2.Transform):
         return torch.where(noise.isnan(), image, pixels.nan_to_num().to(torch.uint8))
 
 
-def augmented_view(
-    size: tuple[int, int],
-    *,
-    crop_scale: tuple[float, float],
-    crop_padding: int | None,
-    hflip: float,
-    auto_augment: str | None,
-    erase_prob: float,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> v2.Transform:
-    """Return the augmentation of fine-tuning: crop to `size` pixels, flip, timm's policy, random erasing.
+class AugmentedView(View):
+    """The augmentation of fine-tuning: crop to `size` pixels, flip, timm's policy, random erasing.
 
     The crop is a random resized one or, with `crop_padding`, one of `size` out of the image with a mirrored border.
 
     Raises:
         ValueError: if timm does not know the policy.
     """
-    if crop_padding is None:
-        steps: list[nn.Module] = [random_view(size, crop_scale, hflip)]
-    else:
-        crop = v2.RandomCrop(size, padding=crop_padding, padding_mode="reflect")
-        steps = [Cover(size), crop, v2.RandomHorizontalFlip(hflip)]
-    if auto_augment is not None:
-        steps.append(AutoAugment(auto_augment, size, mean))
-    if erase_prob:
-        steps.append(ErasePixels(erase_prob, mean, std))
-    return v2.Compose(steps)
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        *,
+        crop_scale: tuple[float, float],
+        crop_padding: int | None,
+        hflip: float,
+        auto_augment: str | None,
+        erase_prob: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.crop = RandomView(size, crop_scale, hflip) if crop_padding is None else None
+        steps: list[nn.Module] = []
+        if crop_padding is not None:
+            crop = v2.RandomCrop(size, padding=crop_padding, padding_mode="reflect")
+            steps += [Cover(size), crop, v2.RandomHorizontalFlip(hflip)]
+        if auto_augment is not None:
+            steps.append(AutoAugment(auto_augment, size, mean))
+        if erase_prob:
+            steps.append(ErasePixels(erase_prob, mean, std))
+        self.steps = steps
+
+    def part(self, height: int, width: int) -> Part:
+        return self.crop.part(height, width) if self.crop else whole(height, width)
+
+    def finish(self, pixels: Tensor) -> Tensor:
+        pixels = self.crop.finish(pixels) if self.crop else pixels
+        for step in self.steps:
+            pixels = step(pixels)
+        return pixels
 
 
 class PixelNormalizer(nn.Module):

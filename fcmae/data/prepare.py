@@ -1,0 +1,251 @@
+"""Decode and shrink images once, into shards of bare pixels; knows sources of images, not where they are used."""
+
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from fcmae.data.batches import BadImage, spread
+from fcmae.data.sources import PREPARED, Source, shard_path
+from fcmae.data.transforms import Part
+from fcmae.errors import UserError
+
+SHARD_IMAGES = 1024
+"""Images of a shard at most: about 260 MB at a short side of 256."""
+MIN_SHARDS = 64
+"""Shards at least, where there are so many images: work for many processes, and little lost in a kill."""
+OVERSAMPLING = 2
+"""Pixels decoded for each that is kept, along a side, where decoding fewer is cheaper; as Pillow's thumbnails."""
+SAMPLED = 32
+"""Images that the size of the rest is estimated from."""
+
+
+class Prepared(NamedTuple):
+    """What lies in a folder of prepared images."""
+
+    num_images: int
+    num_bytes: int
+    written_shards: int
+    """By this call; 0 where all were there and intact."""
+    bad: list[BadImage]
+    """Images of the source that do not decode and are left out."""
+
+
+class Shard(NamedTuple):
+    """The record of a finished shard, as JSON beside it."""
+
+    sizes: list[tuple[int, int]]
+    """Height and width of each image in it."""
+    bad: list[BadImage]
+    """Those that did not decode."""
+    sha256: str
+
+
+def shrink(source: Source, index: int, short_side: int) -> Tensor:
+    """Load image `index`, its short side at most `short_side` pixels and its shape kept: uint8 (c, h, w)."""
+    wanted = OVERSAMPLING * short_side
+    pixels = source.load_part(index, lambda height, width: Part(0, 0, height, width, (wanted, wanted)))
+    height, width = pixels.shape[-2:]
+    if min(height, width) <= short_side:
+        return pixels
+    scale = short_side / min(height, width)
+    size = [round(scale * height), round(scale * width)]
+    return v2.functional.resize(pixels, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def _write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file so that under its name there is never a part of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    _write_whole(path, content.getvalue())
+
+
+class _Shards(Dataset[Any]):
+    """Shards by number, checked where they are there and else made: the work that processes share."""
+
+    def __init__(self, source: Source, folder: Path, short_side: int, shard_images: int) -> None:
+        self.source = source
+        self.folder = folder
+        self.short_side = short_side
+        self.shard_images = shard_images
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self.shard_images)
+
+    def indices(self, shard: int) -> range:
+        first = shard * self.shard_images
+        return range(first, min(first + self.shard_images, len(self.source)))
+
+    def __getitem__(self, shard: int) -> tuple[int, Shard | OSError, bool]:
+        """Return the shard's number, its record, and whether it was made just now."""
+        try:
+            record = self.intact(shard)
+            return shard, record or self.write(shard), record is None
+        except OSError as error:  # as it is: what a DataLoader makes of it has lost its number and file
+            return shard, error, False
+
+    def intact(self, shard: int) -> Shard | None:
+        """Return the record of a shard that is there, whole and undamaged."""
+        path = shard_path(self.folder, shard)
+        try:
+            sizes, bad, sha256 = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            record = Shard([(h, w) for h, w in sizes], [BadImage(*image) for image in bad], sha256)
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+        return record if found == sha256 else None
+
+    def write(self, shard: int) -> Shard:
+        (self.folder / "index.json").unlink(missing_ok=True)  # until all shards are good again
+        path = shard_path(self.folder, shard)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        record = Shard([], [], "")
+        digest = hashlib.sha256()
+        with temporary.open("wb") as file:
+            for index in self.indices(shard):
+                try:
+                    pixels = shrink(self.source, index, self.short_side)
+                except Exception as error:  # a broken file can make a decoder raise anything
+                    record.bad.append(BadImage.of(index, self.source, error))
+                    continue
+                content = pixels.permute(1, 2, 0).numpy().tobytes()  # (h, w, c)
+                file.write(content)
+                digest.update(content)
+                record.sizes.append((pixels.shape[1], pixels.shape[2]))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        record = record._replace(sha256=digest.hexdigest())
+        _write_whole(path.with_suffix(".json"), json.dumps(record))
+        return record
+
+
+def _fingerprint(source: Source, root: str) -> str:
+    """Hash the names, below `root`, and labels of all images: what tells one source from another."""
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(f"{source.describe(index).removeprefix(root)}\n".encode(errors="surrogateescape"))
+    digest.update(b"" if source.labels is None else source.labels.tobytes())
+    digest.update("\n".join(source.class_names or ()).encode())
+    return digest.hexdigest()
+
+
+def _claim(folder: Path, plan: dict[str, Any]) -> None:
+    """Make the folder this plan's, or find that it is.
+
+    Raises:
+        UserError: if it is another's, or the images are already in a folder beside it.
+    """
+    path = folder / "prepare.json"
+    for other in sorted(folder.parent.glob("*/prepare.json")):
+        if other != path and json.loads(other.read_text(encoding="utf-8")).get("source") == plan["source"]:
+            raise UserError(f"{folder}: {other.parent} holds these images already; give each split its own")
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changes = [f"{name} {before[name]} -> {value}" for name, value in plan.items() if before[name] != value]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not written by fcmae prepare ({error}); name another folder") from error
+        if changes:
+            told = ["other files or labels" if change.startswith("source") else change for change in changes]
+            raise UserError(f"{folder}: was prepared differently ({', '.join(told)}); name another folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds files that are not prepared images; name another folder")
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    for left in folder.rglob("*.tmp"):  # by a run that was killed
+        left.unlink()
+    _write_whole(path, json.dumps(plan, indent=1))
+
+
+def _require_disk(source: Source, folder: Path, short_side: int) -> None:
+    """Check that the images will fit, by the size of some.
+
+    Raises:
+        UserError: if they will not.
+    """
+    sampled: list[int] = []
+    for index in spread(len(source), SAMPLED):
+        try:
+            sampled.append(shrink(source, index, short_side).numel())
+        except Exception:  # named when its turn comes
+            continue
+    estimate = len(source) * sum(sampled) / max(len(sampled), 1)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in folder.glob("shards/*.bin"))
+    free = shutil.disk_usage(existing).free
+    if free < estimate - there:
+        raise UserError(
+            f"{folder}: {free / 1e9:.1f} GB free, but {len(source):,} images take about {estimate / 1e9:.1f} GB: "
+            "free some space, name a folder on another disk, or lower --size"
+        )
+
+
+def prepare(
+    source: Source, folder: Path, *, root: str, channels: int, short_side: int, num_workers: int
+) -> Prepared:
+    """Write the images of a source, shrunk, with labels and class names, to be read with `data.name=arrays`.
+
+    Where the same was begun before, whole shards are checked and kept, and the others made. What the folder holds
+    is in `PreparedSource`; it has its index, and so can be read, once everything else is written.
+
+    Args:
+        source: the images.
+        folder: new, or what an earlier call with the same arguments left.
+        root: of the source; it may be moved between calls.
+        channels: of the images.
+        short_side: pixels to which the short side of larger images is reduced.
+        num_workers: processes; 0 works in this one.
+
+    Raises:
+        UserError: if the folder is in other use, the disk too small, or no image decodes.
+        OSError: as writing does.
+    """
+    shard_images = min(SHARD_IMAGES, math.ceil(len(source) / MIN_SHARDS))
+    plan = {"format": PREPARED, "num_images": len(source), "short_side": short_side, "channels": channels}
+    _require_disk(source, folder, short_side)
+    _claim(folder, plan | {"shard_images": shard_images, "source": _fingerprint(source, root)})
+    work = _Shards(source, folder, short_side, shard_images)
+    records: dict[int, Shard] = {}
+    written = 0
+    loader: Any = DataLoader(work, batch_size=None, num_workers=num_workers, in_order=False)
+    with tqdm(total=len(source), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+        for shard, record, fresh in loader:
+            if isinstance(record, OSError):
+                raise record
+            records[shard] = record
+            written += fresh
+            bar.update(len(work.indices(shard)))
+    ordered = [records[shard] for shard in range(len(work))]
+    bad = [image for record in ordered for image in record.bad]
+    sizes = np.array([size for record in ordered for size in record.sizes], np.int32).reshape(-1, 2)
+    if not len(sizes):
+        raise UserError(f"{root}: none of {len(source):,} images decodes, the first {bad[0].name}: {bad[0].reason}")
+    _write_array(folder / "sizes.npy", sizes)
+    if source.labels is not None:
+        _write_array(folder / "labels.npy", np.delete(source.labels, [image.index for image in bad]))
+    if source.class_names is not None:
+        _write_whole(folder / "classes.txt", "\n".join(source.class_names) + "\n")
+    index = {"format": PREPARED, "channels": channels, "shards": [len(record.sizes) for record in ordered]}
+    _write_whole(folder / "index.json", json.dumps(index | {"unreadable": bad}))
+    return Prepared(len(sizes), int(sizes.astype(np.int64).prod(1).sum()) * channels, written, bad)

@@ -1,0 +1,392 @@
+"""`fcmae prepare`: images decoded once, whole and with their labels, whatever happens on the way."""
+
+import errno
+import functools
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, error_line, run_main
+from PIL import Image
+from test_data import same, write_images
+from torch.utils.data import DataLoader
+
+import fcmae.data.prepare
+from fcmae import cli, sample_visible_ids
+from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
+from fcmae.data.sources import PreparedSource
+from fcmae.errors import UserError
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Return a folder of 3 classes: 2 owls of 40 x 32, 5 class10 of 90 x 60, 70 class9 of 30 x 50."""
+    root = tmp_path / "images"
+    write_images(root / "train" / "owl", 2)
+    write_images(root / "train" / "class10", 5, (90, 60))
+    write_images(root / "train" / "class9", 70, (30, 50))
+    return root
+
+
+def prepare(*arguments: object) -> int:
+    return run_main(cli.run, "prepare", *map(str, arguments))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Stamp(NamedTuple):
+    inode: int
+    changed: int
+
+
+def stamps(folder: Path) -> dict[str, Stamp]:
+    """Return what tells whether a shard was written again."""
+    return {p.name: Stamp(p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.glob("shards/*.bin")}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prepared_images_have_the_pixels_labels_and_names_of_their_files(
+    images: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(images, tmp_path / "out", "--size", 48, "--workers", workers) == 0
+    assert f"{tmp_path / 'out' / 'train'}: 77 images, 0 MB, written" in capsys.readouterr().out
+    loose = open_source("folder", str(images), "train", 3)
+    packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    assert isinstance(packed, PreparedSource)
+    assert packed.class_names == loose.class_names == ("class9", "class10", "owl")
+    assert packed.labels is not None
+    assert packed.labels.tolist() == [0] * 70 + [1] * 5 + [2] * 2
+    for index in range(77):
+        if 70 <= index < 75:  # 90 x 60, shrunk to 72 x 48
+            assert packed.load(index).shape == (3, 48, 72)
+        else:
+            assert torch.equal(packed.load(index), loose.load(index))
+    assert len(list((tmp_path / "out" / "train" / "shards").glob("*.bin"))) > 30
+
+
+def test_shrunk_images_look_as_before(tmp_path: Path) -> None:
+    photos = ROOT / "docs" / "photos"
+    assert prepare(photos, tmp_path, "--size", 100, "--workers", 0) == 0
+    loose = open_source("folder", str(photos), "train", 3)
+    packed = open_source("arrays", str(tmp_path), "train", 3)
+    assert len(packed) == 13
+    for index in range(13):
+        found, image = packed.load(index), loose.load(index)
+        assert min(found.shape[1:]) == 100
+        assert found.shape[1] / found.shape[2] == pytest.approx(image.shape[1] / image.shape[2], rel=0.02)
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+            (found.shape[2], found.shape[1]), Image.Resampling.BICUBIC
+        )
+        difference = np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int))
+        assert difference.mean() < 2
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_gray_and_transparent_images_keep_their_channels(tmp_path: Path, channels: int, mode: str) -> None:
+    write_images(tmp_path / "images", 3, mode=mode)
+    assert prepare(tmp_path / "images", tmp_path / "out", "--channels", channels, "--workers", 0) == 0
+    loose = open_source("folder", str(tmp_path / "images"), "train", channels)
+    packed = open_source("arrays", str(tmp_path / "out"), "train", channels)
+    assert packed.labels is None
+    assert all(torch.equal(packed.load(i), loose.load(i)) for i in range(3))
+    with pytest.raises(UserError, match=f"have {channels} channels, but model.in_chans is 3"):
+        open_source("arrays", str(tmp_path / "out"), "train", 3)
+
+
+def test_arrays_of_many_channels_and_tiny_images_are_prepared_too(tmp_path: Path) -> None:
+    many = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 6), dtype=np.uint8)
+    save_arrays(tmp_path / "many", many)
+    out = tmp_path / "out"
+    assert prepare(tmp_path / "many", out, "--name", "arrays", "--channels", 6, "--workers", 0) == 0
+    assert np.array_equal(open_source("arrays", str(out), "train", 6).load(4).permute(1, 2, 0).numpy(), many[4])
+    for size in [(1, 1), (1, 70), (300, 1)]:
+        write_images(tmp_path / "tiny" / f"{size[0]}-{size[1]}", 1, size)
+    assert prepare(tmp_path / "tiny", tmp_path / "out2", "--size", 8, "--workers", 0) == 0
+    tiny = open_source("arrays", str(tmp_path / "out2"), "train", 3)
+    assert sorted(tuple(tiny.load(i).shape) for i in range(3)) == [(3, 1, 1), (3, 1, 300), (3, 70, 1)]
+    view = RandomView((8, 16), (0.2, 1.0), 0.5)
+    assert all(view.finish(tiny.load_part(i, view.part)).shape == (3, 8, 16) for i in range(3))
+
+
+def test_processes_that_start_anew_prepare_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "few", 2)
+    spawning = functools.partial(DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr(fcmae.data.prepare, "DataLoader", spawning)
+    assert prepare(tmp_path / "few", tmp_path / "out", "--workers", 1) == 0
+    loose = open_source("folder", str(tmp_path / "few"), "train", 3)
+    packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    assert all(torch.equal(packed.load(i), loose.load(i)) for i in range(2))
+
+
+def test_a_tar_file_is_prepared_as_its_folder_is(images: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(images / "train", "images")
+    assert prepare(tmp_path / "images.tar", tmp_path / "packed", "--workers", 1) == 0
+    assert prepare(images, tmp_path / "loose", "--workers", 0) == 0
+    a, b = (open_source("arrays", str(tmp_path / name), "train", 3) for name in ("packed", "loose"))
+    assert a.class_names == b.class_names
+    assert np.array_equal(a.labels, b.labels)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert all(torch.equal(a.load(i), b.load(i)) for i in range(77))
+
+
+def batches(root: Path, workers: int) -> list[Any]:
+    dataset = PretrainDataset(
+        open_source("arrays", str(root), "train", 3),
+        view=RandomView((32, 48), (0.2, 1.0), 0.5),
+        draw_ids=lambda: sample_visible_ids(1, 24, 0.6),
+        seed=0,
+    )
+    stream = IndexStream(len(dataset), batch_size=8, seed=0)
+    return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), 12))
+
+
+def test_workers_and_other_layouts_show_the_same_views(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (77, 40, 52, 3), dtype=np.uint8)
+    save_arrays(tmp_path / "plain", pixels)
+    assert prepare(tmp_path / "plain", tmp_path / "out", "--name", "arrays", "--workers", 0) == 0
+    plain = batches(tmp_path / "plain", 0)
+    for workers in (0, 2):
+        assert all(same(a, b) for a, b in zip(plain, batches(tmp_path / "out", workers), strict=True))
+    source = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    message = pickle.dumps(source)
+    assert len(message) < 1000
+    assert torch.equal(pickle.loads(message).load(76), source.load(76))
+
+
+def test_images_that_do_not_decode_are_left_out_and_named(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = sorted((images / "train").rglob("*.png"))
+    for path in (broken[0], broken[5], broken[-1]):
+        path.write_bytes(path.read_bytes()[:100])
+    assert prepare(images, tmp_path / "out", "--workers", 2) == 0
+    told = capsys.readouterr()
+    assert "74 images, " in told.out
+    assert "3 left out that do not decode" in told.out
+    for path in (broken[0], broken[5], broken[-1]):
+        assert f"left out {path}: " in told.err
+    loose = open_source("folder", str(images), "train", 3)
+    packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    assert packed.labels is not None
+    assert loose.labels is not None
+    kept = [i for i in range(77) if Path(loose.describe(i)) not in (broken[0], broken[5], broken[-1])]
+    assert packed.labels.tolist() == loose.labels[kept].tolist()
+    assert all(torch.equal(packed.load(i), loose.load(index)) for i, index in enumerate(kept))
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0  # told again, though nothing is done
+    told = capsys.readouterr()
+    assert "complete and intact, 3 left out" in told.out
+    assert f"left out {broken[5]}: " in told.err
+
+
+def test_nothing_but_junk_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        tmp_path.joinpath(f"{i}.jpg").write_text("junk")
+    line = error_line(cli.run, capsys, "prepare", str(tmp_path), str(tmp_path / "out"), "--workers", "0")
+    assert "none of 3 images decodes, the first" in line
+    assert "0.jpg" in line
+
+
+# Interruptions and damage
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images: Path, tmp_path: Path) -> None:
+    for path in (images / "train" / "class9").glob("*.png"):  # work for a second or two
+        Image.open(path).resize((600, 600)).save(path, compress_level=1)
+    assert prepare(images, tmp_path / "whole", "--size", 40, "--workers", 0) == 0
+    out = tmp_path / "out" / "train"
+    command = [sys.executable, "-m", "fcmae.cli", "prepare", str(images), str(out.parent)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, "--size", "40", "--workers", "2"], env=environment, cwd=tmp_path, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("shards/*.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = stamps(out)
+    assert 5 <= len(list(out.glob("shards/*.json"))) < 39
+    with pytest.raises(UserError, match=r"out/train: unfinished; the same fcmae prepare again goes on"):
+        open_source("arrays", str(out.parent), "train", 3)
+    finished = {path.stem for path in out.glob("shards/*.json")}
+    (out / "shards" / "00003.bin.1234.tmp").write_bytes(b"what a killed process leaves")
+    assert prepare(images, out.parent, "--size", 40, "--workers", 2) == 0
+    after = stamps(out)
+    assert all(after[name] == stamp for name, stamp in before.items() if Path(name).stem in finished)
+    assert contents(out) == contents(tmp_path / "whole" / "train")
+
+
+def test_a_complete_folder_is_checked_and_left_alone(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0
+    before = contents(tmp_path / "out"), stamps(tmp_path / "out" / "train")
+    moved = images.rename(tmp_path / "moved")
+    assert prepare(moved, tmp_path / "out", "--workers", 2) == 0
+    assert "complete and intact" in capsys.readouterr().out
+    assert (contents(tmp_path / "out"), stamps(tmp_path / "out" / "train")) == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "flipped", "record", "sizes", "no sizes", "index"])
+def test_damage_is_found_and_mended_and_nothing_else_touched(images: Path, tmp_path: Path, damage: str) -> None:
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    out = tmp_path / "train"
+    before, marks = contents(out), stamps(out)
+    shard = out / "shards" / "00007.bin"
+    content = shard.read_bytes()
+    told = str(shard)
+    if damage == "cut":
+        shard.write_bytes(content[:-1])
+    elif damage == "longer":
+        shard.write_bytes(content + b"x")
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "flipped":
+        shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    elif damage == "record":
+        shard.with_suffix(".json").write_text("{")
+    elif damage == "sizes":
+        told = str(out / "sizes.npy")
+        np.save(out / "sizes.npy", np.zeros((3, 2), np.int32))
+    elif damage == "no sizes":
+        told = str(out / "sizes.npy")
+        (out / "sizes.npy").unlink()
+    else:
+        told = str(out / "index.json")
+        (out / "index.json").write_text("[1]")
+    if damage not in ("flipped", "record"):
+        with pytest.raises(UserError, match=r"fcmae prepare again") as caught:
+            open_source("arrays", str(tmp_path), "train", 3)
+        assert told in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    assert contents(out) == before
+    changed = {name for name, mark in stamps(out).items() if mark != marks[name]}
+    assert changed <= {"00007.bin"}
+
+
+def test_a_shard_cut_off_under_a_running_training_is_an_unreadable_image(images: Path, tmp_path: Path) -> None:
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    shard = tmp_path / "train" / "shards" / "00000.bin"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"00000\.bin: cut off"):
+        source.load(0)
+    dataset = PretrainDataset(
+        source, view=RandomView((8, 8), (0.2, 1.0), 0.5), draw_ids=lambda: sample_visible_ids(1, 4, 0.6), seed=0
+    )
+    assert dataset[0, 1].bad[0].name == f"{tmp_path / 'train'}[1]"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(
+    images: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = os.fsync
+    arguments = ["prepare", str(images), str(tmp_path / "out"), "--workers", str(workers)]
+
+    def full(file: int) -> None:
+        if len(list((tmp_path / "out").rglob("*.bin"))) > 10:
+            raise OSError(errno.ENOSPC, "No space left on device", "out")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left on device" in error_line(cli.run, capsys, *arguments)
+    kept = {path.stem for path in (tmp_path / "out").rglob("0*.json")}
+    assert len(kept) > 5
+    before = stamps(tmp_path / "out" / "train")
+    assert run_main(cli.run, *arguments) == 0
+    after = stamps(tmp_path / "out" / "train")
+    assert all(after[name] == stamp for name, stamp in before.items() if Path(name).stem in kept)
+
+
+def test_too_small_a_disk_is_told_before_anything_is_written(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    line = error_line(cli.run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0")
+    assert "GB free, but 77 images take about" in line
+    assert "lower --size" in line
+    assert not (tmp_path / "out").exists()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--size", "40"], "short_side 256 -> 40"),
+        (["--channels", "1"], "channels 3 -> 1"),
+        ("more", "num_images 77 -> 78"),
+        ("renamed", "other files or labels"),
+    ],
+)
+def test_another_source_or_setting_does_not_mix_with_what_is_there(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str] | str, told: str
+) -> None:
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0
+    before = contents(tmp_path / "out")
+    if change == "more":
+        write_images(images / "train" / "owl", 3)
+    elif change == "renamed":
+        (images / "train" / "owl" / "000.png").rename(images / "train" / "owl" / "100.png")
+    extra = change if isinstance(change, list) else []
+    arguments = ["prepare", str(images), str(tmp_path / "out"), "--workers", "0", *extra]
+    line = error_line(cli.run, capsys, *arguments)
+    assert f"was prepared differently ({told}" in line
+    assert "name another folder" in line
+    assert contents(tmp_path / "out") == before
+
+
+def test_foreign_folders_and_bad_numbers_are_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "foreign" / "train"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("precious")
+
+    def line(*arguments: object) -> str:
+        return error_line(cli.run, capsys, "prepare", *map(str, arguments))
+
+    assert "holds files that are not prepared images" in line(images, foreign.parent)
+    assert contents(foreign.parent) == {"train/thesis.txt": b"precious"}
+    (foreign / "prepare.json").write_text("[]")
+    assert "prepare.json: not written by fcmae prepare" in line(images, foreign.parent)
+    assert "--size 0: must be at least 1" in line(images, tmp_path / "out", "--size", 0)
+    assert "--workers -1: must be at least 0" in line(images, tmp_path / "out", "--workers", -1)
+    assert "no such folder or file" in line(tmp_path / "none", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_images_are_never_prepared_under_another_splits_name(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(images, 1)
+
+    def line(*arguments: object) -> str:
+        return error_line(cli.run, capsys, "prepare", *map(str, arguments), "--workers", "0")
+
+    assert "has no folder for it, but one for train" in line(images, tmp_path / "out", "--split", "val")
+    flat = images / "train" / "owl"
+    assert prepare(flat, tmp_path / "out", "--workers", 0) == 0
+    assert "out/train holds these images already" in line(flat, tmp_path / "out", "--split", "val")
+    assert not (tmp_path / "out" / "val").exists()
+    write_images(images / "val" / "owl", 4)
+    assert prepare(images, tmp_path / "out", "--split", "val", "--workers", 0) == 0
+    assert len(open_source("arrays", str(tmp_path / "out"), "val", 3)) == 4
