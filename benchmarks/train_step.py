@@ -56,6 +56,7 @@ from fcmae.optim import build_adamw
 REFERENCE = "masked"
 COMPILED, GRAPH = "+compile", "+graph"
 CHANNELS_LAST = "-channels_last"
+LAYOUTS.update(plain=PlainPackedSites.of_patches, channelwise=ChannelwiseSites.of_patches)
 WAYS = ["packed", "plain", REFERENCE, REFERENCE + CHANNELS_LAST, "spark", "minkowski", "channelwise", "official"]
 MASK_RATIO = 0.6
 PATCH = 32
@@ -438,8 +439,6 @@ def run_variant(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure each variant, print, write."""
-    LAYOUTS["plain"] = PlainPackedSites.of_patches
-    LAYOUTS["channelwise"] = ChannelwiseSites.of_patches
     args = parse_args(argv)
     variants = args.variant
     torch.set_num_threads(args.threads)

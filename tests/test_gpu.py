@@ -1,5 +1,6 @@
 """What only a GPU can show: the layouts agree there, and a training step never waits for it."""
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -7,7 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY, relative_error
 
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
@@ -112,3 +113,21 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.check() > 0
+
+
+def test_a_step_recorded_as_a_graph_trains_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    train_step = importlib.import_module("train_step")
+    args = train_step.parse_args(["--image-size=96", "--batch=2", "--precision=bf16"])
+    args.variant = "atto"
+    weights = []
+    for recorded in (True, False):
+        way, batch = train_step.build_way("packed", args)
+        for group in way.optimizer.param_groups:
+            group["lr"] = torch.tensor(1e-3, device="cuda")
+        if recorded:
+            way.step = train_step.capture(way, batch, args)
+        for _ in range(2 if recorded else 5):  # the recording takes three steps to warm up
+            train_step.train_step(way, batch, args)
+        weights.append(torch.cat([p.detach().flatten() for g in way.optimizer.param_groups for p in g["params"]]))
+    assert relative_error(*weights) < 1e-3

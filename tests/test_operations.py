@@ -227,7 +227,8 @@ class ByPasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        grad_h, _, grad_gamma, grad_beta, _ = gelu_grn.gradients_by_passes(grads[0], *ctx.saved_tensors, ctx.eps)
+        h, norm, gamma, beta = ctx.saved_tensors
+        grad_h, _, grad_gamma, grad_beta, _ = gelu_grn.gradients_by_passes(grads[0], h, norm, gamma, beta, ctx.eps)
         return grad_h, grad_gamma, grad_beta, None
 
 
