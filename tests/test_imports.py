@@ -154,7 +154,16 @@ def test_the_network_knows_nothing_of_sampling_files_or_training() -> None:
 
 def test_only_declared_packages_are_imported() -> None:
     known = {"torch", "torchvision", "accelerate", "einops", "numpy", "PIL", "pydantic", "yaml", "safetensors"}
-    known |= {"tensorboard", "timm", "torchmetrics", "tqdm", "typing_extensions", "fcmae", "MinkowskiEngine"}
+    known |= {
+        "numba",
+        "tensorboard",
+        "timm",
+        "torchmetrics",
+        "tqdm",
+        "typing_extensions",
+        "fcmae",
+        "MinkowskiEngine",
+    }
     optional = {"transformers", "onnx", "onnxruntime", "triton"}
     for module in MODULES:
         roots = {name.split(".")[0] for name in imports(module)}

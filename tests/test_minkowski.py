@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fcmae import FCMAE, ConvNeXtV2
 from fcmae.convert import dense_to_official_sparse, official_sparse_to_dense
+from fcmae.encoder.kernels.mlp import grn_mlp
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.optim import build_adamw
 
@@ -78,9 +79,13 @@ def test_under_autocast_convolutions_run_in_float32_and_the_rest_in_bfloat16(
 
     for name in ("depthwise", "downsample"):
         monkeypatch.setattr(MinkowskiSites, name, spy(name))
-    for module in encoder.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda _module, _args, out: seen["linear"].add(out.dtype))
+
+    def mlp(x: Tensor, *args: Any) -> Tensor:
+        out = grn_mlp(x, *args)
+        seen["linear"].add(out.dtype)
+        return out
+
+    monkeypatch.setattr("fcmae.encoder.convnextv2.grn_mlp", mlp)
 
     def projection(layout: Any) -> tuple[Tensor, Tensor]:
         encoder.zero_grad()

@@ -132,7 +132,7 @@ class Block(nn.Module):
     def _fused(self, x: Tensor, sites: Sites) -> Tensor:
         """The branch, over storage without inactive sites."""
         norm, expand, grn, project = self.norm, self.pwconv1, self.grn, self.pwconv2
-        (h,) = as_autocast(sites.depthwise_norm(x, self.dwconv, norm.eps))
+        h = as_autocast(sites.depthwise_norm(x, self.dwconv, norm.eps))
         out = grn_mlp(
             h.flatten(1, -2),
             norm.weight,

@@ -88,12 +88,10 @@ def normalise(x: Tensor, eps: float) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def as_autocast(x: Tensor) -> Tensor:
     """Cast to the dtype of the autocast under way, if there is one, where a gradient's way back sees it."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def conv2d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, **kwargs: Any) -> Tensor:

@@ -100,13 +100,12 @@ class PackedSites:
 
     def depthwise(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         assert conv.bias is not None
-        x, weight, bias = as_autocast(x, conv.weight, conv.bias)
-        return patch_depthwise(x, weight, bias, self.visible_ids, self.slots, self.grid)
+        return patch_depthwise(as_autocast(x), conv.weight, conv.bias, self.visible_ids, self.slots, self.grid)
 
     def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
         assert conv.bias is not None
-        x, weight, bias = as_autocast(x, conv.weight, conv.bias)
-        return patch_depthwise_norm(x, weight, bias, self.visible_ids, self.slots, self.grid, eps)
+        x = as_autocast(x)
+        return patch_depthwise_norm(x, conv.weight, conv.bias, self.visible_ids, self.slots, self.grid, eps)
 
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         k = self.sites_per_patch // 2

@@ -62,7 +62,8 @@ def grn_mlp(
         w2, b2: (c, 4c) and (c,).
         eps: of GRN.
     """
-    return _GRNMLP.apply(x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, eps)
+    with torch.autocast(x.device.type, enabled=False):  # x's dtype says what is computed in
+        return _GRNMLP.apply(x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, eps)
 
 
 class _GRNMLP(torch.autograd.Function):
