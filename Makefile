@@ -16,8 +16,8 @@ quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show wh
 minkowski: $(READY)  ## build and install MinkowskiEngine, for model.layout=minkowski
 	@$(BIN)/python -m fcmae.install_minkowski $(ARGS)
 
-test: $(READY)  ## the test suite
-	@$(BIN)/python -m pytest
+test: $(READY)  ## the test suite, a file at a time in up to four processes, whose threads must not spin
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)  ## lint, format and types
 	@$(BIN)/ruff check .

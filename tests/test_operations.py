@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error, some_ids
+from conftest import gradients, randomise, relative_error, some_ids
 from torch import Tensor
 from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateImportUsage]
 
-from fcmae.encoder.kernels import gather_depthwise, gelu_grn, patch_depthwise, patch_loss
+from fcmae.encoder.kernels import gather_depthwise, gelu_grn, mlp, patch_depthwise, patch_loss
 from fcmae.loss import hidden_patch_loss, patch_statistics
 from fcmae.masking import hidden_ids
+from fcmae.model import FCMAE
 from fcmae.patches import patchify
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -329,6 +330,22 @@ def test_gelu_and_grn_made_of_their_passes_are_gelu_grn(device: str) -> None:
         results.append((out, *torch.autograd.grad((out**2).sum(), tensors)))
     for ours, reference in zip(*results, strict=True):
         assert relative_error(ours, reference) <= TOLERANCE[torch.float32]
+
+
+def test_the_whole_model_gives_the_loss_and_gradients_of_the_reference(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomise(FCMAE(((1, 1, 1, 1), (4, 6, 8, 10)), stem_stride=1, decoder_dim=8)).to(device)
+    images, ids = torch.randn(2, 3, 16, 24, device=device), some_ids(2, 6, 2).to(device)
+    model.layout = "masked"
+    reference = model(images, ids)  # its encoder has none of the operations
+    expected = [reference.loss, *gradients(reference.loss, model).values()]
+    monkeypatch.setattr(mlp, "gelu_grn_forward", gelu_grn.forward_by_passes)  # as on CUDA
+    monkeypatch.setattr(mlp, "gelu_grn_gradients", gelu_grn.gradients_by_passes)
+    model.layout = "packed"
+    out = model(images, ids)
+    for ours, theirs in zip([out.loss, *gradients(out.loss, model).values()], expected, strict=True):
+        assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]
 
 
 def arguments(name: str, device: str) -> tuple[Any, ...]:

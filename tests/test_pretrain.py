@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import pty
 import re
 import shutil
@@ -659,3 +660,22 @@ def test_a_non_finite_loss_stops_the_run_and_spares_the_last_checkpoint(
     assert run(*settings, "resume=auto") == 0
     assert run(*settings, f"output={tmp_path / 'whole'}") == 0
     assert_same_weights(folder, tmp_path / "whole")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    program = """
+import resource, sys, torch
+from fcmae.engine import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        what: int(subprocess.run([sys.executable, "-c", program, what], check=True, capture_output=True).stdout)
+        for what in ("keep", "give back")
+    }
+    assert faults["keep"] * 20 < faults["give back"]
