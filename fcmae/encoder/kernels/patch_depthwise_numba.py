@@ -19,6 +19,16 @@ def _compiled(function: Callable[..., None]) -> Any:
         return njit(**options)(function)
 
 
+@njit
+def _lay_out(x, ids, gw, border, canvas):  # pyright: ignore[reportMissingParameterType]
+    """Lay an image's patches (p, k, k c) on its canvas (h + 2 border, (w + 2 border) c)."""
+    _, k, n = x.shape
+    for j in range(len(x)):
+        start = (ids[j] % gw * k + border) * (n // k)
+        for row in range(k):
+            canvas[ids[j] // gw * k + border + row, start : start + n] = x[j, row]
+
+
 @_compiled
 def _convolve(x, weight, bias, ids, gh, gw, out):  # pyright: ignore[reportMissingParameterType]
     """Whole rows of a patch at a time: out (b, p, k, k c) from x alike.
@@ -32,10 +42,7 @@ def _convolve(x, weight, bias, ids, gh, gw, out):  # pyright: ignore[reportMissi
     border = size // 2
     for i in prange(b):
         canvas = np.zeros((gh * k + size - 1, (gw * k + columns - 1) * c), np.float32)
-        for j in range(p):
-            start = (ids[i, j] % gw * k + border) * c
-            for row in range(k):
-                canvas[ids[i, j] // gw * k + border + row, start : start + n] = x[i, j, row]
+        _lay_out(x[i], ids[i], gw, border, canvas)
         for j in range(p):
             for row in range(k):
                 o = out[i, j, row]
@@ -59,10 +66,7 @@ def _differentiate(x, grad, ids, gh, gw, out):  # pyright: ignore[reportMissingP
     border = size // 2
     for i in prange(b):
         canvas = np.zeros((gh * k + size - 1, (gw * k + size - 1) * c), np.float32)
-        for j in range(p):
-            start = (ids[i, j] % gw * k + border) * c
-            for row in range(k):
-                canvas[ids[i, j] // gw * k + border + row, start : start + n] = x[i, j, row]
+        _lay_out(x[i], ids[i], gw, border, canvas)
         total = np.zeros((size, m), np.float32)
         repeated = np.empty((k, m), np.float32)  # each site's gradient, once for every offset of a row
         for j in range(p):
