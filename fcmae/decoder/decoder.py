@@ -42,12 +42,11 @@ class Decoder(nn.Module):
         x = conv1x1(features, self.proj)
         is_hidden = ids_to_visible(hidden, h * w).view(b, h, w, 1)
         x = torch.where(is_hidden, self.mask_token.flatten().to(x.dtype), x)
-        all_ids = torch.arange(h * w, device=x.device).repeat(b, 1)
-        sites = PackedSites.of_patches((h, w), all_ids, sites_per_patch=1)  # faster than DenseSites on every device
+        everywhere = torch.arange(h * w, device=x.device).repeat(b, 1)
+        sites = PackedSites.of_patches((h, w), everywhere, sites_per_patch=1)  # DenseSites' numbers, by our kernels
         x = x.view(b, h * w, 1, 1, -1)
         for block in self.decoder:
             x = block(x, sites)
-        x = PackedSites.of_patches((h, w), hidden, sites_per_patch=1).gather(
-            x.view(b, h, w, -1)
-        )  # (b, m, 1, 1, dim)
+        hidden_sites = PackedSites.of_patches((h, w), hidden, sites_per_patch=1)
+        x = hidden_sites.gather(x.view(b, h, w, -1))  # (b, m, 1, 1, dim)
         return conv1x1(x, self.pred).flatten(1, 3)
