@@ -73,7 +73,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--way", default="packed", help="of train_step.py, also with +compile")
     own, others = parser.parse_known_args(argv)
     args = train_step.parse_args(others)
-    (args.variant,) = args.variant
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     times = profile(*train_step.build_way(own.way, args), args)

@@ -84,11 +84,7 @@ def build(point: Point, args: argparse.Namespace) -> tuple[train_step.Way, tuple
 def measure(points: list[Point], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time the points of an axis in alternating rounds."""
     built = [build(point, args) for point in points]
-    for r in range(args.warmup + args.rounds):
-        for way, batch in built[r % len(built) :] + built[: r % len(built)]:
-            seconds = train_step.time_round(way, batch, args)
-            if r >= args.warmup:
-                way.seconds.append(seconds)
+    train_step.alternate(built, args)
     rows: list[dict[str, Any]] = []
     for point, (way, _) in zip(points, built, strict=True):
         seconds, sites = statistics.median(way.seconds), point.sites(args.variant)

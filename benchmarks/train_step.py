@@ -84,7 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--variant", nargs="+", default=["atto"], choices=VARIANTS, help="a table for each")
+    parser.add_argument(
+        "--variant", dest="variants", nargs="+", default=["atto"], choices=VARIANTS, help="a table for each"
+    )
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -100,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there as well")
     parser.add_argument("--measure-memory", metavar="WAY", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.variant = args.variants[0]
     if min(args.batch, args.threads, args.rounds, args.steps) < 1 or args.warmup < 0:
         parser.error("--batch, --threads, --rounds and --steps must be at least 1, --warmup at least 0")
     if args.device == "auto":
@@ -269,15 +272,17 @@ def limits(args: argparse.Namespace) -> dict[str, float]:
 
 def fastest(function: Callable[[], object], device: str) -> float:
     """Return the least of ten times of a call, in seconds."""
+    return min(seconds_of(function, device) for _ in range(10))
+
+
+def seconds_of(function: Callable[[], object], device: str) -> float:
+    """Return the seconds of a call, to the end of what it has the device do."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    times: list[float] = []
-    for _ in range(10):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def resident_memory(field_name: str) -> int:
@@ -320,30 +325,34 @@ def peak_memory(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace
 
 def time_round(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> float:
     """Return the seconds of a step, the mean of `--steps` steps."""
-    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(args.steps):
-        train_step(way, batch, args)
-    synchronize()
-    return (time.perf_counter() - start) / args.steps
+
+    def steps() -> None:
+        for _ in range(args.steps):
+            train_step(way, batch, args)
+
+    return seconds_of(steps, args.device) / args.steps
 
 
 def measure(args: argparse.Namespace) -> list[Way]:
-    """Build all ways, measure their memory, then time them in alternating rounds, each starting one way on."""
+    """Build all ways, measure their memory, then time them."""
     names = list(args.ways)
     names += [way + COMPILED for way in ("packed", "plain", REFERENCE) if args.compile and way in args.ways]
     names += ["packed" + GRAPH] if args.graph else []
     built = [build_way(name, args) for name in names]
     for way, batch in built:
         way.peak_memory = peak_memory(way, batch, args)
+    alternate(built, args)
+    return [way for way, _ in built]
+
+
+def alternate(built: list[tuple[Way, tuple[Tensor, Tensor]]], args: argparse.Namespace) -> None:
+    """Time ways in rounds that take each in turn, each starting one on; those to warm up are not noted."""
     for r in range(args.warmup + args.rounds):
         first = r % len(built)
         for way, batch in built[first:] + built[:first]:
             seconds = time_round(way, batch, args)
             if r >= args.warmup:
                 way.seconds.append(seconds)
-    return [way for way, _ in built]
 
 
 def device_name(device: str) -> str:
@@ -440,17 +449,16 @@ def run_variant(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Measure each variant, print, write."""
     args = parse_args(argv)
-    variants = args.variant
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the scripts do
     if args.measure_memory:
-        (args.variant,) = variants
         print(peak_memory_here(*build_way(args.measure_memory, args), args))
         return
     header = describe(args)
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
     measured: list[dict[str, Any]] = []
-    for args.variant in variants:
+    for variant in args.variants:
+        args.variant = variant
         try:
             measured.append(run_variant(args))
         except ValueError as error:

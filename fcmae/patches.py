@@ -40,10 +40,19 @@ def pick_patches(images: Tensor, ids: Tensor, patch: int) -> Tensor:
     Raises:
         ValueError: as `patchify`.
     """
-    _, gw = grid_shape((images.shape[-2], images.shape[-1]), patch)
-    cells = rearrange(images, "b c (gh p) (gw q) -> b gh gw p q c", p=patch, q=patch)  # a view
-    image = torch.arange(len(images), device=ids.device)[:, None]
-    return cells[image, ids // gw, ids % gw].flatten(2)
+    grid = grid_shape((images.shape[-2], images.shape[-1]), patch)
+    return pick_cells(images.permute(0, 2, 3, 1), ids, grid).flatten(2)
+
+
+def as_cells(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """View maps (b, h, w, c), however they lie in memory, as cells (b, gh, gw, h / gh, w / gw, c)."""
+    return maps.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1)).transpose(2, 3)
+
+
+def pick_cells(maps: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Take the cells `ids`, int64 (b, m), of maps (b, h, w, c): (b, m, h / gh, w / gw, c)."""
+    image = torch.arange(len(maps), device=ids.device)[:, None]
+    return as_cells(maps, grid)[image, ids // grid[1], ids % grid[1]]
 
 
 def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:

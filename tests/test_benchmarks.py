@@ -46,8 +46,7 @@ def test_train_step_prints_every_way_and_writes_json(tmp_path: Path) -> None:
 
 def test_the_counted_arithmetic_is_what_the_paper_sized_network_takes(modules: tuple[Any, Any]) -> None:
     train_step, _ = modules
-    args = train_step.parse_args(["--batch=1"])
-    args.variant = "base"
+    args = train_step.parse_args(["--batch=1", "--variant=base"])
     assert train_step.work(args)["flop"] == pytest.approx(36e9, rel=0.05)  # 6.0 GMAC forward, three times that
 
 
@@ -65,7 +64,6 @@ def test_every_way_of_ours_gives_the_loss_and_gradient_of_masked(modules: tuple[
     train_step, _ = modules
     ways = ["packed", "plain", "masked-channels_last", "spark"]
     args = train_step.parse_args([*TINY, "--image-size=96", "--ways", *ways])
-    args.variant = "atto"
     assert list(train_step.check_ways(args)) == ways
 
 
@@ -87,7 +85,6 @@ def test_a_leak_in_the_rival_stops_the_run(
     leaking = {"hide": lambda sites, x: x, "norm": spark.DenseSites.norm}[leak]
     monkeypatch.setattr(spark.SparkSites, leak, leaking)
     args = train_step.parse_args([*TINY, "--ways", "spark"])
-    args.variant = "atto"
     with pytest.raises(SystemExit, match="spark does not give the"):
         train_step.check_ways(args)
 
@@ -95,7 +92,6 @@ def test_a_leak_in_the_rival_stops_the_run(
 def test_spark_has_the_same_parameters(modules: tuple[Any, Any]) -> None:
     train_step, spark = modules
     args = train_step.parse_args(TINY)
-    args.variant = "atto"
     rival, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
     assert isinstance(rival.encoder, spark.SparkEncoder)
     torch.testing.assert_close(rival.state_dict(), ours.state_dict(), rtol=0, atol=0)

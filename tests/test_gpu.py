@@ -119,7 +119,6 @@ def test_a_step_recorded_as_a_graph_trains_as_one_that_is_not(monkeypatch: pytes
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     train_step = importlib.import_module("train_step")
     args = train_step.parse_args(["--image-size=96", "--batch=2", "--precision=bf16"])
-    args.variant = "atto"
     weights = []
     for recorded in (True, False):
         way, batch = train_step.build_way("packed", args)

@@ -91,9 +91,8 @@ class Batch:
 
 
 def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return what all kinds of batches have of their samples."""
+    """Return what all kinds of batches have of their samples, beside the images."""
     return {
-        "images": torch.stack([sample.image for sample in samples]),
         "indices": tuple(sample.index for sample in samples),
         "bad": tuple(bad for sample in samples for bad in sample.bad),
     }
@@ -108,7 +107,9 @@ class MaskedBatch(Batch):
 
     @classmethod
     def collate(cls, samples: Sequence[MaskedSample]) -> Self:
-        return cls(**_collate(samples), visible_ids=torch.stack([sample.visible_ids for sample in samples]))
+        images = torch.stack([sample.image for sample in samples])
+        visible_ids = torch.stack([sample.visible_ids for sample in samples])
+        return cls(**_collate(samples), images=images, visible_ids=visible_ids)
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,8 @@ class CroppedBatch(MaskedBatch):
         for canvas, sample in zip(images, samples, strict=True):
             canvas[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
         return cls(
+            **_collate(samples),
             images=images,
-            indices=tuple(sample.index for sample in samples),
-            bad=tuple(bad for sample in samples for bad in sample.bad),
             visible_ids=torch.stack([sample.visible_ids for sample in samples]),
             extents=extents,
             flipped=torch.tensor([sample.flipped for sample in samples]),
@@ -156,7 +156,8 @@ class LabelledBatch(Batch):
 
     @classmethod
     def collate(cls, samples: Sequence[LabelledSample]) -> Self:
-        return cls(**_collate(samples), labels=torch.tensor([sample.label for sample in samples]))
+        images = torch.stack([sample.image for sample in samples])
+        return cls(**_collate(samples), images=images, labels=torch.tensor([sample.label for sample in samples]))
 
 
 class TrainDataset(Dataset[Any]):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.encoder.convnextv2 import Block, init_weights
-from fcmae.encoder.packed import PackedSites
+from fcmae.encoder.packed import PackedSites, gather_patches
 from fcmae.masking import ids_to_visible
 
 
@@ -47,6 +47,5 @@ class Decoder(nn.Module):
         x = x.view(b, h * w, 1, 1, -1)
         for block in self.decoder:
             x = block(x, sites)
-        hidden_sites = PackedSites.of_patches((h, w), hidden, sites_per_patch=1)
-        x = hidden_sites.gather(x.view(b, h, w, -1))  # (b, m, 1, 1, dim)
+        x = gather_patches(x.view(b, h, w, -1), hidden, (h, w))  # (b, m, 1, 1, dim)
         return conv1x1(x, self.pred).flatten(1, 3)

@@ -13,31 +13,22 @@ from torch import Tensor, nn
 
 from fcmae.encoder.kernels.patch_depthwise import patch_depthwise, patch_depthwise_norm, patch_slots
 from fcmae.encoder.layouts import SITES_PER_PATCH, as_autocast, l2_norm
-
-
-def _cells(canvas: Tensor, grid: tuple[int, int]) -> Tensor:
-    """View a canvas (b, h, w, c) as (b, gh, gw, k, k, c)."""
-    return canvas.unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1)).transpose(2, 3)
+from fcmae.patches import as_cells, pick_cells
 
 
 def _place(x: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
     b, _, k, _, c = x.shape
     canvas = x.new_zeros(b, grid[0] * k, grid[1] * k, c)
     image = torch.arange(b, device=ids.device)[:, None]
-    _cells(canvas, grid)[image, ids // grid[1], ids % grid[1]] = x
+    as_cells(canvas, grid)[image, ids // grid[1], ids % grid[1]] = x
     return canvas
-
-
-def _pick(canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    image = torch.arange(len(canvas), device=ids.device)[:, None]
-    return _cells(canvas, grid)[image, ids // grid[1], ids % grid[1]]
 
 
 class _Place(torch.autograd.Function):
     """Patches (b, p, k, k, c) onto a zero canvas (b, h, w, c).
 
     A Function because autograd's own derivative of indexing accumulates (slow, on CUDA non-deterministic),
-    where ids do not repeat and `_pick` and `_place` are simply each other's transposes.
+    where ids do not repeat and `pick_cells` and `_place` are simply each other's transposes.
     """
 
     @staticmethod
@@ -59,12 +50,17 @@ class _Pick(torch.autograd.Function):
     def forward(ctx: Any, canvas: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.grid = grid
-        return _pick(canvas, ids, grid)
+        return pick_cells(canvas, ids, grid)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
         return _Place.apply(grads[0], ids, ctx.grid), None, None
+
+
+def gather_patches(dense: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Take the patches `ids` (b, p), without repeats, of maps (b, h, w, c): (b, p, k, k, c); differentiable."""
+    return _Pick.apply(dense, ids, grid)
 
 
 @dataclass(frozen=True)
@@ -85,14 +81,14 @@ class PackedSites:
         return cls(grid, visible_ids, patch_slots(visible_ids, grid[0] * grid[1]), sites_per_patch)
 
     def gather(self, dense: Tensor) -> Tensor:
-        return _Pick.apply(dense, self.visible_ids, self.grid)
+        return gather_patches(dense, self.visible_ids, self.grid)
 
     def scatter(self, x: Tensor) -> Tensor:
         return _Place.apply(x, self.visible_ids, self.grid)
 
     def stem(self, images: Tensor, conv: nn.Conv2d) -> Tensor:
         c_out, c_in, s, _ = conv.weight.shape
-        pixels = _Pick.apply(images.permute(0, 2, 3, 1), self.visible_ids, self.grid)  # (b, p, P, P, c_in)
+        pixels = self.gather(images.permute(0, 2, 3, 1))  # (b, p, P, P, c_in)
         k = self.sites_per_patch
         windows = pixels.unflatten(3, (k, s)).unflatten(2, (k, s)).transpose(3, 4)  # (b, p, k, k, s, s, c_in)
         weight = conv.weight.permute(0, 2, 3, 1).reshape(c_out, s * s * c_in)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from fcmae.encoder.kernels.operation import operation
+from fcmae.patches import pick_cells
 
 NUMBA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the CPU version takes; it computes in float32."""
@@ -59,20 +60,13 @@ def _canvas(x: Tensor, slots: Tensor, grid: Sequence[int]) -> Tensor:
     return rearrange(padded[image, slots], "b (gh gw) i j c -> b c (gh i) (gw j)", gh=grid[0], gw=grid[1])
 
 
-def _patches(canvas: Tensor, visible_ids: Tensor, grid: Sequence[int]) -> Tensor:
-    """The visible patches (b, p, k, k, c) of a canvas (b, c, h, w)."""
-    patches = rearrange(canvas, "b c (gh i) (gw j) -> b (gh gw) i j c", gh=grid[0], gw=grid[1])
-    image = torch.arange(len(canvas), device=canvas.device)[:, None]
-    return patches[image, visible_ids]
-
-
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, visible_ids: Tensor, slots: Tensor, grid: Sequence[int]
 ) -> Tensor:
     canvas = _canvas(x, slots, grid)
     weight, bias = weight.to(canvas.dtype), None if bias is None else bias.to(canvas.dtype)
     out = F.conv2d(canvas, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-    return _patches(out, visible_ids, grid)
+    return pick_cells(out.permute(0, 2, 3, 1), visible_ids, (grid[0], grid[1]))
 
 
 def _statistics_like(x: Tensor) -> Tensor:
@@ -155,11 +149,10 @@ def _convolution_grads(
 ) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
     grad_x = patch_depthwise(grad, weight.flip(2, 3), None, visible_ids, slots, ctx.grid)
     grad_weight, grad_bias = patch_depthwise_weight_grads(grad, x, visible_ids, slots, ctx.grid, weight.shape[-1])
-    bias_dtype = ctx.bias_dtype
     return (
         grad_x,
         grad_weight.to(weight.dtype),
-        None if bias_dtype is None else grad_bias.to(bias_dtype),
+        None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
         None,
         None,
         None,
@@ -167,7 +160,7 @@ def _convolution_grads(
 
 
 def _keep_for_convolution(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, visible_ids, slots, ctx.grid = inputs[:6]
+    x, weight, bias, visible_ids, slots, ctx.grid = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, visible_ids, slots)
 
