@@ -14,7 +14,7 @@ quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show wh
 	  --mixed_precision no --dynamo_backend no pretrain.py --config configs/quickstart.yaml $(ARGS)
 
 minkowski: $(READY)  ## build and install MinkowskiEngine, for model.layout=minkowski
-	@$(BIN)/python -m fcmae.install_minkowski $(ARGS)
+	@$(BIN)/python -m fcmae.encoder.install_minkowski $(ARGS)
 
 test: $(READY)  ## the test suite, a file at a time in up to four processes, whose threads must not spin
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

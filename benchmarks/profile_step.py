@@ -13,7 +13,7 @@ from collections import defaultdict
 import torch
 import train_step
 
-from fcmae.engine import keep_freed_memory
+from fcmae.training.launch import keep_freed_memory
 
 GROUPS = {
     # group: what the names of its operations and kernels begin with

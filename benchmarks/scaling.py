@@ -20,10 +20,10 @@ import torch
 import train_step
 
 from fcmae import FCMAE, VARIANTS, sample_visible_ids
-from fcmae.encoder.convnextv2 import Layout
-from fcmae.engine import keep_freed_memory
+from fcmae.encoder.convnext import Layout
 from fcmae.masking import count_visible
-from fcmae.optim import build_adamw
+from fcmae.training.launch import keep_freed_memory
+from fcmae.training.optim import build_adamw
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import Block, ConvNeXtV2, Variant
+from fcmae.encoder.convnext import Block, ConvNeXtV2, Variant
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites, conv2d_channels_last, l2_norm
 from fcmae.encoder.packed import PackedSites
 from fcmae.patches import grid_shape

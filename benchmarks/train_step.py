@@ -48,10 +48,10 @@ from spark import SparkEncoder
 from torch import Tensor
 
 from fcmae import FCMAE, VARIANTS, FCMAEOutput, sample_visible_ids
-from fcmae.encoder.convnextv2 import LAYOUTS, Layout, require_layout
-from fcmae.engine import keep_freed_memory
+from fcmae.encoder.convnext import LAYOUTS, Layout, require_layout
 from fcmae.masking import count_visible
-from fcmae.optim import build_adamw
+from fcmae.training.launch import keep_freed_memory
+from fcmae.training.optim import build_adamw
 
 REFERENCE = "masked"
 COMPILED, GRAPH = "+compile", "+graph"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fcmae.encoder.kernels.patch_loss import patch_errors
+from fcmae.ops.patch_loss import patch_errors
 
 PATCH_NORM_EPS = 1e-6
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.decoder import Decoder
-from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout, Variant, require_layout
+from fcmae.encoder.convnext import ConvNeXtV2, Layout, Variant, require_layout
 from fcmae.loss import hidden_patch_loss
 from fcmae.masking import count_visible, hidden_ids, sample_visible_ids
 from fcmae.patches import grid_shape

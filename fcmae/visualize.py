@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from fcmae.data.transforms import PixelNormalizer
+from fcmae.data.views import PixelNormalizer
 from fcmae.loss import patch_statistics
 from fcmae.masking import ids_to_visible, sample_visible_ids
 from fcmae.model import FCMAE

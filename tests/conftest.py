@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import ConvNeXtV2, Layout
+from fcmae.encoder.convnext import ConvNeXtV2, Layout
 from fcmae.errors import run_script
 
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.

@@ -10,21 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fcmae.checkpoint as checkpoint
+import fcmae.training.checkpoint as checkpoint
 from fcmae import FCMAE, ConvNeXtV2
-from fcmae.checkpoint import (
-    describe_encoder,
-    find_weights,
-    load_into,
-    load_tensors,
+from fcmae.errors import UserError
+from fcmae.tensors import load_strictly, read_safetensors
+from fcmae.training.checkpoint import (
     newest_checkpoint,
     optimizer_tensors,
     read_checkpoint,
     restore_optimizer,
     save_checkpoint,
 )
-from fcmae.errors import UserError
-from fcmae.optim import build_adamw
+from fcmae.training.optim import build_adamw
+from fcmae.weights.read import describe_encoder, find_weights
 
 SMALL = ((1, 1, 1, 1), (8, 8, 16, 16))
 
@@ -137,7 +135,7 @@ def test_weights_and_moments_come_back_to_the_bit(tmp_path: Path) -> None:
     expected = train_a_little(model, optimizer, range(3, 6))
     other, other_optimizer = start()
     stored = read_checkpoint(tmp_path / "last")
-    load_into(other, stored.model, stored.path)
+    load_strictly(other, stored.model, stored.path)
     restore_optimizer(other, other_optimizer, stored.optimizer)
     assert train_a_little(other, other_optimizer, range(3, 6)) == expected
 
@@ -159,7 +157,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        load_tensors(tmp_path / "weights.pth")
+        read_safetensors(tmp_path / "weights.pth")
 
 
 def test_weights_of_another_variant_are_told_with_both_names(tmp_path: Path) -> None:
@@ -167,7 +165,7 @@ def test_weights_of_another_variant_are_told_with_both_names(tmp_path: Path) -> 
         pico = ConvNeXtV2("pico").state_dict()
         atto = ConvNeXtV2("atto")
     with pytest.raises(UserError, match=r"x: does not fit the model \(atto\): it holds pico") as caught:
-        load_into(atto, pico, Path("x"))
+        load_strictly(atto, pico, Path("x"))
     assert str(caught.value).count(";") <= 11
 
 
@@ -183,7 +181,7 @@ def test_missing_and_unexpected_keys_are_listed() -> None:
     model: nn.Module = nn.Linear(2, 2)
     tensors: dict[str, Tensor] = {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}
     with pytest.raises(UserError, match=r"missing bias; unexpected extra; weight is \(2, 3\), not \(2, 2\)"):
-        load_into(model, tensors, Path("x"))
+        load_strictly(model, tensors, Path("x"))
 
 
 def test_weights_are_found_in_runs_checkpoints_and_files(tmp_path: Path) -> None:

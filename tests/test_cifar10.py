@@ -14,7 +14,7 @@ from PIL import Image
 
 from fcmae.config import FinetuneConfig, PretrainConfig, load_config
 from fcmae.data import open_source
-from fcmae.engine import Plan
+from fcmae.training.schedule import Plan
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,12 +15,14 @@ from conftest import TINY, randomise, small_encoder
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from fcmae import FCMAE, ConvNeXtV2, cli
-from fcmae.checkpoint import read_weights, save_checkpoint
+from fcmae import FCMAE, ConvNeXtV2
+from fcmae.commands import cli
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.convert import write_timm_folder
 from fcmae.data import PixelNormalizer, cover
-from fcmae.inference import fit_to_patches
+from fcmae.evaluation.inference import fit_to_patches
+from fcmae.training.checkpoint import save_checkpoint
+from fcmae.weights.convert import write_timm_folder
+from fcmae.weights.read import read_weights
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "docs" / "photos"
@@ -256,7 +258,7 @@ def test_the_command_is_installed_by_that_name() -> None:
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback(model: Path) -> None:
-    command = f"{sys.executable} -m fcmae.cli predict {model} {PHOTOS} {PHOTOS} | head -n 1"
+    command = f"{sys.executable} -m fcmae.commands.cli predict {model} {PHOTOS} {PHOTOS} | head -n 1"
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )

@@ -14,7 +14,8 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from fcmae import FCMAE
-from fcmae.convert import (
+from fcmae.encoder.convnext import VARIANTS, ConvNeXtV2
+from fcmae.weights.convert import (
     dense_to_official_sparse,
     enlarge_stem,
     from_any,
@@ -28,7 +29,6 @@ from fcmae.convert import (
     to_transformers,
     write_timm_folder,
 )
-from fcmae.encoder.convnextv2 import VARIANTS, ConvNeXtV2
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

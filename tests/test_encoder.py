@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, gradients, randomise, relative_error, small_encoder, smooth_images, some_ids
 from torch import nn
 
-from fcmae.encoder.convnextv2 import GRN, VARIANTS, ConvNeXtV2, Layout, Variant
+from fcmae.encoder.convnext import GRN, VARIANTS, ConvNeXtV2, Layout, Variant
 from fcmae.encoder.layouts import DenseSites
 from fcmae.model import FCMAE
 

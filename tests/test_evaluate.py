@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-import fcmae.evaluate as fcmae_evaluate
-import pretrain
-from fcmae.cli import main
+import fcmae.evaluation.probes as fcmae_evaluate
+from fcmae import pretrain
+from fcmae.commands.cli import main
 from fcmae.config import DataSection, ProbeSection
 from fcmae.data import EvaluationDataset, PixelNormalizer, cover, open_source, save_arrays
 from fcmae.errors import UserError
-from fcmae.evaluate import (
+from fcmae.evaluation.probes import (
     Accuracy,
     Features,
     Splits,

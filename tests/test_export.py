@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import fcmae.export
+import fcmae.weights.export
 from fcmae import ConvNeXtV2, load_encoder
-from fcmae.checkpoint import Weights, preprocessing, read_weights
 from fcmae.data import PixelNormalizer, cover
 from fcmae.errors import UserError
-from fcmae.export import FORMATS, Format, export
+from fcmae.weights.export import FORMATS, Format, export
+from fcmae.weights.read import Weights, preprocessing, read_weights
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NAMES = ("cat", "dog", "kite")
@@ -145,7 +145,7 @@ def test_what_computes_something_else_gets_no_name(tmp_path: Path, monkeypatch: 
         encoder.load_state_dict(weights.tensors)
 
     weights, sound = classifier(), FORMATS["plain"]
-    monkeypatch.setitem(fcmae.export.FORMATS, "plain", Format(damaged, *sound[1:]))
+    monkeypatch.setitem(fcmae.weights.export.FORMATS, "plain", Format(damaged, *sound[1:]))
     with pytest.raises(UserError, match=r"--to plain: what was written differs from the network by \d"):
         export(weights, "plain", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -192,7 +192,7 @@ def test_a_kill_leaves_no_folder_by_that_name(tmp_path: Path, monkeypatch: pytes
     (tmp_path / ".writing-out").mkdir()
     (tmp_path / ".writing-out" / "half").write_text("left by a kill")
     with monkeypatch.context() as patch:
-        patch.setitem(fcmae.export.FORMATS, "plain", Format(killed, *FORMATS["plain"][1:]))
+        patch.setitem(fcmae.weights.export.FORMATS, "plain", Format(killed, *FORMATS["plain"][1:]))
         with pytest.raises(KeyboardInterrupt):
             export(classifier(), "plain", tmp_path / "out")
     assert not (tmp_path / "out").exists()

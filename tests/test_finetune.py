@@ -18,8 +18,7 @@ from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import finetune
-import pretrain
+from fcmae import finetune, pretrain
 from fcmae.data import save_arrays
 
 TINY = "[[1,1,2,1],[8,16,24,32]]"

@@ -13,9 +13,11 @@ from conftest import ROOT, TINY, relative_error
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data import CroppedBatch, PixelNormalizer, prefetch
-from fcmae.encoder.convnextv2 import Layout
-from fcmae.engine import Plan, Trainer, start_accelerator
-from fcmae.optim import build_adamw
+from fcmae.encoder.convnext import Layout
+from fcmae.training.launch import start_accelerator
+from fcmae.training.optim import build_adamw
+from fcmae.training.schedule import Plan
+from fcmae.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -40,7 +40,7 @@ ONLY_IN = {
     "tensorboard": {"engine", "pretrain", "finetune"},
     "pickle": set(),
     "MinkowskiEngine": {"encoder.minkowski"},
-    "numba": {"encoder.kernels.patch_depthwise_numba"},
+    "numba": {"ops.patch_depthwise_numba"},
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fcmae import install_minkowski
+from fcmae.encoder import install_minkowski
 from fcmae.errors import UserError, run_script
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ import torch
 from conftest import relative_error
 from torch import Tensor
 
-from fcmae.encoder.kernels.mlp import grn_mlp, grn_mlp_reference
+from fcmae.ops.grn_mlp import grn_mlp, grn_mlp_reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """bfloat16 keeps 8 bits, and each version rounds in other places."""

@@ -14,7 +14,7 @@ from conftest import (
 )
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import GRN, Block, ConvNeXtV2, DropPath, Layout
+from fcmae.encoder.convnext import GRN, Block, ConvNeXtV2, DropPath, Layout
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
 from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites

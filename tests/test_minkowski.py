@@ -13,10 +13,10 @@ from conftest import TINY, randomise, relative_error, small_encoder, smooth_imag
 from torch import Tensor, nn
 
 from fcmae import FCMAE, ConvNeXtV2
-from fcmae.convert import dense_to_official_sparse, official_sparse_to_dense
-from fcmae.encoder.kernels.mlp import grn_mlp
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
-from fcmae.optim import build_adamw
+from fcmae.ops.grn_mlp import grn_mlp
+from fcmae.training.optim import build_adamw
+from fcmae.weights.convert import dense_to_official_sparse, official_sparse_to_dense
 
 needs_engine = pytest.mark.minkowski
 
@@ -85,7 +85,7 @@ def test_under_autocast_convolutions_run_in_float32_and_the_rest_in_bfloat16(
         seen["linear"].add(out.dtype)
         return out
 
-    monkeypatch.setattr("fcmae.encoder.convnextv2.grn_mlp", mlp)
+    monkeypatch.setattr("fcmae.encoder.convnext.grn_mlp", mlp)
 
     def projection(layout: Any) -> tuple[Tensor, Tensor]:
         encoder.zero_grad()
@@ -178,7 +178,7 @@ def test_the_engine_sets_no_number_of_threads_on_large_machines() -> None:
 def test_without_the_engine_the_layout_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
     with pytest.raises(
-        ValueError, match=r"not installed: run make minkowski \(python -m fcmae.install_minkowski\)"
+        ValueError, match=r"not installed: run make minkowski \(python -m fcmae.encoder.install_minkowski\)"
     ):
         FCMAE(TINY, layout="minkowski")
     with pytest.raises(ValueError, match="layout 'minkowski' needs MinkowskiEngine"):

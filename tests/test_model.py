@@ -10,7 +10,7 @@ import torch
 from conftest import TINY, assert_same, gradients, randomise, relative_error, smooth_images, some_ids
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import LAYOUTS, Block, Layout
+from fcmae.encoder.convnext import LAYOUTS, Block, Layout
 from fcmae.loss import hidden_patch_loss
 from fcmae.masking import count_visible, hidden_ids, ids_to_visible, sample_visible_ids
 from fcmae.model import FCMAE

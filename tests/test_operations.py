@@ -16,10 +16,10 @@ from conftest import gradients, randomise, relative_error, some_ids
 from torch import Tensor
 from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateImportUsage]
 
-from fcmae.encoder.kernels import gather_depthwise, gelu_grn, mlp, patch_depthwise, patch_loss
 from fcmae.loss import hidden_patch_loss, patch_statistics
 from fcmae.masking import hidden_ids
 from fcmae.model import FCMAE
+from fcmae.ops import gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss
 from fcmae.patches import patchify
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -41,7 +41,7 @@ OPERATIONS = {
 def triton_side(path: str) -> Callable[..., Any]:
     """The function that runs an operation on CUDA."""
     module, name = path.split(".")
-    return getattr(import_module(f"fcmae.encoder.kernels.{module}_triton"), name)
+    return getattr(import_module(f"fcmae.ops.{module}_triton"), name)
 
 
 @pytest.fixture(params=["formulas", "cpu", "triton"])
@@ -57,7 +57,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
                 library.impl(op._name, op._init_fn, "CPU", allow_override=True)
         if request.param == "triton":
             pytest.importorskip("triton", reason="needs Triton")
-            kernels = "fcmae.encoder.kernels"
+            kernels = "fcmae.ops"
             monkeypatch.setattr(f"{kernels}.patch_depthwise_triton.WEIGHT_PROGRAMS", 21)
             monkeypatch.setattr(f"{kernels}.gelu_grn_triton.PROGRAMS", 4)
             monkeypatch.setattr(f"{kernels}.gelu_grn_triton.ROWS", 4)
@@ -340,8 +340,8 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_reference(
     model.layout = "masked"
     reference = model(images, ids)  # its encoder has none of the operations
     expected = [reference.loss, *gradients(reference.loss, model).values()]
-    monkeypatch.setattr(mlp, "gelu_grn_forward", gelu_grn.forward_by_passes)  # as on CUDA
-    monkeypatch.setattr(mlp, "gelu_grn_gradients", gelu_grn.gradients_by_passes)
+    monkeypatch.setattr(grn_mlp, "gelu_grn_forward", gelu_grn.forward_by_passes)  # as on CUDA
+    monkeypatch.setattr(grn_mlp, "gelu_grn_gradients", gelu_grn.gradients_by_passes)
     model.layout = "packed"
     out = model(images, ids)
     for ours, theirs in zip([out.loss, *gradients(out.loss, model).values()], expected, strict=True):

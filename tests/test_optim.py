@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fcmae import FCMAE, VARIANTS, ConvNeXtV2
-from fcmae.optim import build_adamw, exempt_from_decay, layer_scales, learning_rate
+from fcmae.training.optim import build_adamw, exempt_from_decay, layer_scales, learning_rate
 
 
 def lr(step: int) -> float:

@@ -23,7 +23,8 @@ from test_data import same, write_images
 from torch.utils.data import DataLoader
 
 import fcmae.data.prepare
-from fcmae import cli, sample_visible_ids
+from fcmae import sample_visible_ids
+from fcmae.commands import cli
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
 from fcmae.data.sources import PreparedSource
 from fcmae.errors import UserError
@@ -207,7 +208,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images: Path, tmp_p
         Image.open(path).resize((600, 600)).save(path, compress_level=1)
     assert prepare(images, tmp_path / "whole", "--size", 40, "--workers", 0) == 0
     out = tmp_path / "out" / "train"
-    command = [sys.executable, "-m", "fcmae.cli", "prepare", str(images), str(out.parent)]
+    command = [sys.executable, "-m", "fcmae.commands.cli", "prepare", str(images), str(out.parent)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*command, "--size", "40", "--workers", "2"], env=environment, cwd=tmp_path, start_new_session=True

@@ -26,14 +26,14 @@ from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import fcmae.engine
-import pretrain
-from fcmae.checkpoint import save_checkpoint
+import fcmae.training.trainer
+from fcmae import pretrain
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.convert import to_timm
 from fcmae.data import save_arrays
 from fcmae.data.batches import PREFETCH_FACTOR
-from fcmae.engine import loading_rate, name_bottleneck
+from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.dry_run import loading_rate, name_bottleneck
+from fcmae.weights.convert import to_timm
 
 TINY = "[[1,1,1,1],[8,8,16,16]]"
 
@@ -140,7 +140,7 @@ def test_a_picture_is_drawn_before_the_checkpoint_after_which_it_would_never_be(
         drawn[step] = (tmp_path / "run" / "reconstructions" / f"step-{step:08d}.png").is_file()
         return save_checkpoint(folder, step=step, **kwargs)
 
-    monkeypatch.setattr(fcmae.engine, "save_checkpoint", save)
+    monkeypatch.setattr(fcmae.training.trainer, "save_checkpoint", save)
     assert run(*arguments, "visualize.every_steps=5") == 0
     assert drawn == {5: True, 10: True, 12: True}
 
@@ -666,7 +666,7 @@ def test_a_non_finite_loss_stops_the_run_and_spares_the_last_checkpoint(
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     program = """
 import resource, sys, torch
-from fcmae.engine import keep_freed_memory
+from fcmae.training.trainer import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 for _ in range(4):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fcmae.scores import Scores, confusion_matrix, judge, per_class, report, score
+from fcmae.tasks.classification import Scores, confusion_matrix, judge, per_class, report, score
 from fcmae.visualize import draw_confusion
 
 

@@ -29,7 +29,7 @@ from fcmae.data import (
 )
 from fcmae.data.batches import LARGEST_CROP
 from fcmae.data.sources import decode, decode_part
-from fcmae.data.transforms import Part
+from fcmae.data.views import Part
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 32), (1, 1), (1, 90), (70, 1), (7, 300), (64, 64), (129, 65)]

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fcmae import FCMAE, ConvNeXtV2, load_encoder
-from fcmae.checkpoint import EMA, IMAGENET, find_weights, preprocessing, read_weights, save_checkpoint
-from fcmae.convert import dense_to_official_sparse, to_timm, to_transformers, write_timm_folder
 from fcmae.errors import UserError
+from fcmae.training.checkpoint import EMA, save_checkpoint
+from fcmae.weights.convert import dense_to_official_sparse, to_timm, to_transformers, write_timm_folder
+from fcmae.weights.read import IMAGENET, find_weights, preprocessing, read_weights
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NAMES = ("cat", "dog", "kite")

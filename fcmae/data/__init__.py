@@ -26,7 +26,7 @@ from fcmae.data.batches import (
 )
 from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
 from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class, shares_images
-from fcmae.data.transforms import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
+from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
 
 __all__ = [
     "NOT_COUNTED",

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.sampling import PADDING, Key, seeded, torch_seeded
 from fcmae.data.sources import Source
-from fcmae.data.transforms import RandomView, View, cover, resize_crops
+from fcmae.data.views import RandomView, View, cover, resize_crops
 from fcmae.errors import UserError
 
 SUBSTITUTES = 64

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fcmae.data.batches import BadImage, spread
 from fcmae.data.sources import PREPARED, Source, shard_path
-from fcmae.data.transforms import Part
+from fcmae.data.views import Part
 from fcmae.errors import UserError
 
 SHARD_IMAGES = 1024

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from fcmae.data.sampling import derive_seed
-from fcmae.data.transforms import Part, whole
+from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -1,5 +1,5 @@
 """The FCMAE decoder."""
 
-from fcmae.decoder.decoder import Decoder
+from fcmae.decoder.convnext import Decoder
 
 __all__ = ["Decoder"]

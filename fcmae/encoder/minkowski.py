@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fcmae.encoder.kernels.gather_depthwise import gather_depthwise
 from fcmae.encoder.layouts import SITES_PER_PATCH, l2_norm, normalise
+from fcmae.ops.gather_depthwise import gather_depthwise
 
 KERNEL_SIZE = 7
 """Of the depthwise convolutions, whose kernel map the blocks of a stage share."""
@@ -53,7 +53,7 @@ def import_engine() -> Any:
         raise ValueError(
             f"layout 'minkowski' needs MinkowskiEngine, which {'is not installed' if missing else 'does not load'}"
             f"{'' if missing else f' with torch {torch.__version__} ({error})'}: run make minkowski "
-            "(python -m fcmae.install_minkowski), or take layout 'packed', which gives the same numbers"
+            "(python -m fcmae.encoder.install_minkowski), or take layout 'packed', which gives the same numbers"
         ) from error
     finally:
         if threads is None:  # it sets 16 on larger machines, also for every process started from here

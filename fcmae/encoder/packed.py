@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder.kernels.patch_depthwise import patch_depthwise, patch_depthwise_norm, patch_slots
 from fcmae.encoder.layouts import SITES_PER_PATCH, as_autocast, l2_norm
+from fcmae.ops.patch_depthwise import patch_depthwise, patch_depthwise_norm, patch_slots
 from fcmae.patches import as_cells, pick_cells
 
 

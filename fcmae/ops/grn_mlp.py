@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.encoder.kernels.gelu_grn import gelu_grn_forward, gelu_grn_gradients, gelu_grn_reference
+from fcmae.ops.gelu_grn import gelu_grn_forward, gelu_grn_gradients, gelu_grn_reference
 
 
 def grn_mlp_reference(

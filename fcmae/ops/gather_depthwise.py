@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.encoder.kernels.operation import operation
+from fcmae.ops.operation import operation
 
 
 def gather_depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:

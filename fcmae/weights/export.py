@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcmae.checkpoint import CONFIG, MODEL, Preprocessing, Weights, build_encoder, preprocessing, read_weights
-from fcmae.convert import dense_to_official_sparse, to_transformers, write_timm_folder
-from fcmae.encoder.convnextv2 import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.errors import UserError, blame
+from fcmae.training.checkpoint import MODEL
+from fcmae.weights.convert import dense_to_official_sparse, to_transformers, write_timm_folder
+from fcmae.weights.read import CONFIG, Preprocessing, Weights, build_encoder, preprocessing, read_weights
 
 TORCH_FILE, ONNX_FILE, PROGRAM_FILE = "model.pth", "model.onnx", "model.pt2"
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder.convnextv2 import Block, init_weights
+from fcmae.encoder.convnext import Block, init_weights
 from fcmae.encoder.packed import PackedSites, gather_patches
 from fcmae.masking import ids_to_visible
 

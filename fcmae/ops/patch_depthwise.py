@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from fcmae.encoder.kernels.operation import operation
+from fcmae.ops.operation import operation
 from fcmae.patches import pick_cells
 
 NUMBA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

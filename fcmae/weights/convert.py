@@ -12,7 +12,7 @@ from einops import EinopsError, rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcmae.encoder.convnextv2 import GRN, ConvNeXtV2, variant_name
+from fcmae.encoder.convnext import GRN, ConvNeXtV2, variant_name
 from fcmae.patches import grid_shape
 
 TIMM_NAMES = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.encoder.kernels.operation import operation
+from fcmae.ops.operation import operation
 from fcmae.patches import pick_patches
 
 

@@ -11,14 +11,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fcmae.checkpoint import STATE, Preprocessing, find_weights, load_into, load_tensors, read_state
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data.sources import PIL_MODES, decode
-from fcmae.data.transforms import PixelNormalizer, cover
-from fcmae.encoder.convnextv2 import ConvNeXtV2
+from fcmae.data.views import PixelNormalizer, cover
+from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
+from fcmae.tensors import load_strictly, read_safetensors
+from fcmae.training.checkpoint import STATE, read_state
 from fcmae.visualize import draw_mask_ratios
+from fcmae.weights.read import Preprocessing, find_weights
 
 BATCH = 32
 """Images that are classified at once."""
@@ -137,7 +139,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
     """
     file = find_weights(Path(path))
     state = file.with_name(STATE)
-    tensors = load_tensors(file) if state.is_file() else {}
+    tensors = read_safetensors(file) if state.is_file() else {}
     if not any(name.startswith("decoder.") for name in tensors):
         raise UserError(
             f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
@@ -146,7 +148,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
     with blame(str(state)):
         settings: dict[str, Any] = {**dict(config.model), "layout": "auto"}  # training's may need a package
         model = FCMAE(**settings)
-    load_into(model, tensors, file)
+    load_strictly(model, tensors, file)
     return model, config
 
 

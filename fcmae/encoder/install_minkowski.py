@@ -1,6 +1,6 @@
 """Build MinkowskiEngine for the present torch and install it; knows its release, no models.
 
-    python -m fcmae.install_minkowski          (or: make minkowski)
+    python -m fcmae.encoder.install_minkowski          (or: make minkowski)
 
 Its last release is of 2021 and has no wheels. This takes the source from the package index, lets pip check its
 hash, builds it, mends what today's Python and CUDA reject, and keeps the wheel for the next environment.
@@ -234,7 +234,7 @@ def mend(wheel: Path, folder: Path, log: Path) -> Path:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fcmae.install_minkowski",
+        prog="python -m fcmae.encoder.install_minkowski",
         description="Build and install MinkowskiEngine; without an option for CUDA where torch sees a GPU.",
     )
     kind = parser.add_mutually_exclusive_group()

@@ -1,17 +1,9 @@
 """The training loop: steps, schedule, checkpoints, progress; knows neither the model nor the images."""
 
-import ctypes
 import dataclasses
-import itertools
 import json
-import math
-import os
-import platform
-import resource
-import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from datetime import datetime, timedelta
@@ -26,44 +18,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fcmae import __version__
-from fcmae.checkpoint import (
+from fcmae.config import RunConfig, parse_config, to_yaml
+from fcmae.data.batches import BadImage
+from fcmae.data.sampling import reseed
+from fcmae.errors import UserError
+from fcmae.tensors import load_strictly
+from fcmae.training.checkpoint import (
     Checkpoint,
-    load_into,
     newest_checkpoint,
     optimizer_tensors,
-    read_checkpoint,
     restore_optimizer,
     save_checkpoint,
 )
-from fcmae.config import RunConfig, Section, parse_config, to_yaml
-from fcmae.data.batches import PREFETCH_FACTOR, BadImage
-from fcmae.data.sampling import reseed
-from fcmae.errors import UserError
-from fcmae.metrics import MetricsLog
-from fcmae.optim import learning_rate
-
-HARMLESS = (
-    "output",
-    "resume",
-    "init_from",
-    "data.root",
-    "data.num_workers",
-    "data.max_bad",
-    "data.val_",
-    "data.crop_pct",
-    "checkpoint",
-    "eval",
-    "log",
-    "visualize",
-)
-"""Keys, with those below them, that may change while the run stays the same run."""
-
-PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where torchrun and the MPI launchers say how many processes there are."""
-
-
-MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt, from its malloc.h."""
+from fcmae.training.log import MetricsLog
+from fcmae.training.run_folder import changed_keys
+from fcmae.training.schedule import Plan
 
 
 class TrainBatch(Protocol):
@@ -76,158 +45,6 @@ class TrainBatch(Protocol):
     def bad(self) -> tuple[BadImage, ...]: ...
 
     def to(self, device: torch.device) -> Self: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How many updates of how many images, and the learning rate of each."""
-
-    num_samples: int
-    images_per_step: int
-    total_steps: int
-    warmup_steps: int
-    peak_lr: float
-    min_lr: float
-
-    @classmethod
-    def of(cls, config: RunConfig, num_samples: int, num_processes: int) -> Self:
-        images_per_step = config.data.batch_size * config.optim.accumulate * num_processes
-        total_steps = max(1, math.ceil(config.train.epochs * num_samples / images_per_step))
-        if config.train.max_steps is not None:
-            total_steps = min(total_steps, config.train.max_steps)
-        return cls(
-            num_samples=num_samples,
-            images_per_step=images_per_step,
-            total_steps=total_steps,
-            warmup_steps=round(config.optim.warmup_epochs * num_samples / images_per_step),
-            peak_lr=config.optim.base_lr * images_per_step / 256,
-            min_lr=config.optim.min_lr,
-        )
-
-    def lr(self, step: int) -> float:
-        """Learning rate of update `step`, counted from 0."""
-        return learning_rate(
-            step,
-            peak=self.peak_lr,
-            floor=self.min_lr,
-            warmup_steps=self.warmup_steps,
-            total_steps=self.total_steps,
-        )
-
-    def steps_in(self, epochs: float) -> int:
-        """Updates, at least one, that come nearest to a number of epochs."""
-        return max(1, round(epochs * self.num_samples / self.images_per_step))
-
-    @property
-    def total_epochs(self) -> float:
-        """Epochs of the whole run."""
-        return self.total_steps * self.images_per_step / self.num_samples
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: large tensors given back to the system at once cost page faults in every step.
-
-    Without effect where the C library is another one. A process keeps its peak of memory until it ends.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(MALLOC_MMAP_MAX, 0)
-        libc.mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def start_accelerator(precision: str) -> Accelerator:
-    """Return the Accelerator of this process, computing in `precision` ("auto": as launched).
-
-    Raises:
-        UserError: if this device cannot compute so.
-    """
-    asked_for_more = "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ
-    if asked_for_more and not any(name in os.environ for name in PROCESS_COUNTS):
-        raise UserError(
-            "accelerate launch starts a single process on CPU, whatever --num_processes says; for N processes: "
-            "torchrun --nproc_per_node N SCRIPT --config FILE key=value ..."
-        )
-    # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    try:
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=None if precision == "auto" else precision,
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"train.precision={precision}: {error}") from error
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-        if accelerator.mixed_precision == "fp16":
-            raise UserError("train.precision=fp16: needs a GPU; on CPU use bf16 or no")
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-        if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what launchers set when not told otherwise
-            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
-    return accelerator
-
-
-def claim_run_folder(config: RunConfig) -> Checkpoint | None:
-    """Return the checkpoint to resume from, or None for a new run; writes nothing.
-
-    Raises:
-        UserError: if the folder is in use and `resume` is "never", is no run folder, or holds another model.
-    """
-    run = Path(config.output)
-    if run.is_file():
-        raise UserError(f"output={run}: is a file; name a folder")
-    if not run.is_dir() or not any(run.iterdir()):
-        return None
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"output={run}: holds files that are not a run's; name another folder")
-    if config.resume == "never":
-        raise UserError(f"output={run}: not empty; go on with resume=auto, or name another folder")
-    newest = newest_checkpoint(run)
-    if newest is None:
-        return None
-    checkpoint = read_checkpoint(newest)
-    stored = parse_config(type(config), checkpoint.state["config"], str(newest))
-    for name, value in stored.model:
-        if name != "layout" and getattr(config.model, name) != value:
-            raise UserError(
-                f"{newest}: has model.{name}={value}, but model.{name}={getattr(config.model, name)} is asked for; "
-                "name another output folder, or take the old value"
-            )
-    return checkpoint
-
-
-def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:
-    """Yield "key: old -> new" for each difference that matters between two configurations."""
-    for name, old in stored:
-        new = getattr(config, name)
-        if isinstance(old, Section):
-            yield from changed_keys(old, new, f"{prefix}{name}.")
-        elif old != new and not f"{prefix}{name}".startswith(HARMLESS):
-            yield f"{prefix}{name}: {old} -> {new}"
-
-
-def require_disk(run: Path, model: nn.Module, keep: int, *, ema: bool = False) -> None:
-    """Check that the checkpoints will fit, `keep` + 1 times.
-
-    Raises:
-        UserError: if they will not.
-    """
-    existing = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
-    needed = checkpoint_bytes(model, ema=ema) * (keep + 1)
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"output={run}: {free / 1e9:.1f} GB free, but {keep + 1} checkpoints take {needed / 1e9:.1f} GB: "
-            "free some space, lower checkpoint.keep, or name a folder on another disk"
-        )
-
-
-def checkpoint_bytes(model: nn.Module, *, ema: bool = False) -> int:
-    """Size of one checkpoint: the weights, AdamW's two moments of trained ones, and the moving average."""
-    return sum(
-        (1 + ema + 2 * parameter.requires_grad) * parameter.numel() * parameter.element_size()
-        for parameter in model.parameters()
-    )
 
 
 @dataclasses.dataclass
@@ -332,13 +149,13 @@ class Trainer:
         Raises:
             UserError: if it does not fit the model.
         """
-        load_into(self.bare_model, checkpoint.model, checkpoint.path)
+        load_strictly(self.bare_model, checkpoint.model, checkpoint.path)
         restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer)
         state = checkpoint.state
         self.step = state["step"]
         self.seen_images = state["seen_images"]
         if self.ema is not None:
-            load_into(self.ema.module, checkpoint.ema or checkpoint.model, checkpoint.path)
+            load_strictly(self.ema.module, checkpoint.ema or checkpoint.model, checkpoint.path)
         if state.get("best"):
             self.best = Best(**state["best"])
         self.bad = {bad[0]: BadImage(*bad) for bad in state["bad_images"]}
@@ -579,93 +396,3 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.plan.total_steps
-
-
-def loading_rate(batches: Iterator[TrainBatch], num_workers: int) -> float:
-    """Return how many images per second a loader gives by itself, once what lay ready in its queues is used up."""
-    next(batches)  # by which its workers have started
-    in_queues = PREFETCH_FACTOR * num_workers
-    started = time.perf_counter()
-    for _ in range(in_queues):
-        next(batches)
-        if time.perf_counter() - started > 5:  # so slow that little lay ready
-            break
-    images = 0
-    started = time.perf_counter()
-    while images == 0 or time.perf_counter() - started < 1:
-        for _ in range(max(num_workers, 1)):  # a batch of each, as they come in bursts
-            images += len(next(batches).indices)
-    return images / (time.perf_counter() - started)
-
-
-def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, num_processes: int) -> str:
-    """Say whether the step or the data will hold the run up, and what helps; rates are of all processes."""
-    data = config.data
-    if data_rate > step_rate:
-        return f"the step; the data come {data_rate / step_rate:.1f} times as fast"
-    slow = f"the data; the step could take {step_rate / data_rate:.1f} times as many"
-    cores = os.cpu_count() or 1
-    if data.num_workers * num_processes < cores:
-        return f"{slow}: raise data.num_workers={data.num_workers}, there are {cores} cores"
-    if data.name != "arrays":
-        return f"{slow}: decode and shrink them once, with fcmae prepare, for data.name=arrays"
-    return f"{slow}: this takes more than {cores} cores, or a faster disk"
-
-
-def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]]) -> str:
-    """Time the update and the loading of data, each by itself, and describe the run that they predict.
-
-    Writes nothing.
-
-    Args:
-        trainer: at the beginning of its plan.
-        load: called with `num_workers=`, returns batches.
-    """
-    accelerator = trainer.accelerator
-    device = accelerator.device
-    plan = trainer.plan
-    batches = itertools.repeat(next(load(num_workers=0)))
-
-    def timed(updates: int) -> float:
-        started = time.perf_counter()
-        for _ in range(updates):
-            trainer.update(batches)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        mean = torch.tensor((time.perf_counter() - started) / updates, device=device)
-        return float(accelerator.gather(mean[None]).max())  # pyright: ignore[reportAttributeAccessIssue]
-
-    timed(1)
-    loss = trainer.check()
-    step_s = timed(1)
-    if step_s < 0.5:
-        step_s = timed(min(int(1 / step_s), 50))
-    if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
-    num_workers = trainer.config.data.num_workers
-    step_rate = plan.images_per_step / step_s
-    data_rate = loading_rate(load(num_workers=num_workers), num_workers) * accelerator.num_processes
-    data_s = plan.images_per_step / data_rate
-    update_s = max(step_s, data_s) if num_workers else step_s + data_s  # without workers, one after the other
-    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
-    megabytes = checkpoint_bytes(trainer.bare_model, ema=trainer.ema is not None) / 1e6
-    return "\n".join(
-        [
-            f"device         {device}, {accelerator.num_processes} process(es), "
-            f"precision {accelerator.mixed_precision}",
-            f"parameters     {parameters:,}",
-            f"images         {plan.num_samples:,}, {plan.images_per_step} per update",
-            f"updates        {plan.total_steps:,} ({plan.total_epochs:.1f} epochs, "
-            f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
-            f"first loss     {loss:.4f}",
-            f"step alone     {step_s:.2f} s an update, {step_rate:.0f} images/s",
-            f"data alone     {data_rate:.0f} images/s with data.num_workers={num_workers}",
-            f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, accelerator.num_processes)}",
-            f"whole run      about {timedelta(seconds=round(update_s * plan.total_steps))}",
-            f"peak memory    {memory} per process",
-            f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
-        ]
-    )

@@ -1,181 +1,25 @@
-"""Checkpoints on disk: safetensors and JSON, written so that at no instant there is none; nothing is unpickled.
-
-RUN/checkpoints/step-00001000/
-    model.safetensors       parameters by their dense names
-    optimizer.safetensors   AdamW's state, as `exp_avg.NAME` and so on
-    ema.safetensors         the moving average of the parameters, where the run keeps one
-    state.json              step, images seen, configuration, versions
-RUN/checkpoints/last        a link to the newest
-RUN/checkpoints/best        a link to the one with the highest score, where the run has scores; never deleted
-
-Weights that others wrote are read too, whatever the file: see `read_weights`.
-"""
+"""Weights of any origin, recognised by content; a pickle's code is never run."""
 
 import argparse
-import errno
 import json
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, evaluation_crop, from_any, shrink_stem
-from fcmae.encoder.convnextv2 import ConvNeXtV2, variant_name
+from fcmae.encoder.convnext import ConvNeXtV2, variant_name
 from fcmae.errors import UserError, blame
+from fcmae.tensors import load_strictly, misfits, read_safetensors
+from fcmae.training.checkpoint import EMA, MODEL, STATE, newest_checkpoint, read_state
+from fcmae.weights.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, evaluation_crop, from_any, shrink_stem
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-EMA, CONFIG, PREPROCESSOR = "ema.safetensors", "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHT_FILES = (MODEL, EMA, "pytorch_model.bin", "model.pth")
 """What weights are called in folders whose other files describe them."""
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint read from disk."""
-
-    path: Path
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: dict[str, Any]
-    ema: dict[str, Tensor] | None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _link(link: Path, target: str) -> None:
-    """Point `link` at its sibling `target`, replacing what is there in one instant."""
-    temporary = link.with_name(f".writing-{link.name}")
-    os.symlink(target, temporary)
-    if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)  # a copy of the run that followed the link
-    os.replace(temporary, link)
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named `KIND.PARAMETER`, such as `exp_avg.encoder.norm.weight`."""
-    return {
-        f"{kind}.{name}": value
-        for name, parameter in model.named_parameters()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put `optimizer_tensors` back, each on its parameter's device."""
-    parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
-        kind, _, name = key.partition(".")
-        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
-
-
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-    ema: Mapping[str, Tensor] | None = None,
-    best: int | None = None,
-) -> Path:
-    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
-
-    The checkpoint of step `best` is pointed at by `folder/best` and never deleted. Each is written under another
-    name, synced to disk and renamed: a kill at any instant leaves the older ones.
-    A step that is there already stays as it is: a run has one state at a step.
-
-    Raises:
-        UserError: if it could not be written, such as for a full disk; older checkpoints are untouched.
-    """
-    final = folder / f"step-{step:08d}"
-    if final.exists():
-        return final
-    temporary = folder / f".writing-{final.name}"
-    try:
-        for leftover in folder.glob(".writing-*"):
-            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (EMA, ema)):
-            if tensors is not None:
-                save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
-        (temporary / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        os.rename(temporary, final)
-        _link(folder / "last", final.name)
-        if best is not None:
-            _link(folder / "best", f"step-{best:08d}")
-        _fsync(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        raise UserError(
-            f"{final}: not written, {'the disk is full' if full else error}; earlier checkpoints are intact: "
-            "free some space and start the same command with resume=auto"
-        ) from error
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if best is None or old.name != f"step-{best:08d}":
-            shutil.rmtree(old)
-    return final
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest complete checkpoint folder of a run folder, or None."""
-    complete = [path for path in (run / "checkpoints").glob("step-*") if (path / STATE).is_file()]
-    return max(complete, default=None)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        UserError: if it is missing, truncated or of another kind.
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """Read what a checkpoint folder tells besides tensors.
-
-    Raises:
-        UserError: if it is missing or damaged.
-    """
-    try:
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
-        ) from error
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint folder.
-
-    Raises:
-        UserError: if a file is missing or damaged.
-    """
-    state = read_state(path)
-    ema = load_tensors(path / EMA) if (path / EMA).is_file() else None
-    return Checkpoint(path, load_tensors(path / MODEL), load_tensors(path / OPTIMIZER), state, ema)
 
 
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
@@ -191,37 +35,6 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
         return "no ConvNeXt V2"
     depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
-
-
-def _misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What differs, by name and shape, between the tensors and those that `module` wants."""
-    wanted = module.state_dict()
-    missing = [f"missing {name}" for name in wanted if name not in tensors]
-    unexpected = [f"unexpected {name}" for name in tensors if name not in wanted]
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    return missing + unexpected + shapes
-
-
-def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load tensors strictly by name and shape.
-
-    Raises:
-        UserError: naming `source`, what it holds and up to ten keys that do not fit.
-    """
-    problems = _misfits(module, tensors)
-    if problems:
-        raise UserError(
-            f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
-            f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
-        )
-    module.load_state_dict(dict(tensors))
-
-
-# Weights of any origin
 
 
 class Weights(NamedTuple):
@@ -322,7 +135,7 @@ def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
     if head[8:] == b"{":
         if ema:
             raise UserError(f"{path}: holds no EMA weights, only the raw ones")
-        return load_tensors(path)
+        return read_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
         raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or a damaged one")
     found = _load_torch(path)
@@ -447,7 +260,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
             name = "downsample_layers.0.0.weight"
             tensors[name] = shrink_stem(tensors[name], enlargement)
         with torch.device("meta"):
-            problems = _misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
+            problems = misfits(_network(tensors, num_classes=_num_classes(tensors)), tensors)
     names = use.get("class_names")
     if not _num_classes(tensors):
         use["class_names"] = None
@@ -500,7 +313,7 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
     encoder = _network(tensors, num_classes=num_classes, drop_path=drop_path)
     fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
-    load_into(encoder, fresh | tensors, weights.path)
+    load_strictly(encoder, fresh | tensors, weights.path)
     return encoder
 
 

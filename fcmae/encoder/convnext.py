@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fcmae.encoder.kernels.mlp import grn_mlp
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
+from fcmae.ops.grn_mlp import grn_mlp
 from fcmae.patches import grid_shape
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]

@@ -12,16 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fcmae.checkpoint import STATE, Weights, build_encoder, describe_encoder, preprocessing, read_weights
 from fcmae.config import DataSection, EvaluateConfig, override_config
 from fcmae.data import PixelNormalizer, open_source, seeded, shares_images
 from fcmae.data.prepare import prepare
 from fcmae.encoder import ConvNeXtV2
 from fcmae.errors import UserError, blame, run_script
-from fcmae.evaluate import Accuracy, Splits, extract_features, knn_accuracy, labelled_splits, linear_accuracy
-from fcmae.export import FORMATS, export
-from fcmae.inference import Prediction, Unreadable, classify, load_fcmae, read_images, reconstruct_images
+from fcmae.evaluation.inference import Prediction, Unreadable, classify, load_fcmae, read_images, reconstruct_images
+from fcmae.evaluation.probes import (
+    Accuracy,
+    Splits,
+    extract_features,
+    knn_accuracy,
+    labelled_splits,
+    linear_accuracy,
+)
 from fcmae.patches import grid_shape
+from fcmae.training.checkpoint import STATE
+from fcmae.weights.export import FORMATS, export
+from fcmae.weights.read import Weights, build_encoder, describe_encoder, preprocessing, read_weights
 
 
 def best_device() -> torch.device:

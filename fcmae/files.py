@@ -1,0 +1,96 @@
+"""Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+WRITING = ".writing-"
+"""What names of unfinished files and folders begin with; a kill may leave some behind."""
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that gets the name `path` when it is complete and on disk, replacing what is there.
+
+    Whatever ends the block early, an exception or a kill, leaves what was under that name before.
+    """
+    handle, name = tempfile.mkstemp(prefix=f"{WRITING}{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # as open() would have made it
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that under its name there is never a part of it."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that under its name there is never a part of it."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, values: Any, *, indent: int | None = 1) -> None:
+    """Write a JSON file so that under its name there is never a part of it."""
+    write_text(path, json.dumps(values, indent=indent) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that gets the name `path`, which must be free or an empty folder, when all in it is on disk.
+
+    Yields the folder to fill. An exception deletes it; a kill leaves it beside `path` under a name of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{WRITING}{path.name}-", dir=path.parent.absolute()))
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        for inside in (*temporary.rglob("*"), temporary):
+            fsync(inside)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    fsync(path.parent)
+
+
+def point_link(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to its sibling `target`, replacing what is there in one instant."""
+    temporary = link.with_name(f"{WRITING}{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)  # a copy of a run that followed the link
+    os.replace(temporary, link)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space of the disk on which `path` is, or would be."""
+    absolute = path.absolute()
+    return shutil.disk_usage(next(place for place in (absolute, *absolute.parents) if place.exists())).free

@@ -1,0 +1,107 @@
+"""A dry run: times the update and the loading of data, each by itself, and describes the run they predict."""
+
+import itertools
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from fcmae.config import RunConfig
+from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.training.run_folder import checkpoint_bytes
+from fcmae.training.trainer import TrainBatch, Trainer
+
+
+def loading_rate(batches: Iterator[TrainBatch], num_workers: int) -> float:
+    """Return how many images per second a loader gives by itself, once what lay ready in its queues is used up."""
+    next(batches)  # by which its workers have started
+    in_queues = PREFETCH_FACTOR * num_workers
+    started = time.perf_counter()
+    for _ in range(in_queues):
+        next(batches)
+        if time.perf_counter() - started > 5:  # so slow that little lay ready
+            break
+    images = 0
+    started = time.perf_counter()
+    while images == 0 or time.perf_counter() - started < 1:
+        for _ in range(max(num_workers, 1)):  # a batch of each, as they come in bursts
+            images += len(next(batches).indices)
+    return images / (time.perf_counter() - started)
+
+
+def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, num_processes: int) -> str:
+    """Say whether the step or the data will hold the run up, and what helps; rates are of all processes."""
+    data = config.data
+    if data_rate > step_rate:
+        return f"the step; the data come {data_rate / step_rate:.1f} times as fast"
+    slow = f"the data; the step could take {step_rate / data_rate:.1f} times as many"
+    cores = os.cpu_count() or 1
+    if data.num_workers * num_processes < cores:
+        return f"{slow}: raise data.num_workers={data.num_workers}, there are {cores} cores"
+    if data.name != "arrays":
+        return f"{slow}: decode and shrink them once, with fcmae prepare, for data.name=arrays"
+    return f"{slow}: this takes more than {cores} cores, or a faster disk"
+
+
+def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]]) -> str:
+    """Time the update and the loading of data, each by itself, and describe the run that they predict.
+
+    Writes nothing.
+
+    Args:
+        trainer: at the beginning of its plan.
+        load: called with `num_workers=`, returns batches.
+    """
+    accelerator = trainer.accelerator
+    device = accelerator.device
+    plan = trainer.plan
+    batches = itertools.repeat(next(load(num_workers=0)))
+
+    def timed(updates: int) -> float:
+        started = time.perf_counter()
+        for _ in range(updates):
+            trainer.update(batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        mean = torch.tensor((time.perf_counter() - started) / updates, device=device)
+        return float(accelerator.gather(mean[None]).max())  # pyright: ignore[reportAttributeAccessIssue]
+
+    timed(1)
+    loss = trainer.check()
+    step_s = timed(1)
+    if step_s < 0.5:
+        step_s = timed(min(int(1 / step_s), 50))
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    num_workers = trainer.config.data.num_workers
+    step_rate = plan.images_per_step / step_s
+    data_rate = loading_rate(load(num_workers=num_workers), num_workers) * accelerator.num_processes
+    data_s = plan.images_per_step / data_rate
+    update_s = max(step_s, data_s) if num_workers else step_s + data_s  # without workers, one after the other
+    parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
+    megabytes = checkpoint_bytes(trainer.bare_model, ema=trainer.ema is not None) / 1e6
+    return "\n".join(
+        [
+            f"device         {device}, {accelerator.num_processes} process(es), "
+            f"precision {accelerator.mixed_precision}",
+            f"parameters     {parameters:,}",
+            f"images         {plan.num_samples:,}, {plan.images_per_step} per update",
+            f"updates        {plan.total_steps:,} ({plan.total_epochs:.1f} epochs, "
+            f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
+            f"first loss     {loss:.4f}",
+            f"step alone     {step_s:.2f} s an update, {step_rate:.0f} images/s",
+            f"data alone     {data_rate:.0f} images/s with data.num_workers={num_workers}",
+            f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, accelerator.num_processes)}",
+            f"whole run      about {timedelta(seconds=round(update_s * plan.total_steps))}",
+            f"peak memory    {memory} per process",
+            f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
+        ]
+    )

@@ -1,0 +1,140 @@
+"""A run folder: what it holds, whether a run may go on in it; the only file that knows its layout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fcmae.config import RunConfig, Section, parse_config
+from fcmae.errors import UserError
+from fcmae.files import free_bytes
+from fcmae.training.checkpoint import EMA, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint, read_state
+
+HARMLESS = (
+    "output",
+    "resume",
+    "init_from",
+    "data.root",
+    "data.num_workers",
+    "data.max_bad",
+    "data.val_",
+    "data.crop_pct",
+    "checkpoint",
+    "eval",
+    "log",
+    "visualize",
+)
+"""Keys, with those below them, that may change while the run stays the same run."""
+
+
+def claim_run_folder(config: RunConfig) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None for a new run; writes nothing.
+
+    Raises:
+        UserError: if the folder is in use and `resume` is "never", is no run folder, or holds another model.
+    """
+    run = Path(config.output)
+    if run.is_file():
+        raise UserError(f"output={run}: is a file; name a folder")
+    if not run.is_dir() or not any(run.iterdir()):
+        return None
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"output={run}: holds files that are not a run's; name another folder")
+    if config.resume == "never":
+        raise UserError(f"output={run}: not empty; go on with resume=auto, or name another folder")
+    newest = newest_checkpoint(run)
+    if newest is None:
+        return None
+    checkpoint = read_checkpoint(newest)
+    stored = parse_config(type(config), checkpoint.state["config"], str(newest))
+    for name, value in stored.model:
+        if name != "layout" and getattr(config.model, name) != value:
+            raise UserError(
+                f"{newest}: has model.{name}={value}, but model.{name}={getattr(config.model, name)} is asked for; "
+                "name another output folder, or take the old value"
+            )
+    return checkpoint
+
+
+def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:
+    """Yield "key: old -> new" for each difference that matters between two configurations."""
+    for name, old in stored:
+        new = getattr(config, name)
+        if isinstance(old, Section):
+            yield from changed_keys(old, new, f"{prefix}{name}.")
+        elif old != new and not f"{prefix}{name}".startswith(HARMLESS):
+            yield f"{prefix}{name}: {old} -> {new}"
+
+
+def require_disk(run: Path, model: nn.Module, keep: int, *, ema: bool = False) -> None:
+    """Check that the checkpoints will fit, `keep` + 1 times.
+
+    Raises:
+        UserError: if they will not.
+    """
+    needed = checkpoint_bytes(model, ema=ema) * (keep + 1)
+    free = free_bytes(run)
+    if free < needed:
+        raise UserError(
+            f"output={run}: {free / 1e9:.1f} GB free, but {keep + 1} checkpoints take {needed / 1e9:.1f} GB: "
+            "free some space, lower checkpoint.keep, or name a folder on another disk"
+        )
+
+
+def checkpoint_bytes(model: nn.Module, *, ema: bool = False) -> int:
+    """Size of one checkpoint: the weights, AdamW's two moments of trained ones, and the moving average."""
+    return sum(
+        (1 + ema + 2 * parameter.requires_grad) * parameter.numel() * parameter.element_size()
+        for parameter in model.parameters()
+    )
+
+
+class StoredModel(NamedTuple):
+    """The weights that a run, or one of its checkpoints, stands for."""
+
+    file: Path
+    """A safetensors file in a checkpoint folder."""
+    step: int
+    ema: bool
+    """Whether they are the EMA's."""
+    state: dict[str, Any]
+    """What state.json holds: configuration, class names."""
+
+    @property
+    def description(self) -> str:
+        """Step and kind, such as "step 250, EMA"."""
+        return f"step {self.step}, {'EMA' if self.ema else 'raw weights'}"
+
+
+def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> StoredModel | None:
+    """Return the model of a run folder: its best evaluated weights, the EMA's where there is one.
+
+    A checkpoint folder stands for itself, and so does a file of weights in one.
+
+    Args:
+        path: a run folder, a checkpoint folder or a safetensors file in one; None is returned for anything else.
+        last: take the newest checkpoint of a run, not the best.
+        ema: take the EMA (True) or the raw weights (False); None for what the run evaluated.
+
+    Raises:
+        UserError: if the EMA is asked for and there is none, or state.json is damaged.
+    """
+    folder = path.parent if path.is_file() else path
+    if not (folder / STATE).is_file():
+        best = path / "checkpoints" / "best"
+        folder = best if (best / STATE).is_file() and not last else newest_checkpoint(path)
+        if folder is None:
+            return None
+    elif path.is_file():
+        if path.name not in (MODEL, EMA):
+            return None
+        if ema is None:
+            ema = path.name == EMA
+    state = read_state(folder)
+    has_ema = (folder / EMA).is_file()
+    if ema and not has_ema:
+        raise UserError(f"{path}: holds no EMA weights, only the raw ones")
+    if ema is None:
+        ema = has_ema and state["config"].get("eval", {}).get("ema") is not False
+    return StoredModel(folder / (EMA if ema else MODEL), state["step"], ema, state)
