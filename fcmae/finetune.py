@@ -35,9 +35,9 @@ from fcmae.data import (
     load_batches,
     one_pass,
     open_source,
+    overlap,
     prefetch,
     share_of_each_class,
-    shares_images,
     unreadable,
 )
 from fcmae.errors import UserError, blame, run_script
@@ -114,14 +114,15 @@ def validation_set(
     if data.val_split is None:
         raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
     root = data.root if data.val_root is None else data.val_root
-    what = f"data.{'root' if data.val_root is None else 'val_root'}={root}, data.val_split={data.val_split}"
-    source = open_source(data.name, root, data.val_split, in_chans)
-    falls_back = data.name in ("folder", "", "arrays") and data.val_split != data.split  # to `root` itself
-    if falls_back and training is not None and shares_images(training, source):
-        raise UserError(
-            f"{what}: no such folder, so that training's own images would be evaluated; name data.val_split or "
-            "data.val_root, or data.val_split=null for none"
-        )
+    place = f"data.{'root' if data.val_root is None else 'val_root'}={root}"
+    what = f"{place}, data.val_split={data.val_split}"
+    remedy = "name data.val_split or data.val_root, or data.val_split=null for none"
+    whole_root = data.val_root is not None
+    source = open_source(
+        data.name, root, data.val_split, in_chans, whole_root=whole_root, what=place, remedy=remedy
+    )
+    if training is not None and data.val_split != data.split and overlap(training, source):
+        raise UserError(f"{what}: training's own images would be evaluated; {remedy}")
     names = class_names or source.class_names
     labels = labels_by(source, names, what)
     missing = [name for name in names or () if source.class_names and name not in source.class_names]

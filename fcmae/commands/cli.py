@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fcmae.config import DataSection, EvaluateConfig, override_config
-from fcmae.data import PixelNormalizer, open_source, seeded, shares_images
+from fcmae.data import PixelNormalizer, open_source, seeded
 from fcmae.data.prepare import prepare
 from fcmae.encoder import ConvNeXtV2
 from fcmae.errors import UserError, blame, run_script
@@ -348,14 +348,15 @@ def run_prepare(options: argparse.Namespace) -> int:
     for name, least in (("size", 1), ("channels", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    source = open_source(options.name, options.source, options.split, options.channels)
-    if options.name in ("folder", "") and options.split != "train":
-        train = open_source(options.name, options.source, "train", options.channels)
-        if len(train) < len(source) and shares_images(train, source):  # `source` is all there is
-            raise UserError(
-                f"--split {options.split}: {options.source} has no folder for it, but one for train; "
-                "name the folder of these images as SOURCE"
-            )
+    source = open_source(
+        options.name,
+        options.source,
+        options.split,
+        options.channels,
+        whole_root=True,
+        what=f"SOURCE {options.source}",
+        remedy="name one that is there with --split, or the folder of these images as SOURCE",
+    )
     folder = options.output / options.split
     done = prepare(
         source,

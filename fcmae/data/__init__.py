@@ -10,6 +10,7 @@ except (ImportError, RuntimeError, OSError) as error:
         "reinstall both together, pip install --upgrade --force-reinstall torch torchvision"
     ) from error
 
+from fcmae.data.arrays import save_arrays
 from fcmae.data.batches import (
     NOT_COUNTED,
     BadImage,
@@ -24,8 +25,9 @@ from fcmae.data.batches import (
     prefetch,
     unreadable,
 )
+from fcmae.data.labels import labels_by
 from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
-from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class, shares_images
+from fcmae.data.sources import Source, open_source, overlap, share_of_each_class
 from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
 
 __all__ = [
@@ -50,12 +52,12 @@ __all__ = [
     "load_batches",
     "one_pass",
     "open_source",
+    "overlap",
     "prefetch",
     "reseed",
     "resize_crops",
     "save_arrays",
     "seeded",
     "share_of_each_class",
-    "shares_images",
     "unreadable",
 ]

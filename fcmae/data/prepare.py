@@ -1,11 +1,8 @@
-"""Decode and shrink images once, into shards of bare pixels; knows sources of images, not where they are used."""
+"""Decode and shrink images once, into shards of raw pixels; knows sources of images, not where they are used."""
 
 import hashlib
-import io
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +14,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fcmae.data.batches import BadImage, spread
-from fcmae.data.sources import PREPARED, Source, shard_path
+from fcmae.data.labels import write_labels
+from fcmae.data.npy import write_array
+from fcmae.data.shards import INDEX, PLAN, PREPARED, SIZES, shard_path
+from fcmae.data.sources import Source
 from fcmae.data.views import Part
 from fcmae.errors import UserError
+from fcmae.files import WRITING, atomic_file, free_bytes, write_text
 
 SHARD_IMAGES = 1024
 """Images of a shard at most: about 260 MB at a short side of 256."""
@@ -64,22 +65,6 @@ def shrink(source: Source, index: int, short_side: int) -> Tensor:
     return v2.functional.resize(pixels, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def _write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that under its name there is never a part of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _write_array(path: Path, values: np.ndarray) -> None:
-    content = io.BytesIO()
-    np.save(content, values, allow_pickle=False)
-    _write_whole(path, content.getvalue())
-
-
 class _Shards(Dataset[Any]):
     """Shards by number, checked where they are there and else made: the work that processes share."""
 
@@ -117,12 +102,11 @@ class _Shards(Dataset[Any]):
         return record if found == sha256 else None
 
     def write(self, shard: int) -> Shard:
-        (self.folder / "index.json").unlink(missing_ok=True)  # until all shards are good again
+        (self.folder / INDEX).unlink(missing_ok=True)  # until all shards are good again
         path = shard_path(self.folder, shard)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         record = Shard([], [], "")
         digest = hashlib.sha256()
-        with temporary.open("wb") as file:
+        with atomic_file(path) as file:
             for index in self.indices(shard):
                 try:
                     pixels = shrink(self.source, index, self.short_side)
@@ -133,16 +117,13 @@ class _Shards(Dataset[Any]):
                 file.write(content)
                 digest.update(content)
                 record.sizes.append((pixels.shape[1], pixels.shape[2]))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
         record = record._replace(sha256=digest.hexdigest())
-        _write_whole(path.with_suffix(".json"), json.dumps(record))
+        write_text(path.with_suffix(".json"), json.dumps(record))
         return record
 
 
 def _fingerprint(source: Source, root: str) -> str:
-    """Hash the names, below `root`, and labels of all images: what tells one source from another."""
+    """Hash the names, below `root`, and labels of all images: what distinguishes one source from another."""
     digest = hashlib.sha256()
     for index in range(len(source)):
         digest.update(f"{source.describe(index).removeprefix(root)}\n".encode(errors="surrogateescape"))
@@ -157,8 +138,8 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
     Raises:
         UserError: if it is another's, or the images are already in a folder beside it.
     """
-    path = folder / "prepare.json"
-    for other in sorted(folder.parent.glob("*/prepare.json")):
+    path = folder / PLAN
+    for other in sorted(folder.parent.glob(f"*/{PLAN}")):
         if other != path and json.loads(other.read_text(encoding="utf-8")).get("source") == plan["source"]:
             raise UserError(f"{folder}: {other.parent} holds these images already; give each split its own")
     if path.is_file():
@@ -168,14 +149,14 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not written by fcmae prepare ({error}); name another folder") from error
         if changes:
-            told = ["other files or labels" if change.startswith("source") else change for change in changes]
-            raise UserError(f"{folder}: was prepared differently ({', '.join(told)}); name another folder")
+            named = ["other files or labels" if change.startswith("source") else change for change in changes]
+            raise UserError(f"{folder}: was prepared differently ({', '.join(named)}); name another folder")
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not prepared images; name another folder")
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for left in folder.rglob("*.tmp"):  # by a run that was killed
+    for left in (*folder.rglob(f"{WRITING}*"), *folder.rglob("*.tmp")):  # by a run that was killed; 0.1.0 wrote .tmp
         left.unlink()
-    _write_whole(path, json.dumps(plan, indent=1))
+    write_text(path, json.dumps(plan, indent=1))
 
 
 def _require_disk(source: Source, folder: Path, short_side: int) -> None:
@@ -191,9 +172,8 @@ def _require_disk(source: Source, folder: Path, short_side: int) -> None:
         except Exception:  # named when its turn comes
             continue
     estimate = len(source) * sum(sampled) / max(len(sampled), 1)
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     there = sum(path.stat().st_size for path in folder.glob("shards/*.bin"))
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < estimate - there:
         raise UserError(
             f"{folder}: {free / 1e9:.1f} GB free, but {len(source):,} images take about {estimate / 1e9:.1f} GB: "
@@ -241,11 +221,9 @@ def prepare(
     sizes = np.array([size for record in ordered for size in record.sizes], np.int32).reshape(-1, 2)
     if not len(sizes):
         raise UserError(f"{root}: none of {len(source):,} images decodes, the first {bad[0].name}: {bad[0].reason}")
-    _write_array(folder / "sizes.npy", sizes)
-    if source.labels is not None:
-        _write_array(folder / "labels.npy", np.delete(source.labels, [image.index for image in bad]))
-    if source.class_names is not None:
-        _write_whole(folder / "classes.txt", "\n".join(source.class_names) + "\n")
+    write_array(folder / SIZES, sizes)
+    labels = None if source.labels is None else np.delete(source.labels, [image.index for image in bad])
+    write_labels(folder, labels, source.class_names)
     index = {"format": PREPARED, "channels": channels, "shards": [len(record.sizes) for record in ordered]}
-    _write_whole(folder / "index.json", json.dumps(index | {"unreadable": bad}))
+    write_text(folder / INDEX, json.dumps(index | {"unreadable": bad}))
     return Prepared(len(sizes), int(sizes.astype(np.int64).prod(1).sum()) * channels, written, bad)

@@ -33,7 +33,7 @@ def whole(height: int, width: int) -> Part:
 
 
 class View(ABC):
-    """An augmentation in two strokes: what part of an image is seen, then what becomes of its pixels.
+    """An augmentation in two stages: what part of an image is seen, then what becomes of its pixels.
 
     The first needs the image's size alone, so that no more is read and decoded than is seen. Both draw from the
     default generators.

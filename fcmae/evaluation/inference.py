@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data.sources import PIL_MODES, decode
+from fcmae.data.images import PIL_MODES, decode
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.errors import UserError, blame

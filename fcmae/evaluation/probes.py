@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from fcmae.config import DataSection, ProbeSection
 from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
+from fcmae.data.labels import labels_by
 from fcmae.data.sampling import one_pass, seeded
-from fcmae.data.sources import Source, Subset, labels_by, open_source, shares_images
+from fcmae.data.sources import Source, Subset, open_source, overlap
 from fcmae.data.views import Cover
 from fcmae.errors import UserError
 from fcmae.weights.convert import evaluation_crop
@@ -70,14 +71,20 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
         chosen, val_chosen = order[held_out:], order[:held_out]
         val_source, val_labels = source, labels
     else:
-        val_root = settings.val_root or data.root
+        key, val_root = ("data.root", data.root) if settings.val_root is None else ("eval.val_root", settings.val_root)
         val_where = f"{val_root}, split {settings.val_split}"
-        val_source = open_source(data.name, val_root, settings.val_split, in_chans)
-        if data.name in ("folder", "", "arrays") and shares_images(source, val_source):
-            raise UserError(
-                f"{val_where}: holds images of split {data.split}, as where no split has that name; "
-                "name another with eval.val_split=NAME, or hold out a fifth with eval.val_split=null"
-            )
+        remedy = "name another with eval.val_split=NAME, or hold out a fifth with eval.val_split=null"
+        val_source = open_source(
+            data.name,
+            val_root,
+            settings.val_split,
+            in_chans,
+            whole_root=settings.val_root is not None,
+            what=f"{key}={val_root}",
+            remedy=remedy,
+        )
+        if overlap(source, val_source):
+            raise UserError(f"{val_where}: holds images of split {data.split}; {remedy}")
         val_labels = labels_by(val_source, names, val_where)
         chosen, val_chosen = order, np.random.default_rng(0).permutation(len(val_source))
     chosen, val_chosen = np.sort(chosen[:limit]), np.sort(val_chosen[:limit])

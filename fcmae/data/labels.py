@@ -1,0 +1,86 @@
+"""Class labels: as files beside the images, and numbered by another's class names; knows no pixels."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fcmae.data.npy import map_array, write_array
+from fcmae.errors import UserError
+from fcmae.files import write_text
+
+LABELS, CLASSES = "labels.npy", "classes.txt"
+"""Files beside an array of images: whole numbers (n,) from 0 on, and a class name per line."""
+
+
+class Labelled(Protocol):
+    """What has a class for each image."""
+
+    labels: np.ndarray | None
+    """int64 (n,), each image's class from 0 on; None where images have none."""
+    class_names: tuple[str, ...] | None
+    """By label; None without labels, or where nothing names them."""
+
+
+def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Read the labels and class names in a folder of `num_images` images; None for each file that is missing.
+
+    Raises:
+        UserError: if they are damaged or do not fit the images or each other.
+    """
+    path, names_path = folder / LABELS, folder / CLASSES
+    if not path.is_file():
+        return None, None
+    labels = map_array(path)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise UserError(f"{path}: expected whole numbers (n,), found {labels.dtype} {labels.shape}")
+    if len(labels) != num_images:
+        raise UserError(f"{path}: {len(labels)} labels for the {num_images} images beside it; give one per image")
+    labels = np.asarray(labels, np.int64)
+    if labels.min() < 0:
+        raise UserError(f"{path}: label {labels.min()} of image {labels.argmin()}: classes count from 0")
+    if not names_path.is_file():
+        return labels, None
+    try:
+        names = tuple(names_path.read_text(encoding="utf-8").rstrip().splitlines())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{names_path}: not a text file; write one class name per line") from error
+    if labels.max() >= len(names):
+        raise UserError(f"{names_path}: {len(names)} names, but {path} has label {labels.max()}; one name per line")
+    return labels, names
+
+
+def write_labels(folder: Path, labels: np.ndarray | None, class_names: Sequence[str] | None) -> None:
+    """Write what there is of labels and class names, to be read by `read_labels`."""
+    if labels is not None:
+        write_array(folder / LABELS, labels.astype(np.int64))
+    if class_names is not None:
+        write_text(folder / CLASSES, "\n".join(class_names) + "\n")
+
+
+def labels_by(source: Labelled, class_names: Sequence[str] | None, what: str) -> np.ndarray:
+    """Return the labels of a source, int64 (n,), as numbers of another's `class_names`, where both have names.
+
+    Args:
+        source: such as the validation split, which may lack some of the classes.
+        class_names: such as the training split's; None leaves the source's numbers.
+        what: how messages name the source, such as "data.root=pets, split val".
+
+    Raises:
+        UserError: if it has no labels, or a class that is not among `class_names`.
+    """
+    if source.labels is None:
+        raise UserError(
+            f"{what}: no labels; put the images of each class into a sub-folder named for it and none beside them, "
+            "or a labels.npy beside images.npy"
+        )
+    if class_names is None or source.class_names is None or source.class_names == tuple(class_names):
+        return source.labels
+    number = {name: i for i, name in enumerate(class_names)}
+    numbers = np.array([number.get(name, -1) for name in source.class_names], np.int64)
+    labels = numbers[source.labels]
+    if labels.min() < 0:
+        name = source.class_names[source.labels[labels.argmin()]]
+        raise UserError(f"{what}: class {name!r} is not among the {len(number)} classes of training")
+    return labels
