@@ -157,7 +157,7 @@ def build_ways(root: Path, args: argparse.Namespace) -> dict[str, Iterator[Any]]
 
 
 def cpu_seconds_of_others() -> float:
-    """Return the CPU seconds of all processes but this one since the system started; NaN where nothing tells."""
+    """Return the CPU seconds of all processes but this one since the system started; NaN where unknown."""
     path = Path("/proc/stat")
     if not path.exists():
         return math.nan

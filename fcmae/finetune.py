@@ -114,13 +114,11 @@ def validation_set(
     if data.val_split is None:
         raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
     root = data.root if data.val_root is None else data.val_root
-    place = f"data.{'root' if data.val_root is None else 'val_root'}={root}"
-    what = f"{place}, data.val_split={data.val_split}"
+    key = "data.root" if data.val_root is None else "data.val_root"
+    what = f"{key}={root}, data.val_split={data.val_split}"
     remedy = "name data.val_split or data.val_root, or data.val_split=null for none"
     whole_root = data.val_root is not None
-    source = open_source(
-        data.name, root, data.val_split, in_chans, whole_root=whole_root, what=place, remedy=remedy
-    )
+    source = open_source(data.name, root, data.val_split, in_chans, whole_root=whole_root, key=key, remedy=remedy)
     if training is not None and data.val_split != data.split and overlap(training, source):
         raise UserError(f"{what}: training's own images would be evaluated; {remedy}")
     names = class_names or source.class_names

@@ -354,7 +354,7 @@ def run_prepare(options: argparse.Namespace) -> int:
         options.split,
         options.channels,
         whole_root=True,
-        what=f"SOURCE {options.source}",
+        key="SOURCE",
         remedy="name one that is there with --split, or the folder of these images as SOURCE",
     )
     folder = options.output / options.split

@@ -1,4 +1,4 @@
-"""Images in, batches out: sources, sample-indexed randomness, transforms; knows no models."""
+"""Images in, batches out: sources, views, sample-indexed randomness; knows no models."""
 
 import torch
 

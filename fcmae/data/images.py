@@ -1,4 +1,4 @@
-"""Encoded images: decoding with Pillow, and the folders, tar files and data sets that timm opens; knows no splits."""
+"""Encoded images that Pillow decodes, of folders, tar files and datasets that timm opens; knows no split folders."""
 
 from collections.abc import Callable
 from pathlib import Path

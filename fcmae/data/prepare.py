@@ -154,7 +154,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files that are not prepared images; name another folder")
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for left in (*folder.rglob(f"{WRITING}*"), *folder.rglob("*.tmp")):  # by a run that was killed; 0.1.0 wrote .tmp
+    for left in (*folder.rglob(f"{WRITING}*"), *folder.rglob("*.tmp")):  # by a killed run; .tmp by 0.1.0
         left.unlink()
     write_text(path, json.dumps(plan, indent=1))
 

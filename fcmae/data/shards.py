@@ -1,4 +1,4 @@
-"""What `fcmae prepare` wrote: decoded images of any sizes in shards; knows how they are read, not how they are made."""
+"""Shards of decoded images of any sizes, which `fcmae prepare` wrote; knows how they are read, not how made."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ PREPARED = "fcmae images 1"
 """What `format` says in the index of a folder that `fcmae prepare` wrote."""
 
 PLAN, SIZES, INDEX = "prepare.json", "sizes.npy", "index.json"
-"""What was asked for, written first; int32 (n, 2), each image's height and width; each shard's images, written last."""
+"""What was asked for, written first; int32 (n, 2), height and width of each image; the images of each shard, last."""
 
 
 def shard_path(folder: Path, shard: int) -> Path:

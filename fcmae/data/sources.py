@@ -25,8 +25,10 @@ SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evalu
 class Source(Labelled, Protocol):
     """Images by index; loading the same index twice gives the same image."""
 
-    place: Path | None
-    """The folder or file that holds these images and no others; None where somebody else keeps them."""
+    @property
+    def place(self) -> Path | None:
+        """The folder or file, resolved, that holds these images and no others; None for those of hfds/ and torch/."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -122,7 +124,7 @@ def open_source(
     in_chans: int,
     *,
     whole_root: bool = False,
-    what: str | None = None,
+    key: str = "data.root",
     remedy: str = "name one that is there with data.split=NAME, or all there is with data.split=.",
 ) -> Source:
     """Open the images that `data.name`, `data.root` and `data.split` name.
@@ -130,16 +132,16 @@ def open_source(
     Args:
         name: "folder" (or a .tar as root), "arrays", or a map-style name of timm's `create_dataset`.
         root: the folder, tar file or cache folder.
-        split: such as "train", a folder of that name inside `root`; for "train", without such folders, all of `root`.
+        split: a folder of that name inside `root`; "train" is all of `root` where no split has a folder.
         in_chans: channels the model wants.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
-        what: how messages name it; "data.root=ROOT" where not given.
-        remedy: what messages say where `root` does not have the split.
+        key: that names `root`, for messages.
+        remedy: for the message where the split is not there.
 
     Raises:
         UserError: if nothing is there, the split is not, nothing in it is an image, or the channels do not fit.
     """
-    what = f"data.root={root}" if what is None else what
+    what = f"{key}={root}"
     arrays = name == "arrays"
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix in STREAMED:

@@ -1,4 +1,4 @@
-"""How good frozen features are: nearest neighbours and a linear probe; knows a model only as a callable."""
+"""k-NN and linear probe of frozen features; knows a model only as a callable."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class Features(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """Shares of images classified rightly."""
+    """Shares of images classified correctly."""
 
     top1: float
     top5: float | None
@@ -71,7 +71,7 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
         chosen, val_chosen = order[held_out:], order[:held_out]
         val_source, val_labels = source, labels
     else:
-        key, val_root = ("data.root", data.root) if settings.val_root is None else ("eval.val_root", settings.val_root)
+        val_root = settings.val_root or data.root
         val_where = f"{val_root}, split {settings.val_split}"
         remedy = "name another with eval.val_split=NAME, or hold out a fifth with eval.val_split=null"
         val_source = open_source(
@@ -79,8 +79,8 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
             val_root,
             settings.val_split,
             in_chans,
-            whole_root=settings.val_root is not None,
-            what=f"{key}={val_root}",
+            whole_root=bool(settings.val_root),
+            key="eval.val_root" if settings.val_root else "data.root",
             remedy=remedy,
         )
         if overlap(source, val_source):
@@ -89,7 +89,7 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
         chosen, val_chosen = order, np.random.default_rng(0).permutation(len(val_source))
     chosen, val_chosen = np.sort(chosen[:limit]), np.sort(val_chosen[:limit])
     if len(np.unique(labels[chosen])) < 2:
-        raise UserError(f"{where}: nothing to tell apart, all {len(chosen)} images are of one class")
+        raise UserError(f"{where}: nothing to classify, all {len(chosen)} images are of one class")
     num_classes = max(len(names or ()), int(labels.max()) + 1, int(val_labels.max()) + 1)
 
     def subset(source: Source, labels: np.ndarray, chosen: np.ndarray) -> EvaluationDataset:
