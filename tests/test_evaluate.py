@@ -1,4 +1,4 @@
-"""Frozen features, judged: neighbours and linear probe do what their formulas say, on the right images."""
+"""Probes of frozen features: k-NN and linear probe compute what their formulas say, on the right images."""
 
 import json
 import random
@@ -88,13 +88,13 @@ def test_neighbours_beyond_the_number_of_images_are_left_out() -> None:
     assert list(knn_accuracy(features(6), features(9), 7)) == [6]
 
 
-def test_top_five_is_told_only_where_it_says_something() -> None:
+def test_top_five_is_reported_only_where_it_says_something() -> None:
     val = features(9, num_classes=5)
     assert knn_accuracy(features(30, num_classes=5), val, 5)[10].top5 is None
     assert knn_accuracy(features(30, num_classes=5), val, 6)[10].top5 is not None
 
 
-def test_features_that_tell_nothing_score_at_chance() -> None:
+def test_features_without_information_score_at_chance() -> None:
     def unrelated(seed: int) -> Features:
         generator = torch.Generator().manual_seed(seed)
         return Features(torch.randn(2000, 8, generator=generator), torch.randint(4, (2000,), generator=generator))
@@ -165,7 +165,7 @@ def test_both_are_the_same_each_time_and_in_single_precision_too() -> None:
 
 
 def write_classes(root: Path, counts: dict[str, int], size: int = 24) -> Path:
-    """Images whose colour tells their class."""
+    """Images whose colour is that of their class."""
     for name, number in counts.items():
         shade = ("bee", "cat", "dog").index(name)
         (root / name).mkdir(parents=True)
@@ -239,13 +239,13 @@ def test_nothing_but_broken_images_ends_in_one_line(root: Path) -> None:
         extract(splits_of(root).val)
 
 
-def test_broken_weights_are_told(root: Path) -> None:
+def test_broken_weights_are_reported(root: Path) -> None:
     with pytest.raises(UserError, match="features are not finite"):
         extract(splits_of(root).val, lambda pixels: mean_colour(pixels) / 0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_judging_leaves_all_generators_alone(root: Path, num_workers: int) -> None:
+def test_probing_leaves_all_generators_alone(root: Path, num_workers: int) -> None:
     def states() -> tuple[list[int], object, object]:
         return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
 
@@ -282,7 +282,7 @@ def test_a_process_with_nothing_to_do_gathers_what_the_others_did(root: Path) ->
 # Which images
 
 
-def test_a_validation_split_is_judged_by_the_classes_of_training(root: Path) -> None:
+def test_a_validation_split_is_classified_by_the_classes_of_training(root: Path) -> None:
     splits = splits_of(root)
     assert (len(splits.train.labels), len(splits.val.labels), splits.num_classes) == (15, 5, 3)
     assert splits.val.labels.tolist() == [0, 0, 2, 2, 2]
@@ -324,8 +324,11 @@ def test_a_limit_takes_images_of_all_classes_whatever_their_order(tmp_path: Path
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_a_split_that_is_not_there_is_not_quietly_the_training_set(root: Path, split: str) -> None:
     flat = root / "train"
-    with pytest.raises(UserError, match=rf"{flat}, split {split}: holds images of split train.*val_split=null"):
+    reason = f", split {split}: holds images of split train" if split == "train" else f": no split '{split}' in it"
+    with pytest.raises(UserError, match=rf"{flat}{reason}.*val_split=null"):
         splits_of(flat, val_split=split)
+    with pytest.raises(UserError, match=r"holds images of split train.*val_split=null"):
+        splits_of(root, val_split=split, val_root=str(flat / "cat"))
 
 
 def test_sets_without_labels_or_with_one_class_are_named(root: Path) -> None:
@@ -453,7 +456,7 @@ def test_images_that_do_not_decode_are_counted(
         (["data.image_size=20"], ["data.image_size", "16 and 24"]),
         (["data.mean=[0.5]"], ["data.mean", "takes 3 channels"]),
         (["data.rot=x"], ["did you mean 'data.root'?"]),
-        (["eval.val_split=test"], ["split test: holds images of split train", "eval.val_split=null"]),
+        (["eval.val_split=test"], ["no split 'test' in it (found: train, val)", "eval.val_split=null"]),
         (["eval.num_images=0"], ["eval.num_images"]),
         (["--ema"], ["holds no EMA weights"]),
     ],

@@ -407,7 +407,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("data.auto_augment=strong", ["data.auto_augment", "rand-m9-mstd0.5-inc1"]),
         ("model.num_classes=3", ["model.num_classes=3", "4 classes", "bird, bridge, clock, wine"]),
         ("init_from=/nowhere/at/all", ["/nowhere/at/all"]),
-        ("data.val_split=holdout", ["holds no holdout/images.npy"]),
+        (
+            "data.val_split=holdout",
+            ["data.root=", "holds no holdout/images.npy", "(found: train, val)", "data.val_split=null"],
+        ),
         ("optim.layerdecay=0.9", ["did you mean 'optim.layer_decay'?"]),
     ],
 )
@@ -435,7 +438,10 @@ def test_a_validation_set_of_other_classes_is_refused(
     write_folders(root / "train", ("cat", "dog", "fox"))
     settings = [*arguments, "data.name=folder", f"data.root={root}", "data.batch_size=4"]
     line = failure(capsys, *settings)
-    assert "no such folder" in line
+    assert f"data.root={root}: no split 'val' in it (found: train)" in line
+    assert "data.val_split=null" in line
+    line = failure(capsys, *settings, f"data.val_root={root / 'train'}")
+    assert f"data.val_root={root / 'train'}, data.val_split=val: training's own images" in line
     assert "data.val_split=null" in line
     write_folders(root / "val", ("cat", "fox"))
     line = failure(capsys, *settings)

@@ -19,14 +19,15 @@ import pytest
 import torch
 from conftest import ROOT, error_line, run_main
 from PIL import Image
-from test_data import same, write_images
+from test_batches import same
+from test_sources import write_images
 from torch.utils.data import DataLoader
 
 import fcmae.data.prepare
 from fcmae import sample_visible_ids
 from fcmae.commands import cli
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
-from fcmae.data.sources import PreparedSource
+from fcmae.data.shards import PreparedSource
 from fcmae.errors import UserError
 
 
@@ -54,7 +55,7 @@ class Stamp(NamedTuple):
 
 
 def stamps(folder: Path) -> dict[str, Stamp]:
-    """Return what tells whether a shard was written again."""
+    """Return what changes when a shard is written again."""
     return {p.name: Stamp(p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.glob("shards/*.bin")}
 
 
@@ -174,11 +175,11 @@ def test_images_that_do_not_decode_are_left_out_and_named(
     for path in (broken[0], broken[5], broken[-1]):
         path.write_bytes(path.read_bytes()[:100])
     assert prepare(images, tmp_path / "out", "--workers", 2) == 0
-    told = capsys.readouterr()
-    assert "74 images, " in told.out
-    assert "3 left out that do not decode" in told.out
+    printed = capsys.readouterr()
+    assert "74 images, " in printed.out
+    assert "3 left out that do not decode" in printed.out
     for path in (broken[0], broken[5], broken[-1]):
-        assert f"left out {path}: " in told.err
+        assert f"left out {path}: " in printed.err
     loose = open_source("folder", str(images), "train", 3)
     packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
     assert packed.labels is not None
@@ -186,10 +187,10 @@ def test_images_that_do_not_decode_are_left_out_and_named(
     kept = [i for i in range(77) if Path(loose.describe(i)) not in (broken[0], broken[5], broken[-1])]
     assert packed.labels.tolist() == loose.labels[kept].tolist()
     assert all(torch.equal(packed.load(i), loose.load(index)) for i, index in enumerate(kept))
-    assert prepare(images, tmp_path / "out", "--workers", 0) == 0  # told again, though nothing is done
-    told = capsys.readouterr()
-    assert "complete and intact, 3 left out" in told.out
-    assert f"left out {broken[5]}: " in told.err
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0  # named again, though nothing is done
+    printed = capsys.readouterr()
+    assert "complete and intact, 3 left out" in printed.out
+    assert f"left out {broken[5]}: " in printed.err
 
 
 def test_nothing_but_junk_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,13 +243,13 @@ def test_a_complete_folder_is_checked_and_left_alone(
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "gone", "flipped", "record", "sizes", "no sizes", "index"])
-def test_damage_is_found_and_mended_and_nothing_else_touched(images: Path, tmp_path: Path, damage: str) -> None:
+def test_damage_is_found_and_fixed_and_nothing_else_touched(images: Path, tmp_path: Path, damage: str) -> None:
     assert prepare(images, tmp_path, "--workers", 0) == 0
     out = tmp_path / "train"
     before, marks = contents(out), stamps(out)
     shard = out / "shards" / "00007.bin"
     content = shard.read_bytes()
-    told = str(shard)
+    named = str(shard)
     if damage == "cut":
         shard.write_bytes(content[:-1])
     elif damage == "longer":
@@ -260,18 +261,18 @@ def test_damage_is_found_and_mended_and_nothing_else_touched(images: Path, tmp_p
     elif damage == "record":
         shard.with_suffix(".json").write_text("{")
     elif damage == "sizes":
-        told = str(out / "sizes.npy")
+        named = str(out / "sizes.npy")
         np.save(out / "sizes.npy", np.zeros((3, 2), np.int32))
     elif damage == "no sizes":
-        told = str(out / "sizes.npy")
+        named = str(out / "sizes.npy")
         (out / "sizes.npy").unlink()
     else:
-        told = str(out / "index.json")
+        named = str(out / "index.json")
         (out / "index.json").write_text("[1]")
     if damage not in ("flipped", "record"):
         with pytest.raises(UserError, match=r"fcmae prepare again") as caught:
             open_source("arrays", str(tmp_path), "train", 3)
-        assert told in str(caught.value)
+        assert named in str(caught.value)
         assert "\n" not in str(caught.value)
     assert prepare(images, tmp_path, "--workers", 0) == 0
     assert contents(out) == before
@@ -315,7 +316,7 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(
     assert all(after[name] == stamp for name, stamp in before.items() if Path(name).stem in kept)
 
 
-def test_too_small_a_disk_is_told_before_anything_is_written(
+def test_too_small_a_disk_is_reported_before_anything_is_written(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -330,7 +331,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "named"),
     [
         (["--size", "40"], "short_side 256 -> 40"),
         (["--channels", "1"], "channels 3 -> 1"),
@@ -339,7 +340,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     ],
 )
 def test_another_source_or_setting_does_not_mix_with_what_is_there(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str] | str, told: str
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str] | str, named: str
 ) -> None:
     assert prepare(images, tmp_path / "out", "--workers", 0) == 0
     before = contents(tmp_path / "out")
@@ -350,7 +351,7 @@ def test_another_source_or_setting_does_not_mix_with_what_is_there(
     extra = change if isinstance(change, list) else []
     arguments = ["prepare", str(images), str(tmp_path / "out"), "--workers", "0", *extra]
     line = error_line(cli.run, capsys, *arguments)
-    assert f"was prepared differently ({told}" in line
+    assert f"was prepared differently ({named}" in line
     assert "name another folder" in line
     assert contents(tmp_path / "out") == before
 
@@ -383,7 +384,9 @@ def test_training_images_are_never_prepared_under_another_splits_name(
     def line(*arguments: object) -> str:
         return error_line(cli.run, capsys, "prepare", *map(str, arguments), "--workers", "0")
 
-    assert "has no folder for it, but one for train" in line(images, tmp_path / "out", "--split", "val")
+    refusal = line(images, tmp_path / "out", "--split", "val")
+    assert f"SOURCE={images}: no split 'val' in it (found: train)" in refusal
+    assert "the folder of these images as SOURCE" in refusal
     flat = images / "train" / "owl"
     assert prepare(flat, tmp_path / "out", "--workers", 0) == 0
     assert "out/train holds these images already" in line(flat, tmp_path / "out", "--split", "val")

@@ -1,6 +1,5 @@
 """Views: drawn as before anything is decoded, cut and resized wherever it is cheapest, the same pixels."""
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,28 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_data import same, write_images
+from test_sources import labelled, write_images
 from torchvision.transforms import v2
 
 from fcmae import sample_visible_ids
 from fcmae.data import (
+    AugmentedView,
     CroppedBatch,
     IndexStream,
+    LabelledDataset,
     MaskedBatch,
+    PixelNormalizer,
     PretrainDataset,
     RandomView,
+    cover,
     load_batches,
     open_source,
-    prefetch,
     resize_crops,
     save_arrays,
     seeded,
 )
 from fcmae.data.batches import LARGEST_CROP
-from fcmae.data.sources import decode, decode_part
+from fcmae.data.images import decode, decode_part
 from fcmae.data.views import Part
 
 CPU = torch.device("cpu")
@@ -90,7 +92,6 @@ def test_a_jpeg_is_decoded_at_the_least_resolution_that_is_enough(tmp_path: Path
         assert found.shape[1:] == (400 // divisor, 600 // divisor)
         assert all(side >= wanted for side, wanted in zip(found.shape[1:], enough, strict=True))
         expected = v2.functional.resize(full[:, 104:504, 208:808], list(found.shape[1:]), antialias=True)
-        print((found.int() - expected.int()).abs().float().mean())
         assert (found.int() - expected.int()).abs().float().mean() < 1.5
     assert torch.equal(open_source("folder", str(tmp_path), "train", 3).load(0), full)
 
@@ -191,20 +192,100 @@ def test_crops_far_larger_than_the_view_are_resized_before_they_travel(tmp_path:
     assert torch.equal(crops.to(CPU).images, done.images)
 
 
-# Copying ahead
+# Resizing and normalisation
 
 
-def test_without_a_gpu_batches_pass_in_their_order_and_none_is_read_ahead(tmp_path: Path) -> None:
-    write_images(tmp_path, 6)
-    expected = take(pretraining(open_source("folder", str(tmp_path), "train", 3)), 4)
-    read = []
+@pytest.mark.parametrize("size", [(32, 32), (16, 64), (100, 20)])
+@pytest.mark.parametrize("shape", [(40, 32), (7, 300), (64, 64), (31, 33)])
+def test_cover_fills_any_size_from_any_image(size: tuple[int, int], shape: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    assert cover(image, size).shape == (3, *size)
 
-    def batches() -> Iterator[MaskedBatch]:
-        for number, batch in enumerate(expected):
-            read.append(number)
-            yield batch
 
-    for number, batch in enumerate(prefetch(batches(), CPU)):
-        assert read == list(range(number + 1))
-        assert same(batch, expected[number])
-    assert len(read) == 4
+def test_the_evaluation_crop_keeps_its_share_of_the_middle() -> None:
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 8:56, 8:56] = 255
+    assert (cover(image, (48, 48), 0.75) == 255).all()
+    assert (cover(image, (64, 64), 1.0) == image).all()
+    assert (cover(image, (64, 64), 0.5) == 255).all()
+
+
+def test_pixel_normalisation_inverts() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    normalize = PixelNormalizer((0.1, 0.5, 0.9), (0.3, 0.2, 0.1))
+    images = normalize(pixels)
+    expected = (pixels[:, 2].double() / 255 - 0.9) / 0.1
+    assert torch.allclose(images[:, 2].double(), expected, atol=1e-5)
+    assert torch.allclose(normalize.invert(images) * 255, pixels.float(), atol=1e-3)
+
+
+# The augmentation of fine-tuning
+
+
+def view_of(channels: int = 3, **changes: Any) -> AugmentedView:
+    options: dict[str, Any] = {
+        "crop_scale": (0.3, 1.0),
+        "crop_padding": None,
+        "hflip": 0.5,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "erase_prob": 0.5,
+        "mean": [0.5] * channels,
+        "std": [0.2] * channels,
+    }
+    return AugmentedView((32, 32), **options | changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"crop_padding": 4}, {"auto_augment": "augmix-m3-w2"}])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmented_images_are_pixels_of_the_size_asked_for(
+    tmp_path: Path, channels: int, changes: dict[str, Any]
+) -> None:
+    dataset = LabelledDataset(labelled(tmp_path, channels=channels), view=view_of(channels, **changes), seed=0)
+    images = torch.stack([dataset[epoch, index].image for epoch in range(5) for index in range(10)])
+    assert images.dtype == torch.uint8
+    assert images.shape == (50, channels, 32, 32)
+    assert len(images.flatten(1).unique(dim=0)) == 50
+
+
+def test_a_padded_crop_is_the_image_moved_by_at_most_the_padding(tmp_path: Path) -> None:
+    source = labelled(tmp_path)
+    view = view_of(crop_padding=2, hflip=0.0, auto_augment=None, erase_prob=0.0)
+    image = source.load(0)
+    bordered = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+    places = [(y, x) for y in range(5) for x in range(5)]
+    seen = set()
+    for _ in range(60):
+        moved = view(image).numpy()
+        seen |= {(y, x) for y, x in places if np.array_equal(moved, bordered[:, y : y + 32, x : x + 32])}
+    assert len(seen) > 15
+
+
+def test_random_erasing_leaves_the_rest_and_fills_a_rectangle_with_noise_of_the_images_scale() -> None:
+    view = view_of(crop_padding=1, hflip=0.0, auto_augment=None, erase_prob=0.25)
+    image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
+    views = torch.stack([view(image) for _ in range(400)])
+    changed = (views != 200).any(1)  # (n, h, w)
+    share = changed.flatten(1).any(1).float().mean()
+    assert 0.17 < share < 0.33
+    noise = views.permute(0, 2, 3, 1)[changed].float() / 255
+    assert noise.mean() == pytest.approx(0.5, abs=0.02)
+    assert noise.std() == pytest.approx(0.2, abs=0.02)
+    for erased in changed[changed.flatten(1).any(1)][:20]:
+        rows, columns = erased.any(1).nonzero(), erased.any(0).nonzero()
+        box = erased[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert box.float().mean() > 0.95  # noise may hit 200 by chance
+
+
+@pytest.mark.parametrize("name", ["rand-x9", "strong", ""])
+def test_a_policy_that_timm_does_not_know_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"rand-m9-mstd0\.5-inc1|null is for none"):
+        view_of(auto_augment=name)
+
+
+@pytest.mark.parametrize("name", ["rand-m10-n15-inc1", "v0", "original", "3a", "augmix-m10-w3"])
+def test_the_strongest_augmentation_does_not_fail(name: str) -> None:
+    view = view_of(auto_augment=name)
+    image = torch.arange(3 * 32 * 32).reshape(3, 32, 32).to(torch.uint8)
+    for index in range(150):
+        with seeded(0, index):
+            assert view(image).shape == (3, 32, 32)

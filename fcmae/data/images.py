@@ -1,4 +1,4 @@
-"""Encoded images that Pillow decodes, of folders, tar files and datasets that timm opens; knows no split folders."""
+"""Encoded images that Pillow decodes, of folders, tar files and datasets that timm opens; knows no splits."""
 
 from collections.abc import Callable
 from pathlib import Path

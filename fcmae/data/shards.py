@@ -17,7 +17,7 @@ PREPARED = "fcmae images 1"
 """What `format` says in the index of a folder that `fcmae prepare` wrote."""
 
 PLAN, SIZES, INDEX = "prepare.json", "sizes.npy", "index.json"
-"""What was asked for, written first; int32 (n, 2), height and width of each image; the images of each shard, last."""
+"""What was asked for; each image's height and width, int32 (n, 2); how many images each shard has, written last."""
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -27,7 +27,7 @@ class Source(Labelled, Protocol):
 
     @property
     def place(self) -> Path | None:
-        """The folder or file, resolved, that holds these images and no others; None for those of hfds/ and torch/."""
+        """The folder or file, resolved, that holds these images and no others; None with hfds/ and torch/."""
         ...
 
     def __len__(self) -> int: ...

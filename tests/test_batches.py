@@ -1,0 +1,246 @@
+"""Samples and batches: what is shown depends on (seed, epoch, index) alone; what does not decode is reported."""
+
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_sources import labelled, write_images
+from test_views import view_of
+
+from fcmae import sample_visible_ids
+from fcmae.data import (
+    Cover,
+    EvaluationDataset,
+    IndexStream,
+    LabelledBatch,
+    LabelledDataset,
+    MaskedBatch,
+    PretrainDataset,
+    RandomView,
+    derive_seed,
+    fixed_images,
+    load_batches,
+    one_pass,
+    open_source,
+    prefetch,
+    seeded,
+    unreadable,
+)
+from fcmae.data.sampling import PADDING
+from fcmae.errors import UserError
+
+
+def dataset_of(root: Path, *, seed: int = 0) -> PretrainDataset:
+    return PretrainDataset(
+        open_source("folder", str(root), "train", 3),
+        view=RandomView((32, 32), (0.2, 1.0), 0.5),
+        draw_ids=lambda: sample_visible_ids(1, 16, 0.6),
+        seed=seed,
+    )
+
+
+def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[MaskedBatch]:
+    workers = kwargs.pop("num_workers", 0)
+    options = {"batch_size": 4, "seed": 0} | kwargs
+    stream = IndexStream(len(dataset), **options)
+    return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
+
+
+def same(a: MaskedBatch, b: MaskedBatch) -> bool:
+    return a.indices == b.indices and torch.equal(a.images, b.images) and torch.equal(a.visible_ids, b.visible_ids)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images", 11)
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_masks_and_crops_are_the_same_for_any_number_of_workers(folder: Path, num_workers: int) -> None:
+    alone = take(dataset_of(folder), 7)
+    helped = take(dataset_of(folder), 7, num_workers=num_workers)
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_see_together_what_one_sees(folder: Path, world_size: int) -> None:
+    whole = take(dataset_of(folder), 6)
+    parts = [
+        take(dataset_of(folder), 6, batch_size=4 // world_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.images, torch.cat([part[step].images for part in parts]))
+        assert torch.equal(batch.visible_ids, torch.cat([part[step].visible_ids for part in parts]))
+
+
+def test_a_stream_started_later_goes_on_where_the_first_would_be(folder: Path) -> None:
+    whole = take(dataset_of(folder), 8)
+    rest = take(dataset_of(folder), 3, start=5 * 4)
+    assert all(same(a, b) for a, b in zip(whole[5:], rest, strict=True))
+
+
+def test_every_image_is_seen_exactly_once_per_epoch_in_a_new_order() -> None:
+    keys = [key for batch in islice(IndexStream(11, batch_size=4, seed=0), 11) for key in batch]
+    assert [epoch for epoch, _ in keys] == [i // 11 for i in range(44)]
+    orders = [[index for epoch, index in keys if epoch == e] for e in range(4)]
+    assert all(sorted(order) == list(range(11)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_set_smaller_than_a_batch_fills_it() -> None:
+    (batch,) = islice(IndexStream(3, batch_size=10, seed=0), 1)
+    assert Counter(epoch for epoch, _ in batch) == {0: 3, 1: 3, 2: 3, 3: 1}
+
+
+def test_epochs_seeds_and_indices_each_change_crop_and_mask(folder: Path) -> None:
+    dataset = dataset_of(folder)
+    reference = dataset[0, 0]
+    others = [dataset[1, 0], dataset_of(folder, seed=1)[0, 0], dataset[0, 1]]
+    assert all(not torch.equal(reference.image, other.image) for other in others)
+    drawn = {tuple(dataset[epoch, 0].visible_ids.tolist()) for epoch in range(20)}
+    assert len(drawn) > 15
+
+
+def test_order_depends_on_the_seed() -> None:
+    a, b = (next(iter(IndexStream(1000, batch_size=100, seed=seed))) for seed in (0, 1))
+    assert a != b
+
+
+def test_drawing_samples_leaves_the_callers_generators_alone(folder: Path) -> None:
+    dataset = dataset_of(folder)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    expected = [torch.rand(1).item(), np.random.rand(), random.random()]  # noqa: NPY002
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    random.seed(1)
+    dataset[0, 0]
+    assert [torch.rand(1).item(), np.random.rand(), random.random()] == expected  # noqa: NPY002
+
+
+def test_seeded_seeds_torch_numpy_and_random() -> None:
+    def draw() -> list[float]:
+        return [torch.rand(1).item(), float(np.random.rand()), random.random()]  # noqa: NPY002
+
+    with seeded(1, 2):
+        first = draw()
+    with seeded(1, 2):
+        again = draw()
+    with seeded(2, 1):
+        other = draw()
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
+    assert derive_seed(0, 1) != derive_seed(1, 0)
+
+
+def test_a_tar_file_reads_like_its_folder_in_workers_too(tmp_path: Path) -> None:
+    write_images(tmp_path / "images" / "cats", 5)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    packed = take(dataset_of(tmp_path / "images.tar"), 2, num_workers=2)
+    loose = take(dataset_of(tmp_path / "images"), 2)
+    assert all(same(a, b) for a, b in zip(packed, loose, strict=True))
+
+
+def test_an_image_that_does_not_decode_is_replaced_and_reported(folder: Path) -> None:
+    broken = folder / "004.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (folder / "005.png").write_text("not an image at all")
+    (folder / "006.png").write_bytes(b"")
+    for workers in (0, 2):
+        batches = take(dataset_of(folder), 11, num_workers=workers)
+        bad = {image.index: image for batch in batches for image in batch.bad}
+        assert sorted(bad) == [4, 5, 6]
+        assert bad[4].name == str(broken)
+        assert bad[4].reason
+        assert not {4, 5, 6} & {index for batch in batches for index in batch.indices}
+        assert all(batch.images.shape == (4, 3, 32, 32) for batch in batches)
+    assert unreadable(open_source("folder", str(folder), "train", 3), 64)[0] == 11
+    assert len(unreadable(open_source("folder", str(folder), "train", 3), 64)[1]) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_folder_of_nothing_but_broken_images_ends_in_one_line(tmp_path: Path, num_workers: int) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_text("junk")
+    with pytest.raises(UserError, match="did not decode") as caught:
+        take(dataset_of(tmp_path), 1, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_fixed_images_are_spread_over_the_set_and_skip_broken_ones(folder: Path) -> None:
+    (folder / "000.png").write_text("junk")
+    source = open_source("folder", str(folder), "train", 3)
+    images = fixed_images(source, 4, (32, 64))
+    assert images.shape == (3, 3, 32, 64)
+    assert torch.equal(images, fixed_images(source, 4, (32, 64)))
+    assert fixed_images(source, 0, (32, 64)).numel() == 0
+    assert len(fixed_images(source, 100, (32, 64))) == 10
+
+
+def test_augmentation_is_the_same_for_any_number_of_workers_and_changes_with_the_epoch(tmp_path: Path) -> None:
+    dataset = LabelledDataset(labelled(tmp_path), view=view_of(), seed=0)
+
+    def batches(**kwargs: int) -> list[LabelledBatch]:
+        workers = kwargs.pop("num_workers", 0)
+        stream = IndexStream(len(dataset), batch_size=8, seed=0, **kwargs)
+        return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), 6))
+
+    alone, helped = batches(), batches(num_workers=2)
+    for a, b in zip(alone, helped, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert a.labels.tolist() == [index % 4 for index in a.indices]
+    assert not torch.equal(dataset[0, 3].image, dataset[1, 3].image)
+    assert torch.equal(batches(start=16)[0].images, alone[2].images)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 7, 8, 37])
+def test_a_pass_gives_every_index_to_one_process_once(number: int, world_size: int) -> None:
+    parts = [one_pass(number, batch_size=4, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(keys) == 4 for part in parts for keys in part)
+    seen = [index for part in parts for keys in part for index in keys if index != PADDING]
+    assert sorted(seen) == list(range(number))
+
+
+def test_padding_and_broken_images_do_not_count_in_an_evaluation(folder: Path) -> None:
+    (folder / "004.png").write_text("not an image at all")
+    source = open_source("folder", str(folder), "train", 3)
+    dataset = EvaluationDataset(
+        source, np.arange(11), class_names=[str(i) for i in range(11)], view=Cover((16, 16)), shape=(3, 16, 16)
+    )
+    batches: list[LabelledBatch] = list(
+        load_batches(dataset, one_pass(11, batch_size=4), num_workers=0, pin_memory=False)
+    )
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9, 10, -1]
+    assert [bad.index for batch in batches for bad in batch.bad] == [4]
+    assert all(batch.images.shape == (4, 3, 16, 16) for batch in batches)
+
+
+# Copying ahead
+
+
+def test_without_a_gpu_batches_pass_in_their_order_and_none_is_read_ahead(folder: Path) -> None:
+    expected = take(dataset_of(folder), 4)
+    read = []
+
+    def batches() -> Iterator[MaskedBatch]:
+        for number, batch in enumerate(expected):
+            read.append(number)
+            yield batch
+
+    for number, batch in enumerate(prefetch(batches(), torch.device("cpu"))):
+        assert read == list(range(number + 1))
+        assert same(batch, expected[number])
+    assert len(read) == 4

@@ -1,0 +1,337 @@
+"""Sources: the images, labels and class names of folders, tar files and arrays; what is not there is refused."""
+
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fcmae.data import RandomView, Source, labels_by, open_source, overlap, save_arrays, share_of_each_class
+from fcmae.data.sources import Subset
+from fcmae.errors import UserError
+
+
+def write_images(folder: Path, number: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(number)
+    paths = []
+    for i in range(number):
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        paths.append(folder / f"{i:03d}.png")
+        Image.fromarray(pixels).convert(mode).save(paths[-1])
+    return paths
+
+
+def class_folders(root: Path) -> Path:
+    for name, number in {"owl": 2, "class10": 1, "class9": 3}.items():
+        write_images(root / name, number)
+    return root
+
+
+def error_of(*arguments: object, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        open_source(*arguments, **options)  # pyright: ignore[reportArgumentType]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_folders_give_the_channels_that_are_asked_for(tmp_path: Path, channels: int, mode: str) -> None:
+    write_images(tmp_path, 1, mode=mode)
+    image = open_source("folder", str(tmp_path), "train", channels).load(0)
+    assert image.dtype == torch.uint8
+    assert image.shape == (channels, 32, 40)
+    stored = np.asarray(Image.open(tmp_path / "000.png")).reshape(32, 40, channels)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), stored)
+
+
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    image = open_source("folder", str(tmp_path), "train", 1).load(0)
+    assert np.array_equal(image[0].numpy(), (values >> 8).astype(np.uint8))
+
+
+# Splits
+
+
+def test_split_folders_and_other_file_types_are_found(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "cats", 2)
+    write_images(tmp_path / "val" / "cats", 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "one.webp")
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "two.tif")
+    assert len(open_source("folder", str(tmp_path), "train", 3)) == 4
+    assert len(open_source("folder", str(tmp_path), "val", 3)) == 1
+
+
+@pytest.mark.parametrize("name", ["folder", "arrays"])
+def test_a_split_is_found_by_every_name_that_timm_knows_it_by(tmp_path: Path, name: str) -> None:
+    for split, number in {"training": 2, "validation": 1}.items():
+        write_images(tmp_path / split, number)
+        save_arrays(tmp_path / split, np.zeros((number, 4, 4, 3), np.uint8))
+    for number, splits in {2: ("train", "training"), 1: ("val", "valid", "validation", "eval")}.items():
+        assert [len(open_source(name, str(tmp_path), split, 3)) for split in splits] == [number] * len(splits)
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    for split in ("train", "a-test", "Test"):
+        class_folders(tmp_path / "images" / split)
+        save_arrays(tmp_path / "arrays" / split, np.zeros((2, 4, 4, 3), np.uint8))
+    images, arrays = str(tmp_path / "images"), str(tmp_path / "arrays")
+    for split in ("val", "trian", "train[:10]"):
+        for whole_root in (False, True):
+            options = {"whole_root": whole_root, "key": "data.val_root", "remedy": "do something"}
+            line = error_of("folder", images, split, 3, **options)
+            assert line == f"data.val_root={images}: no split '{split}' in it (found: Test, train); do something"
+            line = error_of("arrays", arrays, split, 3, **options)
+            assert line.startswith(f"data.val_root={arrays}: holds no {split}/images.npy (")
+            assert line.endswith("(found: Test, a-test, train); do something")
+    assert "data.split=NAME" in error_of("folder", images, "val", 3)
+    assert len(open_source("folder", images, "a-test", 3)) == len(open_source("folder", images, "Test", 3)) == 6
+
+
+def test_a_root_without_splits_is_the_training_set_or_the_split_that_it_is_named_for(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    save_arrays(tmp_path / "arrays", np.zeros((6, 4, 4, 3), np.uint8))
+    for name, root in (("folder", "images"), ("folder", "images.tar"), ("arrays", "arrays")):
+        assert len(open_source(name, str(tmp_path / root), "train", 3)) == 6
+        assert "(found: none)" in error_of(name, str(tmp_path / root), "val", 3)
+        assert len(open_source(name, str(tmp_path / root), "val", 3, whole_root=True)) == 6
+
+
+def test_images_of_other_splits_are_never_quietly_among_those_of_training(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    write_images(tmp_path / "Validation" / "owl", 2)
+    line = error_of("folder", str(tmp_path), "train", 3)
+    assert f"data.root={tmp_path}: no split 'train' in it (found: Validation)" in line
+    assert "data.split=." in line
+    assert len(open_source("folder", str(tmp_path), ".", 3)) == 8
+    save_arrays(tmp_path / "val", np.zeros((2, 4, 4, 3), np.uint8))
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8))  # a file holds nothing of what lies beside it
+    assert len(open_source("arrays", str(tmp_path), "train", 3)) == 3
+
+
+def test_sources_overlap_where_one_lies_in_the_other(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        class_folders(tmp_path / split)
+        save_arrays(tmp_path / split, np.zeros((2, 4, 4, 3), np.uint8))
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(tmp_path / split, "images")
+    save_arrays(tmp_path, np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "link").symlink_to("train")
+    root = str(tmp_path)
+    train, val, everything = (open_source("folder", root, split, 3) for split in ("train", "val", "."))
+    again, owls = (open_source("folder", str(tmp_path / part), "train", 3) for part in ("link", "train/owl"))
+    tar, other_tar, same_tar = (
+        open_source("folder", str(tmp_path / name), "train", 3) for name in ("train.tar", "val.tar", "train.tar")
+    )
+    array, val_array, root_array = (open_source("arrays", root, split, 3) for split in ("train", "val", "."))
+    apart = [(train, val), (owls, val), (tar, other_tar), (array, val_array), (array, root_array)]
+    assert not any(overlap(a, b) or overlap(b, a) for a, b in apart)
+    shared = [
+        (train, train),
+        (train, everything),
+        (val, everything),
+        (train, again),
+        (train, owls),
+        (tar, same_tar),
+    ]
+    assert all(overlap(a, b) and overlap(b, a) for a, b in shared)
+    assert overlap(Subset(train, np.array([4, 5])), everything)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
+    for name in ("folder", "arrays"):
+        assert f"data.root={tmp_path / 'none'}: no such folder" in error_of(
+            name, str(tmp_path / "none"), "train", 3
+        )
+    assert "no images in it" in error_of("folder", str(tmp_path), "train", 3)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert "no images in it" in error_of("folder", str(tmp_path), "train", 3)
+
+
+def test_sets_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    write_images(tmp_path, 1)
+    assert "use data.name=arrays" in error_of("folder", str(tmp_path), "train", 5)
+    assert "no sample index" in error_of("wds/set", str(tmp_path), "train", 3)
+    assert "no sample index" in error_of("hfids/set", str(tmp_path), "train", 3)
+    assert "unknown; use folder" in error_of("foldr", str(tmp_path), "train", 3)
+    assert "data.root=" in error_of("torch/cifar10", str(tmp_path), "train", 3)
+    assert "images.npy" in error_of("arrays", str(tmp_path), "train", 3)
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.float32))
+    assert "expected uint8" in error_of("arrays", str(tmp_path), "train", 3)
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    assert "have 3 channels, but model.in_chans is 4" in error_of("arrays", str(tmp_path), "train", 4)
+    (tmp_path / "images.npy").write_bytes(b"\x93NUMPY\x01\x00junk")
+    assert "not a readable .npy" in error_of("arrays", str(tmp_path), "train", 3)
+
+
+# Arrays
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_arrays_of_any_channel_count_are_mapped_and_cropped(tmp_path: Path, channels: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 24, channels), dtype=np.uint8)
+    save_arrays(tmp_path / "train", images)
+    source = open_source("arrays", str(tmp_path), "train", channels)
+    assert np.array_equal(source.load(4).permute(1, 2, 0).numpy(), images[4])
+    again = pickle.loads(pickle.dumps(source))
+    assert torch.equal(again.load(5), source.load(5))
+    assert len(pickle.dumps(source)) < 1000
+    assert RandomView((8, 16), (0.2, 1.0), 0.5)(source.load(0)).shape == (channels, 8, 16)
+
+
+def test_arrays_have_labels_and_class_names_where_they_were_saved(tmp_path: Path) -> None:
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    save_arrays(tmp_path, images, [2, 0, 2], ["ant", "bee", "café au lait"])
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert source.labels is not None
+    assert source.labels.tolist() == [2, 0, 2]
+    assert source.labels.dtype == np.int64
+    assert source.class_names == ("ant", "bee", "café au lait")
+    save_arrays(tmp_path, images, np.array([1, 1, 0], np.uint8))
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert source.labels is not None
+    assert source.labels.tolist() == [1, 1, 0]
+    assert source.class_names is None
+    save_arrays(tmp_path, images)
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert (source.labels, source.class_names) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([0, 1], None), ([0, 1, -1], None), ([0.5, 1, 2], None), ([0, 1, 2], ["a", "b"]), (None, ["a"])]
+    + [([0, 0, 0], [name]) for name in ("", "two\nlines", " spaced")],
+)
+def test_arrays_with_labels_that_do_not_fit_are_not_written(
+    tmp_path: Path, labels: list[int] | None, names: list[str] | None
+) -> None:
+    with pytest.raises(ValueError, match=r"label|class name"):
+        save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), labels, names)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "parts"),
+    [
+        (np.arange(2), None, ["labels.npy", "2 labels for the 3 images"]),
+        (np.array([0, -1, 2]), None, ["labels.npy", "label -1 of image 1"]),
+        (np.zeros(3), None, ["labels.npy", "expected whole numbers (n,), found float64 (3,)"]),
+        (np.zeros((3, 1), np.int64), None, ["labels.npy", "(3, 1)"]),
+        (np.array([0, 5, 1]), b"a\nb\n", ["classes.txt", "2 names", "label 5"]),
+        (np.zeros(3, np.int64), b"\xff\xfe", ["classes.txt", "not a text file"]),
+    ],
+)
+def test_wrong_label_files_are_named_in_one_line(
+    tmp_path: Path, labels: np.ndarray, names: bytes | None, parts: list[str]
+) -> None:
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", labels)
+    if names is not None:
+        (tmp_path / "classes.txt").write_bytes(names)
+    message = error_of("arrays", str(tmp_path), "train", 3)
+    assert str(tmp_path) in message
+    assert all(part in message for part in parts), message
+    (tmp_path / "labels.npy").write_bytes(b"junk")
+    assert "labels.npy: not a readable .npy array" in error_of("arrays", str(tmp_path), "train", 3)
+
+
+# Labels
+
+
+def test_sub_folders_are_classes_numbered_as_timm_does(tmp_path: Path) -> None:
+    source = open_source("folder", str(class_folders(tmp_path)), "train", 3)
+    assert source.class_names == ("class9", "class10", "owl")
+    assert source.labels is not None
+    assert source.class_names is not None
+    assert source.labels.dtype == np.int64
+    assert np.bincount(source.labels).tolist() == [3, 1, 2]
+    for index, label in enumerate(source.labels):
+        assert Path(source.describe(index)).parent.name == source.class_names[label]
+
+
+def test_a_tar_file_has_the_labels_of_its_folder(tmp_path: Path) -> None:
+    class_folders(tmp_path / "images")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    loose = open_source("folder", str(tmp_path / "images"), "train", 3)
+    packed = open_source("folder", str(tmp_path / "images.tar"), "train", 3)
+    assert packed.class_names == loose.class_names
+    assert packed.labels is not None
+    assert np.array_equal(packed.labels, loose.labels)  # pyright: ignore[reportArgumentType]
+    assert packed.labels.dtype == np.int64
+    assert packed.describe(0) == f"{tmp_path / 'images.tar'}/images/class9/000.png"
+
+
+def test_images_outside_of_class_folders_leave_a_set_without_labels(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 3)
+    flat = open_source("folder", str(tmp_path / "flat"), "train", 3)
+    assert (flat.labels, flat.class_names) == (None, None)
+    with tarfile.open(tmp_path / "flat.tar", "w") as tar:
+        tar.add(tmp_path / "flat", "flat")
+    packed = open_source("folder", str(tmp_path / "flat.tar"), "train", 3)
+    assert (packed.labels, packed.class_names) == (None, None)
+    mixed = class_folders(tmp_path / "mixed")
+    write_images(mixed, 1)
+    source = open_source("folder", str(mixed), "train", 3)
+    assert (len(source), source.labels, source.class_names) == (7, None, None)
+
+
+def test_a_validation_set_that_lacks_a_class_keeps_the_numbers_of_training(tmp_path: Path) -> None:
+    train = open_source("folder", str(class_folders(tmp_path / "train")), "train", 3)
+    write_images(tmp_path / "val" / "owl", 2)
+    write_images(tmp_path / "val" / "class9", 1)
+    val = open_source("folder", str(tmp_path), "val", 3)
+    assert labels_by(val, train.class_names, "val").tolist() == [0, 2, 2]
+    assert labels_by(val, None, "val").tolist() == [0, 1, 1]
+    write_images(tmp_path / "val" / "emu", 1)
+    val = open_source("folder", str(tmp_path), "val", 3)
+    with pytest.raises(UserError, match=r"data\.root=x, split val: class 'emu' is not among the 3 classes"):
+        labels_by(val, train.class_names, "data.root=x, split val")
+
+
+def test_classes_of_one_name_keep_their_numbers(tmp_path: Path) -> None:
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 2], ["crane", "lizard", "crane"])
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert labels_by(source, source.class_names, "it").tolist() == [0, 1, 2]
+
+
+def test_asking_for_labels_that_are_not_there_says_how_to_give_them(tmp_path: Path) -> None:
+    write_images(tmp_path, 2)
+    with pytest.raises(
+        UserError, match=r"it: no labels; put the images of each class into a sub-folder .*labels\.npy"
+    ):
+        labels_by(open_source("folder", str(tmp_path), "train", 3), None, "it")
+
+
+def labelled(root: Path, number: int = 40, channels: int = 3) -> Source:
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (number, 4, 4, channels), dtype=np.uint8)
+    save_arrays(root, coarse.repeat(8, 1).repeat(8, 2), np.arange(number) % 4)
+    return open_source("arrays", str(root), "train", channels)
+
+
+def test_a_share_of_each_class_is_exact_nested_and_chosen_by_the_seed(tmp_path: Path) -> None:
+    source = labelled(tmp_path, number=42)  # 11, 11, 10, 10
+    chosen: dict[float, set[str]] = {}
+    for fraction in (0.01, 0.1, 0.5, 0.9, 1.0):
+        part = share_of_each_class(source, fraction, seed=3)
+        assert part.labels is not None
+        counts = np.bincount(part.labels).tolist()
+        assert counts == [max(1, round(fraction * n)) for n in (11, 11, 10, 10)]
+        chosen[fraction] = {part.describe(i) for i in range(len(part))}
+        for i in range(len(part)):
+            index = int(part.describe(i).split("[")[1][:-1])
+            assert part.labels[i] == index % 4
+            assert torch.equal(part.load(i), source.load(index))
+    assert chosen[0.01] <= chosen[0.1] < chosen[0.5] < chosen[0.9] < chosen[1.0]
+    again = share_of_each_class(source, 0.5, seed=3)
+    assert {again.describe(i) for i in range(len(again))} == chosen[0.5]
+    other = share_of_each_class(source, 0.5, seed=4)
+    assert {other.describe(i) for i in range(len(other))} != chosen[0.5]
