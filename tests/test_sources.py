@@ -99,7 +99,7 @@ def test_a_root_without_splits_is_the_training_set_or_the_split_that_it_is_named
         tar.add(tmp_path / "images", "images")
     save_arrays(tmp_path / "arrays", np.zeros((6, 4, 4, 3), np.uint8))
     for name, root in (("folder", "images"), ("folder", "images.tar"), ("arrays", "arrays")):
-        assert len(open_source(name, str(tmp_path / root), "train", 3)) == 6
+        assert [len(open_source(name, str(tmp_path / root), split, 3)) for split in ("train", ".")] == [6, 6]
         assert "(found: none)" in error_of(name, str(tmp_path / root), "val", 3)
         assert len(open_source(name, str(tmp_path / root), "val", 3, whole_root=True)) == 6
 

@@ -97,8 +97,8 @@ def _holds_arrays(folder: str) -> bool:
 def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
     """Return the folder of a split: ROOT/SPLIT, under any of its names, or else ROOT.
 
-    ROOT itself is the training images, or with `whole_root` any split's, where arrays lie right in it, or it has no
-    folder of another split, whose images would be among them.
+    ROOT itself is the training images (or ".", or with `whole_root` any split) where arrays lie right in it, or no
+    folder in it is named like a split, whose images would be among them.
     """
     holds_images = _holds_arrays if arrays else os.path.isdir
     synonyms = next((names for names in SYNONYMS if split in names), ())
@@ -109,7 +109,7 @@ def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: 
     inside = sorted(os.listdir(root)) if os.path.isdir(root) else []
     named = inside if arrays else [name for name in inside if any(name.lower() in names for names in SYNONYMS)]
     found = [name for name in named if holds_images(os.path.join(root, name))]
-    if (whole_root or split in SYNONYMS[0]) and (holds_images(root) if arrays else not found):
+    if (whole_root or split in (*SYNONYMS[0], ".")) and (holds_images(root) if arrays else not found):
         return root
     lacks = f"no split {split!r} in it"
     if arrays:
@@ -132,7 +132,7 @@ def open_source(
     Args:
         name: "folder" (or a .tar as root), "arrays", or a map-style name of timm's `create_dataset`.
         root: the folder, tar file or cache folder.
-        split: a folder of that name inside `root`; "train" is all of `root` where no split has a folder.
+        split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
         in_chans: channels the model wants.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
         key: that names `root`, for messages.
