@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 
 from fcmae.data.views import PixelNormalizer
 from fcmae.loss import patch_statistics
-from fcmae.masking import ids_to_visible, sample_visible_ids
+from fcmae.masking import ids_to_booleans, sample_visible_ids
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape, patchify, pick_patches, unpatchify
 
@@ -40,7 +40,7 @@ def reconstruct(
     if norm_pix_loss:
         mean, std = patch_statistics(pick_patches(images.float(), hidden_ids, patch))
         pred = pred * std + mean
-    visible = ~ids_to_visible(hidden_ids, patches.shape[1])[..., None]  # (b, L, 1)
+    visible = ~ids_to_booleans(hidden_ids, patches.shape[1])[..., None]  # (b, L, 1)
     grid = (images.shape[2] // patch, images.shape[3] // patch)
     pixels = visible.expand(-1, -1, patch * patch)
     return (

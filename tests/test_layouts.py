@@ -18,7 +18,7 @@ from fcmae.encoder.convnext import GRN, Block, ConvNeXtV2, DropPath, Layout
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
 from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites
-from fcmae.masking import count_visible, ids_to_visible
+from fcmae.masking import count_visible, ids_to_booleans
 
 MINKOWSKI = pytest.param("minkowski", marks=pytest.mark.minkowski)
 SPARSE = ("masked", "packed", MINKOWSKI)
@@ -41,7 +41,7 @@ def make_sites(layout: Layout, grid: tuple[int, int], ids: Tensor, k: int) -> Si
 
 def pixels_of(ids: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Booleans (b, 1, H, W), True at visible pixels."""
-    visible = ids_to_visible(ids, grid[0] * grid[1]).view(-1, 1, *grid)
+    visible = ids_to_booleans(ids, grid[0] * grid[1]).view(-1, 1, *grid)
     return visible.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
@@ -81,7 +81,7 @@ def test_hidden_cells_of_the_features_are_exactly_zero(layout: Layout) -> None:
     encoder = small_encoder(stem_stride=1)
     ids = some_ids(2, 12, 5)
     features = encoder.features(torch.randn(2, 3, 24, 32, dtype=torch.float64), ids, layout)
-    visible = ids_to_visible(ids, 12).view(2, 3, 4)
+    visible = ids_to_booleans(ids, 12).view(2, 3, 4)
     assert torch.equal(features.abs().amax(-1) > 0, visible)
     assert not features[~visible].any()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fcmae.encoder.convnext import LAYOUTS, Block, Layout
 from fcmae.loss import hidden_patch_loss
-from fcmae.masking import count_visible, hidden_ids, ids_to_visible, sample_visible_ids
+from fcmae.masking import count_visible, hidden_ids, ids_to_booleans, sample_visible_ids
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape, patchify, pick_patches, unpatchify
 
@@ -140,7 +140,7 @@ def test_every_patch_is_visible_equally_often() -> None:
     frequency = torch.bincount(ids.flatten(), minlength=16) / n
     p = 6 / 16
     assert (frequency - p).abs().max() < 5 * math.sqrt(p * (1 - p) / n)
-    visible = ids_to_visible(ids, 16).double()
+    visible = ids_to_booleans(ids, 16).double()
     together = (visible.T @ visible / n)[~torch.eye(16, dtype=torch.bool)]
     assert (together - 6 * 5 / (16 * 15)).abs().max() < 0.02
 
@@ -148,7 +148,7 @@ def test_every_patch_is_visible_equally_often() -> None:
 def test_visible_and_hidden_ids_partition_the_patches() -> None:
     ids = some_ids(5, 15, 4)[:, torch.randperm(4)]
     hidden = hidden_ids(ids, 15)
-    visible = ids_to_visible(ids, 15)
+    visible = ids_to_booleans(ids, 15)
     assert visible.dtype == torch.bool
     assert torch.equal(torch.cat([ids, hidden], 1).sort(1).values, torch.arange(15).expand(5, 15))
     assert (hidden.diff(dim=1) > 0).all()
@@ -201,7 +201,7 @@ def test_visible_patches_never_reach_the_loss(norm_pix_loss: bool) -> None:
     ids = some_ids(2, 12, 5)
     hidden = hidden_ids(ids, 12)
     pred, images = torch.randn(2, 7, 48), torch.randn(2, 3, 12, 16)
-    visible = ids_to_visible(ids, 12).view(2, 1, 3, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    visible = ids_to_booleans(ids, 12).view(2, 1, 3, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     loss = hidden_patch_loss(pred, images, hidden, 4, norm_pix_loss=norm_pix_loss)
     spoilt = torch.where(visible, torch.nan, images)
     assert torch.equal(hidden_patch_loss(pred, spoilt, hidden, 4, norm_pix_loss=norm_pix_loss), loss)
@@ -216,7 +216,7 @@ def test_picked_patches_are_those_of_patchify() -> None:
 def test_hidden_pixels_never_reach_the_prediction(layout: Layout) -> None:
     model = small_model(layout=layout)
     images, ids = torch.randn(2, 3, 48, 48), some_ids(2, 9, 4)
-    pixels = ids_to_visible(ids, 9).view(2, 1, 3, 3).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    pixels = ids_to_booleans(ids, 9).view(2, 1, 3, 3).repeat_interleave(16, 2).repeat_interleave(16, 3)
     clean, spoilt = model(images, ids), model(torch.where(pixels, images, torch.nan), ids)
     assert torch.equal(clean.pred, spoilt.pred)
 
@@ -244,7 +244,7 @@ def test_layouts_give_the_same_loss_and_gradients() -> None:
 def test_the_encoders_output_does_not_change_hidden_cells_of_the_decoder_input() -> None:
     decoder = small_model().decoder
     features, ids = torch.randn(2, 3, 4, 32), some_ids(2, 12, 5)
-    is_hidden = ids_to_visible(ids, 12).view(2, 3, 4, 1)
+    is_hidden = ids_to_booleans(ids, 12).view(2, 3, 4, 1)
     assert torch.equal(decoder(features, ids), decoder(features.masked_fill(is_hidden, torch.nan), ids))
 
 
