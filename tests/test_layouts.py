@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     TINY,
     assert_same,
@@ -13,11 +14,13 @@ from conftest import (
     some_ids,
 )
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
-from fcmae.encoder.convnext import GRN, Block, ConvNeXtV2, DropPath, Layout
+from fcmae.encoder.convnext import Block, ConvNeXtV2, Layout, set_fused
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
 from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites
+from fcmae.encoder.responses import GRN
 from fcmae.masking import count_visible, ids_to_booleans
 
 MINKOWSKI = pytest.param("minkowski", marks=pytest.mark.minkowski)
@@ -265,23 +268,6 @@ def test_sum_and_norm_are_taken_over_active_sites_of_each_image(layout: Layout) 
         assert relative_error(sites.norm(x)[i], rows.square().sum(0).sqrt()) <= 1e-12
 
 
-@pytest.mark.parametrize("layout", SPARSE)
-def test_grn_of_batch_scope_norms_over_the_sites_of_the_whole_batch(layout: Layout) -> None:
-    ids = some_ids(3, 12, 5)
-    sites = make_sites(layout, (3, 4), ids, 2)
-    dense = torch.randn(3, 6, 8, 7, dtype=torch.float64)
-    grn = randomise(GRN(7, scope="batch").double())
-    active = pixels_of(ids, (3, 4), 2).permute(0, 2, 3, 1)
-    norm = (dense * active).square().sum((0, 1, 2)).sqrt()
-    expected = grn.gamma * (dense * norm / (norm.mean() + 1e-6)) + grn.beta + dense
-    assert relative_error(sites.scatter(grn(sites.gather(dense), sites)), expected * active) <= 1e-12
-
-    encoder = small_encoder(stem_stride=1, grn_scope="batch")
-    images = torch.randn(3, 3, 24, 32, dtype=torch.float64)
-    together = encoder.features(images, ids, layout)
-    assert relative_error(encoder.features(images[:1], ids[:1], layout), together[:1]) > 1e-3
-
-
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 @pytest.mark.parametrize("layout", ["dense", *SPARSE])
 def test_gradient_checkpointing_changes_no_gradient(layout: Layout, drop_path: float) -> None:
@@ -296,24 +282,92 @@ def test_gradient_checkpointing_changes_no_gradient(layout: Layout, drop_path: f
     assert_same(results[1], results[0], tolerance=0.0)
 
 
+def some_sites(layout: Layout, batch: int) -> Sites:
+    """Sites of two of four patches, each 2 x 2 sites; all of them if dense."""
+    if layout == "dense":
+        return DenseSites((4, 4))
+    return make_sites(layout, (2, 2), torch.tensor([[1, 2]]).expand(batch, 2), 2)
+
+
 @pytest.mark.parametrize("layout", ["dense", *SPARSE])
-def test_drop_path_drops_whole_images_and_keeps_the_expectation(layout: Layout) -> None:
-    batch, rate = 4000, 0.3
-    ids = torch.tensor([[1, 2]]).expand(batch, 2)
-    sites = DenseSites((2, 2)) if layout == "dense" else make_sites(layout, (2, 2), ids, 1)
-    x = sites.gather(1 + torch.rand(batch, 2, 2, 3, dtype=torch.float64))
-    drop = DropPath(rate)
-    ratio = (drop(x, sites) / x).flatten(1).round(decimals=9)
-    assert torch.equal(ratio.amin(1), ratio.amax(1))
-    assert set(ratio[:, 0].tolist()) == {0.0, round(1 / (1 - rate), 9)}
-    assert ratio.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert drop.eval()(x, sites) is x
+def test_drop_path_drops_the_branch_of_whole_images_and_keeps_the_expectation(layout: Layout) -> None:
+    batch, rate = 500, 0.3
+    dropping, whole = (randomise(Block(3, drop_path=drop_path)).double() for drop_path in (rate, 0.0))
+    dropping.load_state_dict(whole.state_dict())
+    sites = some_sites(layout, batch)
+    x = sites.gather(torch.randn(batch, 4, 4, 3, dtype=torch.float64))
+    branch = whole(x, sites) - x
+    torch.manual_seed(7)
+    dropped = dropping(x, sites) - x
+    torch.manual_seed(7)
+    kept = torch.empty(batch, 1, dtype=torch.float64).bernoulli_(1 - rate)
+    assert relative_error(dropped, branch * sites.spread(kept / (1 - rate), x)) <= 1e-12
+    assert kept.mean().item() == pytest.approx(1 - rate, abs=0.1)
+    assert torch.equal(dropping.eval()(x, sites), whole(x, sites))
 
 
 def test_drop_path_rises_linearly_from_zero() -> None:
     encoder = ConvNeXtV2(TINY, drop_path=0.4)
-    rates = [module.rate for module in encoder.modules() if isinstance(module, DropPath)]
+    rates = [module.p for module in encoder.modules() if isinstance(module, StochasticDepth)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("layout", ["dense", *SPARSE])
+def test_fused_blocks_compute_what_their_modules_compute(layout: Layout) -> None:
+    encoder = small_encoder(stem_stride=1)
+    images = torch.randn(2, 3, 32, 40, dtype=torch.float64)
+    ids = None if layout == "dense" else some_ids(2, 20, 8)
+    fused = features_and_gradients(encoder, images, ids, layout)
+    set_fused(encoder, False)
+    assert_same(features_and_gradients(encoder, images, ids, layout), fused)
+
+
+@pytest.mark.parametrize("layout", ["dense", *SPARSE])
+def test_hooks_on_a_blocks_modules_fire_unless_it_is_fused(layout: Layout) -> None:
+    block = randomise(Block(3))
+    sites = some_sites(layout, 2)
+    x = sites.gather(torch.randn(2, 4, 4, 3))
+    fired: list[str] = []
+    for name, child in block.named_children():
+        child.register_forward_hook(lambda *_, name=name: fired.append(name))
+    block(x, sites)
+    modules = ["dwconv", "norm", "pwconv1", "act", "grn", "pwconv2", "drop_path"]
+    assert fired == (modules if layout == "masked" else ["drop_path"])
+    fired.clear()
+    set_fused(block, False)
+    out = block(x, sites)
+    assert fired == modules
+    block.pwconv2.register_forward_hook(lambda module, inputs, branch: torch.zeros_like(branch))
+    assert torch.equal(block(x, sites), x)
+    assert not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("layout", ["dense", *SPARSE])
+def test_a_block_takes_any_response_and_fuses_only_grn(layout: Layout) -> None:
+    class Mean(nn.Module):
+        """Adds each channel's mean over the active sites of the image."""
+
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, x: Tensor, sites: Sites) -> Tensor:
+            return x + sites.spread(sites.sum(x) / sites.num_active, x)
+
+    block = randomise(Block(3, response=Mean)).double()
+    assert isinstance(block.grn, Mean)
+    assert block.grn.dim == 12
+    set_fused(block, True)
+    assert not block.fused
+    sites = some_sites(layout, 2)
+    dense = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    active = sites.scatter(sites.gather(torch.ones_like(dense)))[..., :1]
+    conv = block.dwconv
+    h = F.conv2d((dense * active).permute(0, 3, 1, 2), conv.weight, conv.bias, padding=3, groups=3)
+    h = F.gelu(block.pwconv1(block.norm(h.permute(0, 2, 3, 1))))
+    h = h + (h * active).sum((1, 2), keepdim=True) / active.sum((1, 2), keepdim=True)
+    expected = (dense + block.pwconv2(h)) * active
+    assert relative_error(sites.scatter(block(sites.gather(dense), sites)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("layout", SPARSE)

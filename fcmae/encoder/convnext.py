@@ -72,7 +72,7 @@ def require_layout(layout: Layout) -> None:
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of odd size K over the sites of any layout, which computes it; as `nn.Conv2d` otherwise."""
+    """Depthwise `nn.Conv2d` of odd size, called with a map and its sites, whose layout computes it."""
 
     def __init__(self, dim: int, kernel_size: int = 7) -> None:
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
@@ -91,13 +91,13 @@ class Block(nn.Module):
     """
 
     fused: bool
-    """Compute the branch in two operations, which keep fewer maps, where the response has such an `mlp`; `set_fused`
-    switches it for a whole network. Off, each child module runs by itself and forward hooks fire, as they do
-    whatever this says over `MaskedSites` and while exporting. Same numbers up to rounding."""
+    """Whether the branch is computed in two fused operations, on by default where the response has an `mlp`.
 
-    def __init__(
-        self, dim: int, *, response: Callable[[int], nn.Module] = GRN, drop_path: float = 0.0
-    ) -> None:
+    Off, each child module runs and its forward hooks fire, which takes more time and memory for the same numbers up
+    to rounding; so it is over `MaskedSites` and in `torch.export` whatever this says. See `set_fused`.
+    """
+
+    def __init__(self, dim: int, *, response: Callable[[int], nn.Module] = GRN, drop_path: float = 0.0) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -119,7 +119,10 @@ class Block(nn.Module):
 
 
 def set_fused(network: nn.Module, fused: bool) -> None:
-    """Switch `Block.fused` of all blocks in a network, such as an encoder, its decoder, or both in an `FCMAE`."""
+    """Switch `Block.fused` of all blocks in a network: an encoder, a decoder, or both in an `FCMAE`.
+
+    With `fused=False` forward hooks on the blocks' modules fire (`pwconv1`, `grn`, ...); set it before compiling.
+    """
     for module in network.modules():
         if isinstance(module, Block):
             module.fused = fused and hasattr(module.grn, "mlp")

@@ -1,14 +1,13 @@
 """The layouts of a feature map: the only code that knows where features lie in space.
 
-A *layout* answers the questions of `Sites`; everything else in a ConvNeXt works on the last axis and runs on any of
-them unchanged. "Sites" are the positions at which features exist, "active" sites
-those of visible patches.
+A *layout* answers the questions of `Sites`; everything else in a ConvNeXt V2 works on the last axis and runs on any
+of them unchanged. "Sites" are the positions at which features exist, "active" sites those of visible patches.
 
 Invariants, on which every layout relies:
 
 - Features at inactive sites are unspecified and never read.
 - A patch is 8 -> 4 -> 2 -> 1 sites per side through the four stages, so each 2x2 downsampling window is wholly
-  visible or wholly hidden. Divisibility is checked once, in `ConvNeXtV2.features`.
+  visible or wholly hidden. Divisibility is checked once, in `ConvNeXtV2.sites`.
 - Visibility is `visible_ids` (b, p), int64, without repeats, p the same for every image: static shapes.
 - Parameters are plain `nn.Conv2d`, `nn.Linear`, `nn.LayerNorm`; a layout reads `conv.weight` and owns nothing.
 - Hidden pixels never reach a number that is kept: they may be NaN.
@@ -48,8 +47,8 @@ def conv2d_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, **kwarg
 class Sites(ABC):
     """A layout: what a ConvNeXt needs to know of space.
 
-    x is a feature map in the layout's own storage, batch first and channels last. All of it is active sites, except
-    in `MaskedSites`, which alone overrides what follows from that: a sum over the middle axes is one over the sites.
+    x is a feature map in the layout's own storage, batch first and channels last. Only active sites are stored, so
+    that sums over the middle axes are sums over them; `MaskedSites` stores all, and alone overrides what sums.
     """
 
     all_active: ClassVar[bool] = True
