@@ -321,7 +321,7 @@ def peak_memory(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace
     options = ["variant", "image_size", "batch", "threads", "device", "precision"]
     options += ["official"] if args.official else []
     flags = [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in options]
-    command = [sys.executable, sys.argv[0], *flags, f"--measure-memory={way.name}"]
+    command = [sys.executable, __file__, *flags, f"--measure-memory={way.name}"]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

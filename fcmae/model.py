@@ -29,6 +29,8 @@ class FCMAEOutput:
 class FCMAE(nn.Module):
     """Fully convolutional masked autoencoder (arXiv 2301.00808, section 3).
 
+    `set_fused(model, False)` runs the blocks of encoder and decoder module by module, see `ConvNeXtV2`.
+
     Args:
         variant: a name of `fcmae.VARIANTS` or an explicit (depths, dims).
         in_chans: channels of the images.

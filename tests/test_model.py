@@ -244,7 +244,7 @@ def test_a_model_without_fused_operations_gives_the_same_loss_and_gradients() ->
     model = small_model(decoder_depth=2).double()
     images, ids = smooth_images(2, 3, 48, 64), some_ids(2, 12, 5)
     fired: list[nn.Module] = []
-    model.decoder.decoder[0].grn.register_forward_hook(lambda module, *_: fired.append(module))
+    model.decoder.get_submodule("decoder.0.grn").register_forward_hook(lambda module, *_: fired.append(module))
     results = []
     for fused in (True, False):
         set_fused(model, fused)

@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
-from fcmae.encoder.responses import GRN
+from fcmae.encoder.responses import GRN, Response
 from fcmae.patches import grid_shape
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
@@ -91,13 +91,13 @@ class Block(nn.Module):
     """
 
     fused: bool
-    """Whether the branch is computed in two fused operations, on by default where the response has an `mlp`.
+    """Compute the branch in two fused operations, which take less time and memory (the default).
 
-    Off, each child module runs and its forward hooks fire, which takes more time and memory for the same numbers up
-    to rounding; so it is over `MaskedSites` and in `torch.export` whatever this says. See `set_fused`.
+    False: each child module runs and its forward hooks fire; the numbers are the same up to rounding. Over
+    `MaskedSites`, in `torch.export` and with a response without `mlp` it is so whatever this says. See `set_fused`.
     """
 
-    def __init__(self, dim: int, *, response: Callable[[int], nn.Module] = GRN, drop_path: float = 0.0) -> None:
+    def __init__(self, dim: int, *, response: Callable[[int], Response] = GRN, drop_path: float = 0.0) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -106,12 +106,13 @@ class Block(nn.Module):
         self.grn = response(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = StochasticDepth(drop_path, mode="row")
-        self.fused = hasattr(self.grn, "mlp")
+        self.fused = True
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
-        if self.fused and sites.all_active and not torch.compiler.is_exporting():
+        mlp = self.grn.mlp if self.fused and sites.all_active and not torch.compiler.is_exporting() else None
+        if mlp is not None:
             h = as_autocast(sites.depthwise_norm(x, self.dwconv, self.norm.eps))
-            h = self.grn.mlp(h, self.norm, self.pwconv1, self.pwconv2)
+            h = mlp(h, self.norm, self.pwconv1, self.pwconv2)
         else:
             h = self.norm(self.dwconv(x, sites))
             h = self.pwconv2(self.grn(self.act(self.pwconv1(h)), sites))
@@ -125,7 +126,7 @@ def set_fused(network: nn.Module, fused: bool) -> None:
     """
     for module in network.modules():
         if isinstance(module, Block):
-            module.fused = fused and hasattr(module.grn, "mlp")
+            module.fused = fused
 
 
 def init_weights(module: nn.Module) -> None:
@@ -141,6 +142,8 @@ class ConvNeXtV2(nn.Module):
 
     Without classes the final LayerNorm has no parameters: released FCMAE weights and our own pretrained
     encoders have none, and pretraining does not use it.
+
+    Its blocks run in fused operations; `set_fused(encoder, False)` runs them module by module, for forward hooks.
 
     Args:
         variant: a name of `VARIANTS` or an explicit (depths, dims).

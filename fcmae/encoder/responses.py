@@ -1,8 +1,6 @@
-"""What stands in a block between GELU and the projection back: lets channels compete; knows no block, no layout.
+"""What stands in a block between GELU and the projection back; knows neither the block nor a particular layout."""
 
-A response is a module of so many channels whose forward takes a map and its sites and returns a map. One whose half
-of the block (norm's weight and bias, expand, GELU, response, project) is also a single operation has it as `mlp`.
-"""
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,17 @@ from fcmae.encoder.layouts import Sites
 from fcmae.ops.grn_mlp import grn_mlp
 
 
-class GRN(nn.Module):
+class Response(nn.Module):
+    """A module of so many channels whose forward takes a map and its sites, and returns a map of the same shape."""
+
+    mlp: Callable[[Tensor, nn.LayerNorm, nn.Linear, nn.Linear], Tensor] | None = None
+    """(x, norm, expand, project) -> project(self(gelu(expand(x * norm.weight + norm.bias)))) in one operation.
+
+    In x's dtype; x (b, ..., c) is normalised and holds active sites only. None where there is no such operation.
+    """
+
+
+class GRN(Response):
     """Global Response Normalization (paper, Algorithm 1): x + gamma * (x * N(x)) + beta over active sites.
 
     N(x) is the channel's L2 norm over the sites of its image, divided by the mean of these norms over channels.
@@ -30,10 +38,6 @@ class GRN(nn.Module):
         return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
 
     def mlp(self, x: Tensor, norm: nn.LayerNorm, expand: nn.Linear, project: nn.Linear) -> Tensor:
-        """Return project(self(gelu(expand(x * norm.weight + norm.bias)))) in one operation, in x's dtype.
-
-        x (b, ..., c), already normalised, holds active sites only.
-        """
         out = grn_mlp(
             x.flatten(1, -2),
             norm.weight,
