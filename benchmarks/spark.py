@@ -1,4 +1,4 @@
-"""The rival of the benchmarks: sparse convolution as SparK (arXiv 2301.03580, section 3.1) emulates it.
+"""The baseline of the benchmarks: sparse convolution as SparK (arXiv 2301.03580, section 3.1) emulates it.
 
 Written from the paper's description. Every convolution is an ordinary dense one whose output is multiplied by
 the mask; LayerNorm takes the active sites out as rows of channels, normalises them and puts them back among
@@ -56,7 +56,7 @@ class SparkSites(DenseSites):
         return super().sum(x * self.mask.to(x.dtype))
 
     def norm(self, x: Tensor) -> Tensor:
-        return super().norm(self.hide(x))  # in place: hidden features are anyone's, and a copy is memory
+        return super().norm(self.hide(x))  # in place: hidden features are never read, and a copy takes memory
 
     def hide(self, x: Tensor) -> Tensor:
         """Multiply x by the mask, in place."""
@@ -68,7 +68,7 @@ class SparkSites(DenseSites):
 
 
 class Visibility:
-    """The visible patches of the batch under way, shared by a network's LayerNorms, which do not see the sites."""
+    """The visible patches of the current batch, shared by a network's LayerNorms, which do not see the sites."""
 
     patches: PackedSites
 

@@ -80,7 +80,7 @@ def test_an_official_folder_that_is_none_is_refused(
 
 
 @pytest.mark.parametrize("leak", ["hide", "norm"])
-def test_a_leak_in_the_rival_stops_the_run(
+def test_a_leak_in_the_baseline_stops_the_run(
     modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, leak: str
 ) -> None:
     train_step, spark = modules
@@ -94,9 +94,9 @@ def test_a_leak_in_the_rival_stops_the_run(
 def test_spark_has_the_same_parameters(modules: tuple[Any, Any]) -> None:
     train_step, spark = modules
     args = train_step.parse_args(TINY)
-    rival, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
-    assert isinstance(rival.encoder, spark.SparkEncoder)
-    torch.testing.assert_close(rival.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    baseline, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
+    assert isinstance(baseline.encoder, spark.SparkEncoder)
+    torch.testing.assert_close(baseline.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
 def test_data_measures_every_way_of_loading_and_writes_json(

@@ -74,8 +74,8 @@ def test_hidden_pixels_never_reach_the_encoder(layout: Layout, filling: float) -
     ids = some_ids(3, 20, 8)
     visible = pixels_of(ids, (4, 5), 16)
     clean = features_and_gradients(encoder, images, ids, layout)
-    spoilt = features_and_gradients(encoder, torch.where(visible, images, filling), ids, layout)
-    assert_same(spoilt, clean, tolerance=0.0)
+    changed = features_and_gradients(encoder, torch.where(visible, images, filling), ids, layout)
+    assert_same(changed, clean, tolerance=0.0)
     assert not clean["images"][~visible.expand_as(images)].any()
 
 

@@ -202,8 +202,8 @@ def test_visible_patches_never_reach_the_loss(norm_pix_loss: bool) -> None:
     pred, images = torch.randn(2, 7, 48), torch.randn(2, 3, 12, 16)
     visible = ids_to_booleans(ids, 12).view(2, 1, 3, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     loss = hidden_patch_loss(pred, images, hidden, 4, norm_pix_loss=norm_pix_loss)
-    spoilt = torch.where(visible, torch.nan, images)
-    assert torch.equal(hidden_patch_loss(pred, spoilt, hidden, 4, norm_pix_loss=norm_pix_loss), loss)
+    changed = torch.where(visible, torch.nan, images)
+    assert torch.equal(hidden_patch_loss(pred, changed, hidden, 4, norm_pix_loss=norm_pix_loss), loss)
 
 
 def test_picked_patches_are_those_of_patchify() -> None:
@@ -216,8 +216,8 @@ def test_hidden_pixels_never_reach_the_prediction(layout: Layout) -> None:
     model = small_model(layout=layout)
     images, ids = torch.randn(2, 3, 48, 48), some_ids(2, 9, 4)
     pixels = ids_to_booleans(ids, 9).view(2, 1, 3, 3).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    clean, spoilt = model(images, ids), model(torch.where(pixels, images, torch.nan), ids)
-    assert torch.equal(clean.pred, spoilt.pred)
+    clean, changed = model(images, ids), model(torch.where(pixels, images, torch.nan), ids)
+    assert torch.equal(clean.pred, changed.pred)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])

@@ -1,4 +1,4 @@
-"""Fused operations agree with obvious formulas by each of their versions, forward and gradient, and compile."""
+"""Fused operations agree with plain formulas in each of their versions, forward and gradient, and compile."""
 
 import os
 import subprocess
@@ -121,7 +121,7 @@ def patches(b: int, grid: tuple[int, int], p: int, k: int, c: int, size: int) ->
 
 
 def depthwise_of_images(x: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The obvious version: each patch put where it belongs in an image of zeros, convolved, taken out again."""
+    """The plain version: each patch is put where it belongs in an image of zeros, convolved and taken out again."""
     b, p, k, _, c = x.shape
     out = []
     for image_x, image_ids in zip(x, ids.tolist(), strict=True):

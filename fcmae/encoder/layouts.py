@@ -34,7 +34,7 @@ def normalise(x: Tensor, eps: float) -> Tensor:
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """Cast to the dtype of the autocast under way, if there is one, where a gradient's way back sees it."""
+    """Cast to the dtype of the enabled autocast, if any, as an operation that autograd differentiates."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
