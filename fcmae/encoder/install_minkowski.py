@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from fcmae.errors import UserError, run_script
+from fcmae.files import write_bytes
 
 RELEASE = "MinkowskiEngine==0.5.4"
 SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
@@ -258,10 +259,8 @@ def main(argv: list[str]) -> int:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             built = build_wheel(cuda, Path(folder), log)
-            partial = cache / f"{built.name}.part"
-            shutil.copyfile(built, partial)
             wheel = cache / built.name
-            os.replace(partial, wheel)
+            write_bytes(wheel, built.read_bytes())
         print(f"built in {time.perf_counter() - started:.0f} s, kept as {wheel}")
     if not run(pip("install", "--no-deps", "--force-reinstall", "--quiet", str(wheel)), log):
         raise UserError(f"{wheel} could not be installed: {reason(log)}; delete it to build it again")
