@@ -16,7 +16,7 @@ from conftest import (
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from fcmae.encoder.convnext import Block, ConvNeXtV2, Layout, set_fused
+from fcmae.encoder.convnext import Block, ConvNeXtV2, DropPath, Layout, set_fused
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
 from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites
@@ -306,9 +306,21 @@ def test_drop_path_drops_the_branch_of_whole_images_and_keeps_the_expectation(la
     assert torch.equal(dropping.eval()(x, sites), whole(x, sites))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 7, 5), (64, 3, 2, 5), (64, 3, 2, 2, 5)])
+def test_drop_path_is_torchvisions_stochastic_depth_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    results = []
+    for drop in (DropPath(0.3), StochasticDepth(0.3, mode="row")):
+        torch.manual_seed(7)
+        results.append((drop.train()(x), torch.rand(1)))
+        assert drop.eval()(x) is x
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
 def test_drop_path_rises_linearly_from_zero() -> None:
     encoder = ConvNeXtV2(TINY, drop_path=0.4)
-    rates = [module.p for module in encoder.modules() if isinstance(module, StochasticDepth)]
+    rates = [module.rate for module in encoder.modules() if isinstance(module, DropPath)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 
 
