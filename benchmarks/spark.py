@@ -1,8 +1,8 @@
-"""The rival of the benchmarks: sparse convolution as SparK (arXiv 2301.03580, section 3.1) emulates it.
+"""The baseline of the benchmarks: sparse convolution as SparK (arXiv 2301.03580, section 3.1) emulates it.
 
 Written from the paper's description. Every convolution is an ordinary dense one whose output is multiplied by
 the mask; LayerNorm takes the active sites out as rows of channels, normalises them and puts them back among
-zeros; linear layers and GELU run on all sites, and a block's branch is multiplied by the mask at its end.
+zeros; linear layers and GELU run on all sites, and a block's output is multiplied by the mask.
 GRN, which SparK's networks do not have, is that of a masked dense block: norms over active sites.
 
 Where the paper leaves a choice, the faster one is taken: channels last throughout, one mask per stage instead of
@@ -15,7 +15,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from fcmae.encoder.convnext import Block, ConvNeXtV2, Variant
-from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites, conv2d_channels_last, l2_norm
+from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites, conv2d_channels_last
 from fcmae.encoder.packed import PackedSites
 from fcmae.patches import grid_shape
 
@@ -24,6 +24,7 @@ from fcmae.patches import grid_shape
 class SparkSites(DenseSites):
     """Dense storage (b, h, w, c); features at hidden sites are zero between blocks."""
 
+    all_active = False
     mask: Tensor
     """float32 (b, h, w, 1), one at active sites."""
     patches: PackedSites
@@ -55,7 +56,7 @@ class SparkSites(DenseSites):
         return super().sum(x * self.mask.to(x.dtype))
 
     def norm(self, x: Tensor) -> Tensor:
-        return l2_norm(self.hide(x), (1, 2))  # in place: hidden features are anyone's, and a copy is memory
+        return super().norm(self.hide(x))  # in place: hidden features are never read, and a copy takes memory
 
     def hide(self, x: Tensor) -> Tensor:
         """Multiply x by the mask, in place."""
@@ -65,13 +66,9 @@ class SparkSites(DenseSites):
     def num_active(self) -> int:
         return self.patches.num_active
 
-    @property
-    def all_active(self) -> bool:
-        return False
-
 
 class Visibility:
-    """The visible patches of the batch under way, shared by a network's LayerNorms, which are not told them."""
+    """The visible patches of the current batch, shared by a network's LayerNorms, which do not see the sites."""
 
     patches: PackedSites
 
@@ -89,14 +86,6 @@ class SparkLayerNorm(nn.LayerNorm):
         return patches.scatter(super().forward(patches.gather(input)))
 
 
-class HideBranch(nn.Module):
-    """Stands where a block's `drop_path` does (nothing is dropped in pretraining): masks the branch's end."""
-
-    def forward(self, x: Tensor, sites: Sites) -> Tensor:
-        assert isinstance(sites, SparkSites)
-        return sites.hide(x)
-
-
 class SparkEncoder(ConvNeXtV2):
     """`ConvNeXtV2` with the same parameters by the same names, computed over `SparkSites` whatever the layout."""
 
@@ -105,7 +94,7 @@ class SparkEncoder(ConvNeXtV2):
         self.visibility = Visibility()
         for module in [*self.downsample_layers.modules(), *self.stages.modules()]:
             if isinstance(module, Block):
-                module.add_module("drop_path", HideBranch())
+                module.register_forward_hook(lambda block, inputs, out: inputs[1].hide(out))
             for name, child in list(module.named_children()):
                 if type(child) is nn.LayerNorm:
                     module.add_module(name, SparkLayerNorm(child, self.visibility))

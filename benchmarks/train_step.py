@@ -48,7 +48,7 @@ from spark import SparkEncoder
 from torch import Tensor
 
 from fcmae import FCMAE, VARIANTS, FCMAEOutput, sample_visible_ids
-from fcmae.encoder.convnext import LAYOUTS, Layout, require_layout
+from fcmae.encoder.convnext import LAYOUTS, Layout, require_layout, set_fused
 from fcmae.masking import count_visible
 from fcmae.training.launch import keep_freed_memory
 from fcmae.training.optim import build_adamw
@@ -138,6 +138,8 @@ def build_model(way: str, args: argparse.Namespace) -> FCMAE | Official:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "grn" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    if way == "plain":
+        set_fused(model.encoder, False)
     if way == "spark":
         encoder = SparkEncoder(args.variant)
         encoder.load_state_dict(model.encoder.state_dict())
@@ -319,7 +321,7 @@ def peak_memory(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace
     options = ["variant", "image_size", "batch", "threads", "device", "precision"]
     options += ["official"] if args.official else []
     flags = [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in options]
-    command = [sys.executable, sys.argv[0], *flags, f"--measure-memory={way.name}"]
+    command = [sys.executable, __file__, *flags, f"--measure-memory={way.name}"]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

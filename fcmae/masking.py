@@ -43,14 +43,13 @@ def sample_visible_ids(
     return noise.argsort(dim=1)[:, :p].sort(dim=1).values
 
 
-def ids_to_visible(visible_ids: Tensor, num_patches: int) -> Tensor:
-    """Turn ids (b, p) into booleans (b, L), True where visible."""
-    visible = torch.zeros(visible_ids.shape[0], num_patches, dtype=torch.bool, device=visible_ids.device)
-    return visible.scatter(1, visible_ids, True)
+def ids_to_booleans(ids: Tensor, num_patches: int) -> Tensor:
+    """Turn ids (b, p), of visible patches or of hidden ones, into booleans (b, L), True at these."""
+    return torch.zeros(len(ids), num_patches, dtype=torch.bool, device=ids.device).scatter(1, ids, True)
 
 
 def hidden_ids(visible_ids: Tensor, num_patches: int) -> Tensor:
     """Return the ids (b, L - p) of the patches that are not visible, sorted."""
-    visible = ids_to_visible(visible_ids, num_patches)
+    visible = ids_to_booleans(visible_ids, num_patches)
     hidden_first = visible.to(torch.uint8).argsort(dim=1, stable=True)
     return hidden_first[:, : num_patches - visible_ids.shape[1]]

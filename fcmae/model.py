@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fcmae.decoder import Decoder
+from fcmae.decoder import ConvNeXtDecoder
 from fcmae.encoder.convnext import ConvNeXtV2, Layout, Variant, require_layout
 from fcmae.loss import hidden_patch_loss
 from fcmae.masking import count_visible, hidden_ids, sample_visible_ids
-from fcmae.patches import grid_shape
 
 
 @dataclass
@@ -29,6 +28,8 @@ class FCMAEOutput:
 
 class FCMAE(nn.Module):
     """Fully convolutional masked autoencoder (arXiv 2301.00808, section 3).
+
+    `set_fused(model, False)` runs the blocks of encoder and decoder module by module, see `ConvNeXtV2`.
 
     Args:
         variant: a name of `fcmae.VARIANTS` or an explicit (depths, dims).
@@ -65,7 +66,7 @@ class FCMAE(nn.Module):
             raise ValueError(f"got decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: both at least 1")
         self.encoder = ConvNeXtV2(variant, in_chans=in_chans, stem_stride=stem_stride, drop_path=drop_path)
         self.patch_size = self.encoder.patch_size
-        self.decoder = Decoder(
+        self.decoder = ConvNeXtDecoder(
             self.encoder.dims[-1], self.patch_size**2 * in_chans, dim=decoder_dim, depth=decoder_depth
         )
         self.mask_ratio = mask_ratio
@@ -88,15 +89,14 @@ class FCMAE(nn.Module):
         Raises:
             ValueError: if shapes do not fit.
         """
-        grid = grid_shape((images.shape[-2], images.shape[-1]), self.patch_size)
-        num_patches = grid[0] * grid[1]
+        num_patches = images.shape[-2] // self.patch_size * (images.shape[-1] // self.patch_size)
         if visible_ids is None:
             ids = sample_visible_ids(len(images), num_patches, self.mask_ratio, generator, images.device)
             visible_ids = ids.to(images.device)
-        elif visible_ids.shape[-1] >= num_patches:
-            raise ValueError(f"all {num_patches} patches are visible: nothing is left to reconstruct")
+        features = self.encoder.features(images, visible_ids, self.layout)  # refuses what does not fit
         hidden = hidden_ids(visible_ids, num_patches)
-        features = self.encoder.features(images, visible_ids, self.layout)
+        if hidden.shape[1] == 0:
+            raise ValueError(f"all {num_patches} patches are visible: nothing is left to reconstruct")
         pred = self.decoder(features, hidden)
         loss = hidden_patch_loss(pred, images, hidden, self.patch_size, norm_pix_loss=self.norm_pix_loss)
         return FCMAEOutput(loss, pred, visible_ids, hidden)

@@ -37,10 +37,9 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def pick_patches(images: Tensor, ids: Tensor, patch: int) -> Tensor:
     """Cut only the patches `ids`, int64 (b, m), out of images (b, c, h, w): (b, m, patch * patch * c).
 
-    Raises:
-        ValueError: as `patchify`.
+    h and w are multiples of `patch`.
     """
-    grid = grid_shape((images.shape[-2], images.shape[-1]), patch)
+    grid = (images.shape[2] // patch, images.shape[3] // patch)
     return pick_cells(images.permute(0, 2, 3, 1), ids, grid).flatten(2)
 
 

@@ -12,7 +12,7 @@ from torchvision.utils import make_grid
 
 from fcmae.data.views import PixelNormalizer
 from fcmae.loss import patch_statistics
-from fcmae.masking import ids_to_visible, sample_visible_ids
+from fcmae.masking import ids_to_booleans, sample_visible_ids
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape, patchify, pick_patches, unpatchify
 
@@ -28,7 +28,7 @@ def reconstruct(
     """Return (reconstruction, visible): images (b, c, H, W) with predicted hidden patches, booleans (b, 1, H, W).
 
     The visible patches are pasted in. With `norm_pix_loss` the model predicts patches without mean and variance;
-    each hidden patch is given back its own from the original.
+    each hidden patch gets back its own from the original.
 
     Args:
         images: (b, c, H, W), normalised as the model saw them.
@@ -40,7 +40,7 @@ def reconstruct(
     if norm_pix_loss:
         mean, std = patch_statistics(pick_patches(images.float(), hidden_ids, patch))
         pred = pred * std + mean
-    visible = ~ids_to_visible(hidden_ids, patches.shape[1])[..., None]  # (b, L, 1)
+    visible = ~ids_to_booleans(hidden_ids, patches.shape[1])[..., None]  # (b, L, 1)
     grid = (images.shape[2] // patch, images.shape[3] // patch)
     pixels = visible.expand(-1, -1, patch * patch)
     return (
@@ -163,7 +163,7 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndar
     Up to 50 classes are named; up to 30 have their shares in percent written into the cells.
 
     Args:
-        confusion: (true class, first guess): number of images.
+        confusion: (true class, predicted class): number of images.
     """
     number = len(confusion)
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -188,7 +188,7 @@ def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndar
         ImageDraw.Draw(strip).text((0, 10), text, fill="black", font=font, anchor="lm")
         picture.paste(strip.rotate(90, expand=True), (x - 10, bottom - width))
 
-    pen.text((left + size // 2, margin), "first guess", fill="black", font=font, anchor="mm")
+    pen.text((left + size // 2, margin), "predicted class", fill="black", font=font, anchor="mm")
     upright("true class", 80, margin, top + size // 2 + 40)
     if named:
         for i, name in enumerate(class_names):

@@ -3,8 +3,6 @@
 import importlib
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,23 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--image-size=64", "--batch=2", "--device=cpu", "--threads=1"]
 ONCE = ["--warmup=0", "--rounds=1", "--steps=1"]
-WAYS = ["packed", "masked", "spark"]
+WAYS = ["packed", "masked"]
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """Import benchmarks/train_step.py and benchmarks/spark.py as the script itself does."""
+    """Import benchmarks/train_step.py and benchmarks/spark.py as the script itself does, which then run here."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("train_step"), importlib.import_module("spark")
 
 
-def test_train_step_prints_every_way_and_writes_json(tmp_path: Path) -> None:
-    options = [*TINY, *ONCE, "--ways", *WAYS, f"--json={tmp_path / 'out.json'}"]
-    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *options]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+def test_train_step_prints_every_way_and_writes_json(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_step, _ = modules
+    monkeypatch.setattr(train_step, "fastest", train_step.seconds_of)  # of one time, not of ten
+    train_step.main([*TINY, *ONCE, "--ways", *WAYS, f"--json={tmp_path / 'out.json'}"])
+    out = capsys.readouterr().out
     for way in WAYS:
         assert f"| {way} " in out
     written = json.loads((tmp_path / "out.json").read_text())
@@ -50,35 +51,37 @@ def test_the_counted_arithmetic_is_what_the_paper_sized_network_takes(modules: t
     assert train_step.work(args)["flop"] == pytest.approx(36e9, rel=0.05)  # 6.0 GMAC forward, three times that
 
 
-@pytest.mark.minkowski
-def test_train_step_measures_the_engine_and_its_own_convolution() -> None:
-    ways = ["packed", "minkowski", "channelwise"]
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "train_step.py"), *TINY, *ONCE, "--ways", *ways]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
-    for way in ways:
-        assert f"| {way} " in out
-        assert f"check: {way} differs from masked" in out
-
-
-def test_every_way_of_ours_gives_the_loss_and_gradient_of_masked(modules: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["packed", "plain", "masked-channels_last", "spark"],
+        pytest.param(["minkowski", "channelwise"], marks=pytest.mark.minkowski),
+    ],
+)
+def test_every_way_of_ours_gives_the_loss_and_gradient_of_masked_and_is_timed(
+    modules: tuple[Any, Any], ways: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_step, _ = modules
-    ways = ["packed", "plain", "masked-channels_last", "spark"]
-    args = train_step.parse_args([*TINY, "--image-size=96", "--ways", *ways])
-    assert list(train_step.check_ways(args)) == ways
+    monkeypatch.setattr(train_step, "peak_memory", lambda *_: None)  # takes a process of its own for each
+    monkeypatch.setattr(train_step, "limits", lambda _: {"flop_per_s": 1.0, "bytes_per_s": 1.0})  # takes seconds
+    train_step.main([*TINY, *ONCE, "--image-size=96", "--ways", *ways])
+    out = capsys.readouterr().out
+    for way in ways:
+        assert f"check: {way} differs from masked" in out
+        assert f"| {way} " in out
 
 
-def test_an_official_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    options = [*TINY, *ONCE, "--ways", "packed", "official", "--official", str(tmp_path)]
-    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode != 0
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith(f"error: --official {tmp_path}: holds no models/fcmae.py")
-    )
+def test_an_official_folder_that_is_none_is_refused(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step, _ = modules
+    monkeypatch.setattr(train_step, "limits", lambda _: {"flop_per_s": 1.0, "bytes_per_s": 1.0})
+    with pytest.raises(SystemExit, match=f"^error: --official {tmp_path}: holds no models/fcmae.py"):
+        train_step.main([*TINY, *ONCE, "--ways", "packed", "official", "--official", str(tmp_path)])
 
 
 @pytest.mark.parametrize("leak", ["hide", "norm"])
-def test_a_leak_in_the_rival_stops_the_run(
+def test_a_leak_in_the_baseline_stops_the_run(
     modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, leak: str
 ) -> None:
     train_step, spark = modules
@@ -92,15 +95,17 @@ def test_a_leak_in_the_rival_stops_the_run(
 def test_spark_has_the_same_parameters(modules: tuple[Any, Any]) -> None:
     train_step, spark = modules
     args = train_step.parse_args(TINY)
-    rival, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
-    assert isinstance(rival.encoder, spark.SparkEncoder)
-    torch.testing.assert_close(rival.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    baseline, ours = (train_step.build_model(layout, args) for layout in ("spark", "packed"))
+    assert isinstance(baseline.encoder, spark.SparkEncoder)
+    torch.testing.assert_close(baseline.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
-def test_data_measures_every_way_of_loading_and_writes_json(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "data.py"), "--image-size=32", "--batch=2"]
-    command += ["--batches=1", "--rounds=1", f"--json={tmp_path / 'out.json'}"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+def test_data_measures_every_way_of_loading_and_writes_json(
+    modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--image-size=32", "--batch=2", "--batches=1", "--rounds=1", f"--json={tmp_path / 'out.json'}"]
+    importlib.import_module("data").main(options)
+    out = capsys.readouterr().out
     ways = ["imagefolder", "timm", "webdataset", "folder", "prepared", "prepared, crops"]
     if importlib.util.find_spec("webdataset") is None:
         ways.remove("webdataset")
@@ -114,29 +119,29 @@ def test_data_measures_every_way_of_loading_and_writes_json(tmp_path: Path) -> N
     assert "13 JPEGs" in written["images"]
 
 
-def test_scaling_measures_every_axis(tmp_path: Path) -> None:
-    sizes = [
-        "--batches",
-        "1",
-        "2",
-        "--image-sizes",
-        "64",
-        "96",
-        "--mask-ratios",
-        "0.5",
-        "0.75",
-        "--depths",
-        "1",
-        "2",
-    ]
-    options = ["--threads=1", "--rounds=1", "--warmup=0", *sizes, f"--json={tmp_path / 'out.json'}"]
-    command = [sys.executable, str(BENCHMARKS / "scaling.py"), *options]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240).stdout
+def test_scaling_measures_every_axis(
+    modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"batches": "1 2", "image-sizes": "64 96", "mask-ratios": "0.5 0.75", "depths": "1 2"}
+    sizes = [word for name, pair in values.items() for word in (f"--{name}", *pair.split())]
+    options = ["--threads=1", "--rounds=1", "--warmup=0", "--batch=1", "--image-size=64", "--device=cpu", *sizes]
+    importlib.import_module("scaling").main([*options, f"--json={tmp_path / 'out.json'}"])
+    out = capsys.readouterr().out
     axes = json.loads((tmp_path / "out.json").read_text())["axes"]
     assert list(axes) == ["batch", "image size", "mask ratio", "depth"]
     for axis, rows in axes.items():
-        assert f"{axis}" in out
+        assert f"| {axis} |" in out
         assert len(rows) == 2
         assert all(row["ms"] > 0 and row["sites"] > 0 for row in rows)
     assert axes["batch"][1]["sites"] == 2 * axes["batch"][0]["sites"]
     assert axes["mask ratio"][0]["sites"] > axes["mask ratio"][1]["sites"]
+
+
+def test_profile_step_groups_the_time_of_a_step(
+    modules: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module("profile_step").main([*TINY, "--warmup=0", "--steps=1"])
+    out = capsys.readouterr().out
+    assert "| matrix products |" in out
+    assert "| depthwise convolutions |" in out
+    assert out.rstrip().endswith("100% |")

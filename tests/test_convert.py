@@ -263,8 +263,6 @@ def test_what_timm_cannot_be_told_is_refused() -> None:
         timm_config(small_encoder(), mean=MEAN, std=STD, image_size=65)
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
         timm_config(small_encoder(num_classes=3), mean=MEAN, std=STD, image_size=64, class_names=["a", "b"])
-    with pytest.raises(ValueError, match="grn_scope='batch'"):
-        timm_config(small_encoder(grn_scope="batch"), mean=MEAN, std=STD, image_size=64)
 
 
 def test_an_enlarged_stem_sees_on_enlarged_images_what_the_stem_sees() -> None:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from conftest import TINY, gradients, randomise, relative_error, small_encoder, smooth_images, some_ids
 from torch import nn
 
-from fcmae.encoder.convnext import GRN, VARIANTS, ConvNeXtV2, Layout, Variant
+from fcmae.encoder.convnext import VARIANTS, ConvNeXtV2, Layout, Variant
 from fcmae.encoder.layouts import DenseSites
+from fcmae.encoder.responses import GRN
 from fcmae.model import FCMAE
 
 COUNTS = {
@@ -193,7 +194,6 @@ def test_autocast_is_close_to_float32_and_its_gradients_are_finite(layout: Layou
         ({"num_classes": -1}, "num_classes=-1"),
         ({"drop_path": 1.0}, "drop_path"),
         ({"drop_path": -0.1}, "drop_path"),
-        ({"grn_scope": "pixel"}, "grn_scope"),
     ],
 )
 def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Building MinkowskiEngine: what is missing is told in one line, the source is mended, wheels are kept."""
+"""Building MinkowskiEngine: what is missing is named in one line, the source is fixed, wheels are kept."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Every command the script would run; all of them go well."""
+    """Every command the script would run; all of them succeed."""
     ran: list[list[str]] = []
     monkeypatch.setattr(install_minkowski, "run", lambda command, *_: ran.append(command) or True)
     return ran
@@ -159,13 +159,13 @@ def wheel_of(folder: Path, files: dict[str, str]) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_five_imports_are_mended_and_nothing_else(tmp_path: Path) -> None:
+def test_five_imports_are_fixed_and_nothing_else(tmp_path: Path) -> None:
     text = "import os\nfrom collections import Sequence\nx = 'from collections import Sequence'\n"
     files = {f"MinkowskiEngine/m{i}.py": text for i in range(4)}
     files["MinkowskiEngine/kernel.py"] = "from collections import Sequence, namedtuple\n"
     files["MinkowskiEngine/other.py"] = "from collections import OrderedDict\n"
-    mended = install_minkowski.mend(wheel_of(tmp_path, files), tmp_path, tmp_path / "log")
-    with zipfile.ZipFile(mended) as archive:
+    fixed = install_minkowski.fix_imports(wheel_of(tmp_path, files), tmp_path, tmp_path / "log")
+    with zipfile.ZipFile(fixed) as archive:
         after = {name: archive.read(name).decode() for name in files}
     for i in range(4):
         assert after[f"MinkowskiEngine/m{i}.py"] == text.replace(
@@ -179,8 +179,8 @@ def test_five_imports_are_mended_and_nothing_else(tmp_path: Path) -> None:
 
 def test_another_source_than_expected_is_refused(tmp_path: Path) -> None:
     wheel = wheel_of(tmp_path, {"MinkowskiEngine/m.py": "from collections import Sequence\n"})
-    with pytest.raises(UserError, match=r"expected five imports of collections\.Sequence to mend, found 1"):
-        install_minkowski.mend(wheel, tmp_path, tmp_path / "log")
+    with pytest.raises(UserError, match=r"expected five imports of collections\.Sequence to fix, found 1"):
+        install_minkowski.fix_imports(wheel, tmp_path, tmp_path / "log")
 
 
 def test_the_extra_names_what_the_build_imports() -> None:

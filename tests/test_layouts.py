@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     TINY,
     assert_same,
@@ -13,12 +14,14 @@ from conftest import (
     some_ids,
 )
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
-from fcmae.encoder.convnext import GRN, Block, ConvNeXtV2, DropPath, Layout
+from fcmae.encoder.convnext import Block, ConvNeXtV2, DropPath, Layout, set_fused
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
 from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites
-from fcmae.masking import count_visible, ids_to_visible
+from fcmae.encoder.responses import GRN, Response
+from fcmae.masking import count_visible, ids_to_booleans
 
 MINKOWSKI = pytest.param("minkowski", marks=pytest.mark.minkowski)
 SPARSE = ("masked", "packed", MINKOWSKI)
@@ -41,7 +44,7 @@ def make_sites(layout: Layout, grid: tuple[int, int], ids: Tensor, k: int) -> Si
 
 def pixels_of(ids: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Booleans (b, 1, H, W), True at visible pixels."""
-    visible = ids_to_visible(ids, grid[0] * grid[1]).view(-1, 1, *grid)
+    visible = ids_to_booleans(ids, grid[0] * grid[1]).view(-1, 1, *grid)
     return visible.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
@@ -71,8 +74,8 @@ def test_hidden_pixels_never_reach_the_encoder(layout: Layout, filling: float) -
     ids = some_ids(3, 20, 8)
     visible = pixels_of(ids, (4, 5), 16)
     clean = features_and_gradients(encoder, images, ids, layout)
-    spoilt = features_and_gradients(encoder, torch.where(visible, images, filling), ids, layout)
-    assert_same(spoilt, clean, tolerance=0.0)
+    changed = features_and_gradients(encoder, torch.where(visible, images, filling), ids, layout)
+    assert_same(changed, clean, tolerance=0.0)
     assert not clean["images"][~visible.expand_as(images)].any()
 
 
@@ -81,7 +84,7 @@ def test_hidden_cells_of_the_features_are_exactly_zero(layout: Layout) -> None:
     encoder = small_encoder(stem_stride=1)
     ids = some_ids(2, 12, 5)
     features = encoder.features(torch.randn(2, 3, 24, 32, dtype=torch.float64), ids, layout)
-    visible = ids_to_visible(ids, 12).view(2, 3, 4)
+    visible = ids_to_booleans(ids, 12).view(2, 3, 4)
     assert torch.equal(features.abs().amax(-1) > 0, visible)
     assert not features[~visible].any()
 
@@ -265,23 +268,6 @@ def test_sum_and_norm_are_taken_over_active_sites_of_each_image(layout: Layout) 
         assert relative_error(sites.norm(x)[i], rows.square().sum(0).sqrt()) <= 1e-12
 
 
-@pytest.mark.parametrize("layout", SPARSE)
-def test_grn_of_batch_scope_norms_over_the_sites_of_the_whole_batch(layout: Layout) -> None:
-    ids = some_ids(3, 12, 5)
-    sites = make_sites(layout, (3, 4), ids, 2)
-    dense = torch.randn(3, 6, 8, 7, dtype=torch.float64)
-    grn = randomise(GRN(7, scope="batch").double())
-    active = pixels_of(ids, (3, 4), 2).permute(0, 2, 3, 1)
-    norm = (dense * active).square().sum((0, 1, 2)).sqrt()
-    expected = grn.gamma * (dense * norm / (norm.mean() + 1e-6)) + grn.beta + dense
-    assert relative_error(sites.scatter(grn(sites.gather(dense), sites)), expected * active) <= 1e-12
-
-    encoder = small_encoder(stem_stride=1, grn_scope="batch")
-    images = torch.randn(3, 3, 24, 32, dtype=torch.float64)
-    together = encoder.features(images, ids, layout)
-    assert relative_error(encoder.features(images[:1], ids[:1], layout), together[:1]) > 1e-3
-
-
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 @pytest.mark.parametrize("layout", ["dense", *SPARSE])
 def test_gradient_checkpointing_changes_no_gradient(layout: Layout, drop_path: float) -> None:
@@ -296,24 +282,103 @@ def test_gradient_checkpointing_changes_no_gradient(layout: Layout, drop_path: f
     assert_same(results[1], results[0], tolerance=0.0)
 
 
+def some_sites(layout: Layout, batch: int) -> Sites:
+    """Sites of two of four patches, each 2 x 2 sites; all of them if dense."""
+    if layout == "dense":
+        return DenseSites((4, 4))
+    return make_sites(layout, (2, 2), torch.tensor([[1, 2]]).expand(batch, 2), 2)
+
+
 @pytest.mark.parametrize("layout", ["dense", *SPARSE])
-def test_drop_path_drops_whole_images_and_keeps_the_expectation(layout: Layout) -> None:
-    batch, rate = 4000, 0.3
-    ids = torch.tensor([[1, 2]]).expand(batch, 2)
-    sites = DenseSites((2, 2)) if layout == "dense" else make_sites(layout, (2, 2), ids, 1)
-    x = sites.gather(1 + torch.rand(batch, 2, 2, 3, dtype=torch.float64))
-    drop = DropPath(rate)
-    ratio = (drop(x, sites) / x).flatten(1).round(decimals=9)
-    assert torch.equal(ratio.amin(1), ratio.amax(1))
-    assert set(ratio[:, 0].tolist()) == {0.0, round(1 / (1 - rate), 9)}
-    assert ratio.mean().item() == pytest.approx(1.0, abs=0.05)
-    assert drop.eval()(x, sites) is x
+def test_drop_path_drops_the_branch_of_whole_images_and_keeps_the_expectation(layout: Layout) -> None:
+    batch, rate = 500, 0.3
+    dropping, whole = (randomise(Block(3, drop_path=drop_path)).double() for drop_path in (rate, 0.0))
+    dropping.load_state_dict(whole.state_dict())
+    sites = some_sites(layout, batch)
+    x = sites.gather(torch.randn(batch, 4, 4, 3, dtype=torch.float64))
+    branch = whole(x, sites) - x
+    torch.manual_seed(7)
+    dropped = dropping(x, sites) - x
+    torch.manual_seed(7)
+    kept = torch.empty(batch, 1, dtype=torch.float64).bernoulli_(1 - rate)
+    assert relative_error(dropped, branch * sites.spread(kept / (1 - rate), x)) <= 1e-12
+    assert kept.mean().item() == pytest.approx(1 - rate, abs=0.1)
+    assert torch.equal(dropping.eval()(x, sites), whole(x, sites))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 7, 5), (64, 3, 2, 5), (64, 3, 2, 2, 5)])
+def test_drop_path_is_torchvisions_stochastic_depth_of_rows(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.randn(shape).to(dtype)
+    results = []
+    for drop in (DropPath(0.3), StochasticDepth(0.3, mode="row")):
+        torch.manual_seed(7)
+        results.append((drop.train()(x), torch.rand(1)))
+        assert drop.eval()(x) is x
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 def test_drop_path_rises_linearly_from_zero() -> None:
     encoder = ConvNeXtV2(TINY, drop_path=0.4)
     rates = [module.rate for module in encoder.modules() if isinstance(module, DropPath)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("layout", ["dense", *SPARSE])
+def test_fused_blocks_compute_what_their_modules_compute(layout: Layout) -> None:
+    encoder = small_encoder(stem_stride=1)
+    images = torch.randn(2, 3, 32, 40, dtype=torch.float64)
+    ids = None if layout == "dense" else some_ids(2, 20, 8)
+    fused = features_and_gradients(encoder, images, ids, layout)
+    set_fused(encoder, False)
+    assert_same(features_and_gradients(encoder, images, ids, layout), fused)
+
+
+@pytest.mark.parametrize("layout", ["dense", *SPARSE])
+def test_hooks_on_a_blocks_modules_fire_unless_it_is_fused(layout: Layout) -> None:
+    block = randomise(Block(3))
+    sites = some_sites(layout, 2)
+    x = sites.gather(torch.randn(2, 4, 4, 3))
+    fired: list[str] = []
+    for name, child in block.named_children():
+        child.register_forward_hook(lambda *_, name=name: fired.append(name))
+    block(x, sites)
+    modules = ["dwconv", "norm", "pwconv1", "act", "grn", "pwconv2", "drop_path"]
+    assert fired == (modules if layout == "masked" else ["drop_path"])
+    fired.clear()
+    set_fused(block, False)
+    out = block(x, sites)
+    assert fired == modules
+    block.pwconv2.register_forward_hook(lambda *args: torch.zeros_like(x))
+    assert torch.equal(block(x, sites), x)
+    assert not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("layout", ["dense", *SPARSE])
+def test_a_block_takes_any_response_and_runs_its_modules_if_there_is_no_operation_for_it(layout: Layout) -> None:
+    class Mean(Response):
+        """Adds each channel's mean over the active sites of the image."""
+
+        def __init__(self, dim: int) -> None:
+            super().__init__()
+            self.dim = dim
+
+        def forward(self, x: Tensor, sites: Sites) -> Tensor:
+            return x + sites.spread(sites.sum(x) / sites.num_active, x)
+
+    block = randomise(Block(3, response=Mean)).double()
+    assert isinstance(block.grn, Mean)
+    assert block.grn.dim == 12
+    assert block.fused
+    sites = some_sites(layout, 2)
+    dense = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    active = sites.scatter(sites.gather(torch.ones_like(dense)))[..., :1]
+    conv = block.dwconv
+    h = F.conv2d((dense * active).permute(0, 3, 1, 2), conv.weight, conv.bias, padding=3, groups=3)
+    h = F.gelu(block.pwconv1(block.norm(h.permute(0, 2, 3, 1))))
+    h = h + (h * active).sum((1, 2), keepdim=True) / active.sum((1, 2), keepdim=True)
+    expected = (dense + block.pwconv2(h)) * active
+    assert relative_error(sites.scatter(block(sites.gather(dense), sites)), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("layout", SPARSE)

@@ -1,5 +1,9 @@
-"""The FCMAE decoder."""
+"""Decoders of FCMAE, one a file: each predicts hidden patches from the encoder's map; none knows images or losses.
 
-from fcmae.decoder.convnext import Decoder
+All have one signature: `Decoder(in_dim, out_dim, *, dim, depth)`, called with features (b, h, w, in_dim), one site
+per patch, and the ids of hidden patches (b, m), returns (b, m, out_dim).
+"""
 
-__all__ = ["Decoder"]
+from fcmae.decoder.convnext import ConvNeXtDecoder
+
+__all__ = ["ConvNeXtDecoder"]

@@ -1,4 +1,4 @@
-"""The FCMAE decoder (paper, section 3.1): fills hidden cells with a mask token and predicts their patches."""
+"""The ConvNeXt V2 decoder (paper, section 3.1): fills hidden cells with a mask token and predicts their patches."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fcmae.encoder.convnext import Block, init_weights
 from fcmae.encoder.packed import PackedSites, gather_patches
-from fcmae.masking import ids_to_visible
+from fcmae.masking import ids_to_booleans
 
 
 def conv1x1(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -14,7 +14,7 @@ def conv1x1(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
-class Decoder(nn.Module):
+class ConvNeXtDecoder(nn.Module):
     """1x1 projection, mask token, `depth` dense ConvNeXt V2 blocks, 1x1 prediction; official parameter names.
 
     Args:
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         """
         b, h, w, _ = features.shape
         x = conv1x1(features, self.proj)
-        is_hidden = ids_to_visible(hidden, h * w).view(b, h, w, 1)
+        is_hidden = ids_to_booleans(hidden, h * w).view(b, h, w, 1)
         x = torch.where(is_hidden, self.mask_token.flatten().to(x.dtype), x)
         everywhere = torch.arange(h * w, device=x.device).repeat(b, 1)
         sites = PackedSites.of_patches((h, w), everywhere, sites_per_patch=1)  # DenseSites' numbers, by our kernels

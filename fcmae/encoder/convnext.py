@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
-from fcmae.ops.grn_mlp import grn_mlp
+from fcmae.encoder.responses import GRN, Response
 from fcmae.patches import grid_shape
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
@@ -71,81 +70,79 @@ def require_layout(layout: Layout) -> None:
         import_engine()
 
 
-class GRN(nn.Module):
-    """Global Response Normalization (paper, Algorithm 1): x + gamma * (x * N(x)) + beta over active sites.
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise `nn.Conv2d` of odd size, called with a map and its sites, whose layout computes it."""
 
-    N(x) is the channel's L2 norm over the sites of its image, divided by the mean of these norms over channels.
-    `scope="batch"` takes the norms over the sites of the whole batch, as the official sparse code does by
-    mistake: for studying checkpoints trained that way, nothing else.
-    """
-
-    def __init__(self, dim: int, *, scope: Literal["image", "batch"] = "image", eps: float = 1e-6) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.scope = scope
-        self.eps = eps
+    def __init__(self, dim: int, kernel_size: int = 7) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
-        norm = sites.norm(x)  # (b, c)
-        if self.scope == "batch":
-            norm = torch.linalg.vector_norm(norm, dim=0, keepdim=True).expand_as(norm)
-        response = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
-        scale = sites.spread(1 + self.gamma.flatten() * response)
-        return torch.addcmul(self.beta.flatten().to(x.dtype), x, scale.to(x.dtype))
+        return sites.depthwise(x, self)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch for whole images with probability `rate` while training."""
+    """Stochastic depth: drops a residual branch for whole images with probability `rate` while training.
+
+    `torchvision.ops.StochasticDepth(rate, "row")` in numbers and random numbers; importing that takes two seconds.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor, sites: Sites) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.rate == 0.0 or not self.training:
             return x
-        kept = torch.empty_like(sites.sum(x)[:, :1]).bernoulli_(1 - self.rate)
-        return x * sites.spread(kept / (1 - self.rate))
+        kept = x.new_empty(len(x), *(1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate))
 
 
 class Block(nn.Module):
-    """ConvNeXt V2 block: depthwise 7x7, LayerNorm, expand by 4, GELU, GRN, project back, add (paper, figure 5)."""
+    """ConvNeXt V2 block: depthwise 7x7, LayerNorm, expand by 4, GELU, GRN, project back, add (paper, figure 5).
 
-    def __init__(self, dim: int, *, drop_path: float = 0.0, grn_scope: Literal["image", "batch"] = "image") -> None:
+    Args:
+        dim: channels c of the map.
+        response: builds what stands at GRN's place from its number of channels, 4c; see `responses.py`.
+        drop_path: probability with which the branch of an image is dropped in training (stochastic depth).
+    """
+
+    fused: bool
+    """Compute the branch in two fused operations, which take less time and memory (the default).
+
+    False: each child module runs and its forward hooks fire; the numbers are the same up to rounding. Over
+    `MaskedSites`, in `torch.export` and with a response without `mlp` it is so whatever this says. See `set_fused`.
+    """
+
+    def __init__(self, dim: int, *, response: Callable[[int], Response] = GRN, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
+        self.dwconv = DepthwiseConv(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GRN(4 * dim, scope=grn_scope)
+        self.act = nn.GELU()
+        self.grn = response(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
+        self.fused = True
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
-        if sites.all_active and self.grn.scope == "image" and not torch.compiler.is_exporting():
-            h = self._fused(x, sites)
+        mlp = self.grn.mlp if self.fused and sites.all_active and not torch.compiler.is_exporting() else None
+        if mlp is not None:
+            h = as_autocast(sites.depthwise_norm(x, self.dwconv, self.norm.eps))
+            h = mlp(h, self.norm, self.pwconv1, self.pwconv2)
         else:
-            h = self.norm(sites.depthwise(x, self.dwconv))
-            h = self.pwconv2(self.grn(F.gelu(self.pwconv1(h)), sites))
-        return x + self.drop_path(h, sites)
+            h = self.norm(self.dwconv(x, sites))
+            h = self.pwconv2(self.grn(self.act(self.pwconv1(h)), sites))
+        return x + self.drop_path(h)
 
-    def _fused(self, x: Tensor, sites: Sites) -> Tensor:
-        """The branch, over storage without inactive sites."""
-        norm, expand, grn, project = self.norm, self.pwconv1, self.grn, self.pwconv2
-        h = as_autocast(sites.depthwise_norm(x, self.dwconv, norm.eps))
-        out = grn_mlp(
-            h.flatten(1, -2),
-            norm.weight,
-            norm.bias,
-            expand.weight,
-            expand.bias,
-            grn.gamma.flatten(),
-            grn.beta.flatten(),
-            project.weight,
-            project.bias,
-            grn.eps,
-        )
-        return out.view(x.shape)
+
+def set_fused(network: nn.Module, fused: bool) -> None:
+    """Switch `Block.fused` of all blocks in a network: an encoder, a decoder, or both in an `FCMAE`.
+
+    With `fused=False` forward hooks on the blocks' modules fire (`pwconv1`, `grn`, ...); set it before compiling.
+    """
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.fused = fused
 
 
 def init_weights(module: nn.Module) -> None:
@@ -162,13 +159,14 @@ class ConvNeXtV2(nn.Module):
     Without classes the final LayerNorm has no parameters: released FCMAE weights and our own pretrained
     encoders have none, and pretraining does not use it.
 
+    Its blocks run in fused operations; `set_fused(encoder, False)` runs them module by module, for forward hooks.
+
     Args:
         variant: a name of `VARIANTS` or an explicit (depths, dims).
         in_chans: channels of the images.
         num_classes: outputs of the classifier; 0 gives pooled features instead.
         stem_stride: 4 (official), 2 or 1; a patch has 8 * stem_stride pixels per side.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        grn_scope: "image" (paper) or "batch" (see `GRN`).
 
     Raises:
         ValueError: if an argument is none of these.
@@ -182,7 +180,6 @@ class ConvNeXtV2(nn.Module):
         num_classes: int = 0,
         stem_stride: int = 4,
         drop_path: float = 0.0,
-        grn_scope: Literal["image", "batch"] = "image",
     ) -> None:
         super().__init__()
         if stem_stride not in (1, 2, 4):
@@ -191,8 +188,6 @@ class ConvNeXtV2(nn.Module):
             raise ValueError(f"got in_chans={in_chans} (at least 1), num_classes={num_classes} (at least 0)")
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
-        if grn_scope not in ("image", "batch"):
-            raise ValueError(f"grn_scope must be 'image' or 'batch', got {grn_scope!r}")
         self.depths, self.dims = resolve_variant(variant)
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -211,7 +206,7 @@ class ConvNeXtV2(nn.Module):
         num_blocks = sum(self.depths)
         rates = iter([drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)])
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim, drop_path=next(rates), grn_scope=grn_scope) for _ in range(depth))
+            nn.ModuleList(Block(dim, drop_path=next(rates)) for _ in range(depth))
             for depth, dim in zip(self.depths, self.dims, strict=True)
         )
         self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6, elementwise_affine=num_classes > 0)

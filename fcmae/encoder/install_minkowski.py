@@ -3,7 +3,7 @@
     python -m fcmae.encoder.install_minkowski          (or: make minkowski)
 
 Its last release is of 2021 and has no wheels. This takes the source from the package index, lets pip check its
-hash, builds it, mends what today's Python and CUDA reject, and keeps the wheel for the next environment.
+hash, builds it, fixes what today's Python and CUDA reject, and keeps the wheel for the next environment.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from fcmae.errors import UserError, run_script
+from fcmae.files import write_bytes
 
 RELEASE = "MinkowskiEngine==0.5.4"
 SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
@@ -28,7 +29,7 @@ TOOLS = ("setuptools<81", "wheel", "ninja", "numpy")
 """What its setup.py imports; setuptools 81 drops pkg_resources. The extra `minkowski` names them too."""
 
 SEQUENCE = re.compile(r"^from collections import Sequence(?:, (\w+))?$", re.MULTILINE)
-"""The only Python to mend, in five files: Python 3.10 moved `Sequence` to collections.abc."""
+"""The only Python to fix, in five files: Python 3.10 moved `Sequence` to collections.abc."""
 
 TOOLKITS = ("/usr/local/cuda",)
 """Where CUDA is, if neither CUDA_HOME nor PATH leads to it."""
@@ -54,7 +55,7 @@ def cache_folder(cuda: bool) -> Path:
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> bool:
-    """Run a command, its output appended to `log`; returns whether it went well."""
+    """Run a command, its output appended to `log`; returns whether it succeeded."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         print("$", *command, file=file, flush=True)
@@ -167,7 +168,7 @@ def prepare_cuda(environment: dict[str, str], home: Path, folder: Path) -> None:
 
 
 def build_wheel(cuda: bool, folder: Path, log: Path) -> Path:
-    """Build the mended wheel in `folder`.
+    """Build the wheel in `folder` and fix its imports.
 
     Raises:
         UserError: naming what is missing, or the log of a failed build.
@@ -189,7 +190,7 @@ def build_wheel(cuda: bool, folder: Path, log: Path) -> Path:
     ]
     if not run(command, log, environment):
         raise UserError(f"{RELEASE} did not build: {reason(log)}; the whole log is {log}")
-    return mend(next(folder.glob("*.whl")), folder, log)
+    return fix_imports(next(folder.glob("*.whl")), folder, log)
 
 
 def reason(log: Path) -> str:
@@ -201,14 +202,14 @@ def reason(log: Path) -> str:
     return "no error line"
 
 
-def mend(wheel: Path, folder: Path, log: Path) -> Path:
-    """Return a copy of the wheel with the five imports of `SEQUENCE` mended.
+def fix_imports(wheel: Path, folder: Path, log: Path) -> Path:
+    """Return a copy of the wheel with the five imports of `SEQUENCE` fixed.
 
     Raises:
         UserError: if they are not where this release has them.
     """
-    unpacked, mended = folder / "unpacked", folder / "mended"
-    mended.mkdir()
+    unpacked, fixed = folder / "unpacked", folder / "fixed"
+    fixed.mkdir()
     if not run([sys.executable, "-m", "wheel", "unpack", str(wheel), "--dest", str(unpacked)], log):
         raise UserError(f"{wheel.name} could not be unpacked: {reason(log)}; see {log}")
     count = 0
@@ -224,12 +225,12 @@ def mend(wheel: Path, folder: Path, log: Path) -> Path:
             path.write_text(text, encoding="utf-8")
             count += found
     if count != 5:
-        raise UserError(f"{RELEASE}: expected five imports of collections.Sequence to mend, found {count}")
+        raise UserError(f"{RELEASE}: expected five imports of collections.Sequence to fix, found {count}")
     if not run(
-        [sys.executable, "-m", "wheel", "pack", str(next(unpacked.iterdir())), "--dest-dir", str(mended)], log
+        [sys.executable, "-m", "wheel", "pack", str(next(unpacked.iterdir())), "--dest-dir", str(fixed)], log
     ):
         raise UserError(f"{wheel.name} could not be packed again: {reason(log)}; see {log}")
-    return next(mended.glob("*.whl"))
+    return next(fixed.glob("*.whl"))
 
 
 def main(argv: list[str]) -> int:
@@ -258,10 +259,8 @@ def main(argv: list[str]) -> int:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             built = build_wheel(cuda, Path(folder), log)
-            partial = cache / f"{built.name}.part"
-            shutil.copyfile(built, partial)
             wheel = cache / built.name
-            os.replace(partial, wheel)
+            write_bytes(wheel, built.read_bytes())
         print(f"built in {time.perf_counter() - started:.0f} s, kept as {wheel}")
     if not run(pip("install", "--no-deps", "--force-reinstall", "--quiet", str(wheel)), log):
         raise UserError(f"{wheel} could not be installed: {reason(log)}; delete it to build it again")

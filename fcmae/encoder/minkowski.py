@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fcmae.encoder.layouts import SITES_PER_PATCH, l2_norm, normalise
+from fcmae.encoder.layouts import SITES_PER_PATCH, Sites
 from fcmae.ops.gather_depthwise import gather_depthwise
 
 KERNEL_SIZE = 7
@@ -79,7 +79,7 @@ def _calling(device: torch.device) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class MinkowskiSites:
+class MinkowskiSites(Sites):
     """Active sites as (b, m, c): the m rows of each image sorted by position, images after each other."""
 
     grid: tuple[int, int]
@@ -106,7 +106,10 @@ class MinkowskiSites:
             )
         device = visible_ids.device
         if device.type == "cuda" and not engine.is_cuda_available():
-            raise ValueError("this MinkowskiEngine was built for the CPU only: run make minkowski on this machine")
+            raise ValueError(
+                "this MinkowskiEngine was built for the CPU only: run make minkowski "
+                "(python -m fcmae.encoder.install_minkowski) on this machine"
+            )
         k = sites_per_patch
         image, patch, row, col = torch.meshgrid(
             *(torch.arange(n, device=device) for n in (*visible_ids.shape, k, k)), indexing="ij"
@@ -176,9 +179,6 @@ class MinkowskiSites:
         out = gather_depthwise(x.flatten(0, 1).to(dtype), weight.to(dtype), conv.bias.to(dtype), self._neighbours)
         return self._rows(out).to(conv.weight.dtype)
 
-    def depthwise_norm(self, x: Tensor, conv: nn.Conv2d, eps: float) -> Tensor:
-        return normalise(self.depthwise(x, conv), eps)
-
     def downsample(self, x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Self]:
         engine = import_engine()
         backend = importlib.import_module("MinkowskiEngineBackend._C")
@@ -200,19 +200,6 @@ class MinkowskiSites:
             out = out + conv.bias
         return coarser._rows(out).to(conv.weight.dtype), coarser
 
-    def sum(self, x: Tensor) -> Tensor:
-        return x.sum(1)
-
-    def norm(self, x: Tensor) -> Tensor:
-        return l2_norm(x, (1,))
-
-    def spread(self, per_image: Tensor) -> Tensor:
-        return per_image[:, None, :]
-
     @property
     def num_active(self) -> int:
         return len(self._positions) // self.num_images
-
-    @property
-    def all_active(self) -> bool:
-        return True

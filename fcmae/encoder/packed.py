@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.encoder.layouts import SITES_PER_PATCH, as_autocast, l2_norm
+from fcmae.encoder.layouts import SITES_PER_PATCH, Sites, as_autocast
 from fcmae.ops.patch_depthwise import patch_depthwise, patch_depthwise_norm, patch_slots
 from fcmae.patches import as_cells, pick_cells
 
@@ -64,7 +64,7 @@ def gather_patches(dense: Tensor, ids: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PackedSites:
+class PackedSites(Sites):
     """Visible patches only, stored as (b, p, k, k, c) with k sites per patch side."""
 
     grid: tuple[int, int]
@@ -109,19 +109,6 @@ class PackedSites:
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(windows.flatten(4), weight, conv.bias), replace(self, sites_per_patch=k)
 
-    def sum(self, x: Tensor) -> Tensor:
-        return x.sum((1, 2, 3))
-
-    def norm(self, x: Tensor) -> Tensor:
-        return l2_norm(x, (1, 2, 3))
-
-    def spread(self, per_image: Tensor) -> Tensor:
-        return per_image[:, None, None, None, :]
-
     @property
     def num_active(self) -> int:
         return self.visible_ids.shape[1] * self.sites_per_patch**2
-
-    @property
-    def all_active(self) -> bool:
-        return True

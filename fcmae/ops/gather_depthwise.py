@@ -16,15 +16,14 @@ from torch import Tensor
 from fcmae.ops.operation import operation
 
 
-def gather_depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
-    """As `gather_depthwise`, every neighbour of every row at once, gradients left to autograd."""
-    padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
-    return torch.einsum("knc,kc->nc", padded[neighbours], weight) + bias
-
-
 def _padded(rows: Tensor) -> Tensor:
     """Rows with one of zeros after the last, where absent neighbours point."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+def gather_depthwise_reference(x: Tensor, weight: Tensor, bias: Tensor, neighbours: Tensor) -> Tensor:
+    """As `gather_depthwise`, every neighbour of every row at once, gradients left to autograd."""
+    return torch.einsum("knc,kc->nc", _padded(x)[neighbours], weight) + bias
 
 
 @operation(fake=lambda x, *_: x.new_empty(x.shape))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcmae.ops.operation import operation
+from fcmae.ops.operation import composition, operation
 
 
 def gelu_grn_reference(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -27,59 +27,6 @@ def gelu_grn_reference(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Te
     norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
     response = norm / (norm.mean(dim=-1, keepdim=True) + eps)
     return gamma * (y * response) + beta + y
-
-
-def gelu_grn_forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (out, n): `gelu_grn_reference` in h's dtype, and the norms (b, c) in at least float32."""
-    if h.is_cuda:
-        return forward_by_passes(h, gamma, beta, eps)
-    y = F.gelu(h)
-    squares = y.to(torch.promote_types(h.dtype, torch.float32)).square()
-    norm = squares.sum(1).sqrt()
-    out = squares if squares.dtype == h.dtype else None
-    return torch.addcmul(beta.to(h.dtype), y, _scale(norm, gamma, eps)[:, None].to(h.dtype), out=out), norm
-
-
-def gelu_grn_gradients(
-    grad: Tensor, h: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dh, out once more, and dgamma, dbeta and the sum of dh over images and sites: each (c,).
-
-    Args:
-        grad: of out, (b, n, c); may be overwritten.
-        h: (b, n, c).
-        norm: (b, c), as `gelu_grn_forward` returned it.
-        gamma, beta: (c,).
-        eps: of GRN.
-    """
-    if h.is_cuda:
-        return gradients_by_passes(grad, h, norm, gamma, beta, eps)
-    y = F.gelu(h)
-    buffer = grad * y
-    t = buffer.sum(1, dtype=norm.dtype)  # (b, c)
-    grad_beta = grad.sum((0, 1), dtype=norm.dtype)
-    scale = _scale(norm, gamma, eps)[:, None].to(y.dtype)
-    along = _along(t, norm, gamma, eps)[:, None].to(y.dtype)
-    out = torch.addcmul(beta.to(y.dtype), y, scale, out=buffer)
-    grad_y = grad.mul_(scale).addcmul_(y, along)
-    grad_h = torch.ops.aten.gelu_backward.grad_input(grad_y, h, grad_input=grad_y)
-    return grad_h, out, _grad_gamma(t, norm, eps), grad_beta, grad_h.sum((0, 1), dtype=norm.dtype)
-
-
-def forward_by_passes(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `gelu_grn_forward`, pass by pass."""
-    norm = gelu_square_sums(h).sqrt()
-    return gelu_scale(h, _scale(norm, gamma, eps), beta), norm
-
-
-def gradients_by_passes(
-    grad: Tensor, h: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `gelu_grn_gradients`, pass by pass."""
-    t, grad_beta = gelu_grad_sums(h, grad)
-    scale, along = _scale(norm, gamma, eps), _along(t, norm, gamma, eps)
-    grad_h, out, sums = gelu_grn_backward(h, grad, scale, along, beta)
-    return grad_h, out, _grad_gamma(t, norm, eps), grad_beta.sum(0), sums.sum(0)
 
 
 def _scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
@@ -145,3 +92,54 @@ def gelu_grn_backward(
     grad_h = torch.ops.aten.gelu_backward(grad_y, h.to(y.dtype))
     out = beta + scale[:, None] * y
     return grad_h.to(h.dtype).contiguous(), out.to(h.dtype).contiguous(), grad_h.sum(1)
+
+
+def forward_by_passes(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `gelu_grn_forward`, pass by pass."""
+    norm = gelu_square_sums(h).sqrt()
+    return gelu_scale(h, _scale(norm, gamma, eps), beta), norm
+
+
+def gradients_by_passes(
+    grad: Tensor, h: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `gelu_grn_gradients`, pass by pass."""
+    t, grad_beta = gelu_grad_sums(h, grad)
+    scale, along = _scale(norm, gamma, eps), _along(t, norm, gamma, eps)
+    grad_h, out, sums = gelu_grn_backward(h, grad, scale, along, beta)
+    return grad_h, out, _grad_gamma(t, norm, eps), grad_beta.sum(0), sums.sum(0)
+
+
+@composition(cuda=forward_by_passes)
+def gelu_grn_forward(h: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (out, n): `gelu_grn_reference` in h's dtype, and the norms (b, c) in at least float32."""
+    y = F.gelu(h)
+    squares = y.to(torch.promote_types(h.dtype, torch.float32)).square()
+    norm = squares.sum(1).sqrt()
+    out = squares if squares.dtype == h.dtype else None
+    return torch.addcmul(beta.to(h.dtype), y, _scale(norm, gamma, eps)[:, None].to(h.dtype), out=out), norm
+
+
+@composition(cuda=gradients_by_passes)
+def gelu_grn_gradients(
+    grad: Tensor, h: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dh, out once more, and dgamma, dbeta and the sum of dh over images and sites: each (c,).
+
+    Args:
+        grad: of out, (b, n, c); may be overwritten.
+        h: (b, n, c).
+        norm: (b, c), as `gelu_grn_forward` returned it.
+        gamma, beta: (c,).
+        eps: of GRN.
+    """
+    y = F.gelu(h)
+    buffer = grad * y
+    t = buffer.sum(1, dtype=norm.dtype)  # (b, c)
+    grad_beta = grad.sum((0, 1), dtype=norm.dtype)
+    scale = _scale(norm, gamma, eps)[:, None].to(y.dtype)
+    along = _along(t, norm, gamma, eps)[:, None].to(y.dtype)
+    out = torch.addcmul(beta.to(y.dtype), y, scale, out=buffer)
+    grad_y = grad.mul_(scale).addcmul_(y, along)
+    grad_h = torch.ops.aten.gelu_backward.grad_input(grad_y, h, grad_input=grad_y)
+    return grad_h, out, _grad_gamma(t, norm, eps), grad_beta, grad_h.sum((0, 1), dtype=norm.dtype)

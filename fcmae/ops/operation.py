@@ -1,21 +1,25 @@
-"""Operations of PyTorch: formulas on any device, Triton kernels on CUDA, numba's on CPU; knows none of them."""
+"""The dispatcher: formulas, Triton kernels on CUDA or numba kernels on CPU, by the first tensor; it knows none."""
 
 from collections.abc import Callable, Collection
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsage]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def operation(
     fake: Callable[..., Any], *, numba_dtypes: Collection[torch.dtype] = ()
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Return a decorator that registers a function of tensors as the operation `fcmae::<its name>`.
+    """Return a decorator that registers a function of tensors as the custom operator `fcmae::<its name>`.
 
     The function itself is the reference and runs where there is no GPU. On CUDA runs the function of the same
     name and signature in the module of the same name plus `_triton`, and on CPU, for first arguments of
-    `numba_dtypes`, that of the module plus `_numba`. Compiled programs call each as it is.
+    `numba_dtypes`, that of the module plus `_numba`. `torch.compile` calls each as it is.
 
     Args:
         fake: the function's outputs, contiguous and uninitialised, from inputs of which only the shapes are known.
@@ -42,3 +46,21 @@ def operation(
         return op
 
     return register
+
+
+def composition(*, cuda: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for a function made of operations, in whose place `cuda` runs on CUDA.
+
+    `torch.compile` traces both, so that inductor may fuse what PyTorch's own operations compute.
+    """
+
+    def choose(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            first = args[0]
+            assert isinstance(first, torch.Tensor)
+            return (cuda if first.is_cuda else function)(*args, **kwargs)
+
+        return run
+
+    return choose

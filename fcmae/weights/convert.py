@@ -12,7 +12,7 @@ from einops import EinopsError, rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fcmae.encoder.convnext import GRN, ConvNeXtV2, variant_name
+from fcmae.encoder.convnext import ConvNeXtV2, variant_name
 from fcmae.patches import grid_shape
 
 TIMM_NAMES = (
@@ -376,13 +376,10 @@ def timm_config(
         class_names: of the classifier's outputs.
 
     Raises:
-        ValueError: if mean, std, image_size or class_names do not fit the encoder, or timm cannot compute it (batch
-            GRN).
+        ValueError: if mean, std, image_size or class_names do not fit the encoder.
     """
     if len(mean) != encoder.in_chans or len(std) != encoder.in_chans:
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} must have {encoder.in_chans} channels each")
-    if any(isinstance(module, GRN) and module.scope == "batch" for module in encoder.modules()):
-        raise ValueError("timm has no GRN over the whole batch: an encoder with grn_scope='batch' has no export")
     if class_names is not None and len(class_names) != encoder.num_classes:
         raise ValueError(f"{len(class_names)} class names for {encoder.num_classes} classes")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
