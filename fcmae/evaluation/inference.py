@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +11,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fcmae.config import PretrainConfig, parse_config
+from fcmae.config import PretrainConfig
 from fcmae.data.sources import PIL_MODES, decode
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXtV2
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError
 from fcmae.model import FCMAE
-from fcmae.tensors import load_strictly, read_safetensors
-from fcmae.training.checkpoint import STATE, read_state
 from fcmae.visualize import draw_mask_ratios
-from fcmae.weights.read import Preprocessing, find_weights
+from fcmae.weights.base import Preprocessing
 
 BATCH = 32
 """Images that are classified at once."""
@@ -129,27 +127,6 @@ def classify(
 
 
 # Reconstructions
-
-
-def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
-    """Return the whole FCMAE, decoder included, of a pretraining run or checkpoint folder, and its configuration.
-
-    Raises:
-        UserError: if it is none, or damaged.
-    """
-    file = find_weights(Path(path))
-    state = file.with_name(STATE)
-    tensors = read_safetensors(file) if state.is_file() else {}
-    if not any(name.startswith("decoder.") for name in tensors):
-        raise UserError(
-            f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
-        )
-    config = parse_config(PretrainConfig, read_state(file.parent)["config"], str(state))
-    with blame(str(state)):
-        settings: dict[str, Any] = {**dict(config.model), "layout": "auto"}  # training's may need a package
-        model = FCMAE(**settings)
-    load_strictly(model, tensors, file)
-    return model, config
 
 
 def fit_to_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:

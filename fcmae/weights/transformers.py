@@ -1,0 +1,175 @@
+"""transformers' format: names of its ConvNextV2 models, and folders that `from_pretrained` loads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.weights.base import (
+    CONFIG,
+    OURS,
+    Format,
+    Names,
+    Preprocessing,
+    encoder_shape,
+    idle_norm,
+    inverse,
+    read_json,
+    report_damage,
+    translate,
+    without_idle_norm,
+)
+
+PREPROCESSOR = "preprocessor_config.json"
+
+NAMES: Names = {
+    # ours (official dense)                  transformers' ConvNextV2Model; with a classifier under "convnextv2."
+    "downsample_layers.0.0.{p}": "embeddings.patch_embeddings.{p}",
+    "downsample_layers.0.1.{p}": "embeddings.layernorm.{p}",
+    "downsample_layers.{later}.{layer}.{p}": "encoder.stages.{later}.downsampling_layer.{layer}.{p}",
+    "stages.{stage}.{block}.dwconv.{p}": "encoder.stages.{stage}.layers.{block}.dwconv.{p}",
+    "stages.{stage}.{block}.norm.{p}": "encoder.stages.{stage}.layers.{block}.layernorm.{p}",
+    "stages.{stage}.{block}.pwconv{n}.{p}": "encoder.stages.{stage}.layers.{block}.pwconv{n}.{p}",
+    "stages.{stage}.{block}.grn.gamma": "encoder.stages.{stage}.layers.{block}.grn.weight",
+    "stages.{stage}.{block}.grn.beta": "encoder.stages.{stage}.layers.{block}.grn.bias",
+    "norm.{p}": "layernorm.{p}",
+    "head.{p}": "classifier.{p}",
+}
+"""Every name there is; the shapes are ours."""
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state dict of a `ConvNeXtV2` for transformers.
+
+    With a classifier it is one of `ConvNextV2ForImageClassification`, without of `ConvNextV2Model`; a state without
+    final norm gets one of weight 1 and bias 0. Their configuration must say `layer_norm_eps=1e-6`: its default is
+    another number.
+
+    Raises:
+        ValueError: if a key is unknown, or the four stages are not all there.
+    """
+    names = translate(state, NAMES, OURS)
+    encoder_shape(state)
+    out = {theirs: state[ours] for ours, theirs in names.items()} | idle_norm(state, "layernorm")
+    if "head.weight" not in state:
+        return out
+    return {name if name.startswith("classifier.") else f"convnextv2.{name}": value for name, value in out.items()}
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state dict of a `ConvNextV2ForImageClassification` or `ConvNextV2Model` for a `ConvNeXtV2`.
+
+    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXtV2` without classes has none.
+
+    Raises:
+        ValueError: if a key is unknown.
+    """
+    plain = {name.removeprefix("convnextv2."): value for name, value in state.items()}
+    names = translate(plain, inverse(NAMES), "a transformers ConvNextV2")
+    return without_idle_norm({ours: plain[theirs] for theirs, ours in names.items()})
+
+
+def _preprocessing(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Preprocessing:
+    values: dict[str, Any] = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    size, crop = processor.get("size", {}), processor.get("crop_size", {})
+    if isinstance(size, int):  # of older files
+        size = {"shortest_edge": size}
+    if processor.get("do_center_crop") and "height" in crop:
+        values["image_size"] = [crop["height"], crop["width"]]
+        values["crop_pct"] = max(values["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
+    elif "shortest_edge" in size:  # ConvNextImageProcessor's
+        values |= {"image_size": size["shortest_edge"], "crop_pct": processor.get("crop_pct")}
+    if "resample" in processor:
+        values["interpolation"] = Image.Resampling(processor["resample"]).name.lower()
+    if not processor.get("do_rescale", True):
+        values["value_range"] = (0.0, 255.0)
+    elif "rescale_factor" in processor:
+        values["value_range"] = (0.0, round(255 * processor["rescale_factor"], 9))
+    names = config.get("id2label")
+    if names and list(names.values()) != [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
+        values["class_names"] = [names[index] for index in sorted(names, key=int)]
+    return Preprocessing.of(values)
+
+
+def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
+    """Read transformers' tensors, and what the configurations of model and images in `folder` say of them."""
+    tensors = from_transformers(state)
+    if folder is None:
+        return tensors, Preprocessing()
+    with report_damage(folder / CONFIG):
+        config = read_json(folder / CONFIG)
+        if "hidden_sizes" not in config:
+            return tensors, Preprocessing()
+        with report_damage(folder / PREPROCESSOR):
+            processor = read_json(folder / PREPROCESSOR)
+        return tensors, _preprocessing(config, processor)
+
+
+def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write the configuration, weights and image processor, for `AutoModel...from_pretrained(FOLDER)`.
+
+    Raises:
+        ValueError: if preprocessing does not fit the encoder, or transformers has no such interpolation.
+    """
+    import transformers
+
+    use = preprocessing.completed(encoder)
+    height, width = use.image_size
+    resample = Image.Resampling.__members__.get(use.interpolation.upper())
+    if resample is None:
+        raise ValueError(f"transformers has no interpolation {use.interpolation!r}")
+    transformers.utils.logging.disable_progress_bar()
+    names = use.class_names or tuple(f"LABEL_{i}" for i in range(encoder.num_classes))
+    config = transformers.ConvNextV2Config(
+        num_channels=encoder.in_chans,
+        patch_size=encoder.stem_stride,
+        hidden_sizes=list(encoder.dims),
+        depths=list(encoder.depths),
+        layer_norm_eps=1e-6,  # of the final norm: the default is not the network's
+        image_size=min(height, width),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    kind = transformers.ConvNextV2ForImageClassification if encoder.num_classes else transformers.ConvNextV2Model
+    model = kind(config)
+    model.load_state_dict(to_transformers(encoder.state_dict()))
+    model.save_pretrained(folder)
+    # resizes and crops as we do; ConvNextImageProcessor would squash images at 384 px and above
+    transformers.BitImageProcessor(
+        size={"shortest_edge": int(max(height, width) / use.crop_pct)},
+        crop_size={"height": height, "width": width},
+        resample=resample,
+        image_mean=list(use.mean),
+        image_std=list(use.std),
+        do_convert_rgb=encoder.in_chans == 3,
+    ).save_pretrained(folder)
+
+
+def compute(folder: Path, images: Tensor) -> Tensor:
+    import transformers
+
+    (name,) = read_json(folder / CONFIG)["architectures"]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=images.dtype).eval()
+    out = model(pixel_values=images)
+    return out.logits if "logits" in out else out.pooler_output
+
+
+def how(encoder: ConvNeXtV2, folder: Path) -> str:
+    task = "ForImageClassification" if encoder.num_classes else ""
+    return f'transformers.AutoModel{task}.from_pretrained("{folder}")'
+
+
+TRANSFORMERS = Format(
+    name="transformers",
+    kind="transformers",
+    recognises=lambda names: any(
+        f"{prefix}embeddings.patch_embeddings.weight" in names for prefix in ("", "convnextv2.")
+    ),
+    read=read,
+    write=write,
+    compute=compute,
+    how=how,
+)
