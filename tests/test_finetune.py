@@ -277,13 +277,13 @@ def test_evaluate_counts_what_a_plain_loop_counts(
     guesses = np.maximum(expected["confusion"].sum(0), 1)
     assert found["classes"]["precision"] == pytest.approx(expected["confusion"].diagonal() / guesses)
     assert found["top1"] == evaluations(folder)[12]["ema_top1"]
-    assert "EMA weights" in out
+    assert "step 12, EMA" in out
     assert f"top-1            {expected['top1']:.2%}" in out
     assert all(f"\n{name} " in out for name in CLASSES)
     assert Image.open(folder / "confusion.png").size[0] > 4 * 36
 
     assert run("--evaluate", last, "eval.ema=false") == 0
-    assert "raw weights, not the EMA" in capsys.readouterr().out
+    assert "step 12, raw weights" in capsys.readouterr().out
     assert json.loads((folder / "evaluation.json").read_text())["loss"] == evaluations(folder)[12]["val_loss"]
     assert run("--evaluate", str(folder)) == 0
     assert str(folder / "checkpoints" / "best" / "ema.safetensors") in capsys.readouterr().out
