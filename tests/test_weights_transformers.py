@@ -108,9 +108,10 @@ def test_transformers_own_preprocessing_is_understood(
 
 
 def test_a_damaged_file_of_the_image_processor_is_named(tmp_path: Path) -> None:
-    save_folder(tmp_path, {"size": "large"})
-    with pytest.raises(UserError, match=r"preprocessor_config\.json: damaged \(AttributeError"):
-        read_weights(tmp_path)
+    for damage in ({"size": 3.5}, {"size": {"shortest_edge": "x"}}, {"resample": "soft"}, {"image_mean": "abc"}):
+        save_folder(tmp_path, damage)
+        with pytest.raises(UserError, match=r"preprocessor_config\.json: damaged \("):
+            read_weights(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(UserError, match=r"preprocessor_config\.json: damaged"):
         read_weights(tmp_path)

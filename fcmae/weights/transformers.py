@@ -72,7 +72,14 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return without_idle_norm({ours: plain[theirs] for theirs, ours in names.items()})
 
 
-def _preprocessing(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Preprocessing:
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = config.get("id2label")
+    if not names or list(names.values()) == [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
+        return None
+    return tuple(str(names[index]) for index in sorted(names, key=int))
+
+
+def _preprocessing(processor: Mapping[str, Any]) -> Preprocessing:
     values: dict[str, Any] = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     size, crop = processor.get("size", {}), processor.get("crop_size", {})
     if isinstance(size, int):  # of older files
@@ -82,15 +89,12 @@ def _preprocessing(config: Mapping[str, Any], processor: Mapping[str, Any]) -> P
         values["crop_pct"] = max(values["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
     elif "shortest_edge" in size:  # ConvNextImageProcessor's
         values |= {"image_size": size["shortest_edge"], "crop_pct": processor.get("crop_pct")}
-    if "resample" in processor:
+    if processor.get("resample") is not None:
         values["interpolation"] = Image.Resampling(processor["resample"]).name.lower()
-    if not processor.get("do_rescale", True):
+    if processor.get("do_rescale") is False:
         values["value_range"] = (0.0, 255.0)
-    elif "rescale_factor" in processor:
+    elif processor.get("rescale_factor") is not None:
         values["value_range"] = (0.0, round(255 * processor["rescale_factor"], 9))
-    names = config.get("id2label")
-    if names and list(names.values()) != [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
-        values["class_names"] = [names[index] for index in sorted(names, key=int)]
     return Preprocessing.of(values)
 
 
@@ -103,9 +107,9 @@ def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Te
         config = read_json(folder / CONFIG)
         if "hidden_sizes" not in config:
             return tensors, Preprocessing()
-        with report_damage(folder / PREPROCESSOR):
-            processor = read_json(folder / PREPROCESSOR)
-        return tensors, _preprocessing(config, processor)
+        class_names = _class_names(config)
+    with report_damage(folder / PREPROCESSOR):
+        return tensors, _preprocessing(read_json(folder / PREPROCESSOR))._replace(class_names=class_names)
 
 
 def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
