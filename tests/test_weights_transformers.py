@@ -108,7 +108,13 @@ def test_transformers_own_preprocessing_is_understood(
 
 
 def test_a_damaged_file_of_the_image_processor_is_named(tmp_path: Path) -> None:
-    for damage in ({"size": 3.5}, {"size": {"shortest_edge": "x"}}, {"resample": "soft"}, {"image_mean": "abc"}):
+    for damage in (
+        {"image_mean": "abc"},
+        {"size": 3.5},
+        {"size": {"shortest_edge": "x"}},
+        {"resample": "soft"},
+        {"rescale_factor": 0},
+    ):
         save_folder(tmp_path, damage)
         with pytest.raises(UserError, match=r"preprocessor_config\.json: damaged \("):
             read_weights(tmp_path)

@@ -36,6 +36,13 @@ def _floats(values: Any) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
+def _range(values: Any) -> tuple[float, float]:
+    low, high = map(float, values)
+    if not low < high:
+        raise ValueError(f"value_range from {low} to {high}")
+    return low, high
+
+
 UNKNOWN: Any = None
 """Stands for a field of `Preprocessing` that no file gives; typed so that what is `completed` needs no checks."""
 
@@ -65,7 +72,7 @@ class Preprocessing(NamedTuple):
             "image_size": _pair,
             "crop_pct": float,
             "interpolation": str,
-            "value_range": _floats,
+            "value_range": _range,
             "class_names": lambda names: tuple(map(str, names)),
         }
         return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
@@ -141,10 +148,6 @@ OUR_NAMES: Names = {
 OURS = "a ConvNeXt V2 encoder in official dense names"
 
 
-def inverse(table: Names) -> Names:
-    return {theirs: ours for ours, theirs in table.items()}
-
-
 def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]:
     """Map each name by the templates of `table`.
 
@@ -171,6 +174,16 @@ def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise ValueError(f"not {what}: unknown keys {', '.join(map(repr, unknown[:10]))}{more}")
     return translated
+
+
+def convert(
+    state: Mapping[str, Tensor],
+    table: Names,
+    what: str,
+    reshape: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> dict[str, Tensor]:
+    """Rename tensors by `table`, and reshape each as `reshape` does, given its old name; errors as `translate`."""
+    return {new: reshape(old, state[old]) for old, new in translate(state, table, what).items()}
 
 
 def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -361,15 +374,6 @@ class Format:
         return worst
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty where there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 @contextmanager
 def report_damage(path: Path) -> Iterator[None]:
     """Turn what reading a JSON file of unexpected content raises into a `UserError` that names it."""
@@ -377,6 +381,15 @@ def report_damage(path: Path) -> Iterator[None]:
         yield
     except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, Any]]:
+    """Yield the object in a JSON file of `folder`, empty where there is none, to be read under `report_damage`."""
+    path = (folder or Path()) / name
+    with report_damage(path):
+        values = json.loads(path.read_text(encoding="utf-8")) if folder and path.is_file() else {}
+        yield values if isinstance(values, dict) else {}
 
 
 def write_description(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
@@ -389,8 +402,5 @@ def write_description(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder:
 
 def read_description(folder: Path | None) -> Preprocessing:
     """Read what `write_description` wrote; all is unknown where there is no such file."""
-    if folder is None:
-        return Preprocessing()
-    with report_damage(folder / CONFIG):
-        config = read_json(folder / CONFIG)
+    with description(folder) as config:
         return Preprocessing.of(config) if "network" in config else Preprocessing()

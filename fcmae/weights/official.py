@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -20,9 +20,8 @@ from fcmae.weights.base import (
     Preprocessing,
     Weights,
     build_encoder,
-    inverse,
+    convert,
     read_description,
-    translate,
     without_idle_norm,
     write_description,
 )
@@ -61,10 +60,8 @@ def from_official_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown.
     """
-    state = _without_decoder(state)
-    translate(state, OUR_NAMES, OURS)
-    out = {name: v.reshape(1, 1, 1, -1) if ".grn." in name else v for name, v in state.items()}
-    return without_idle_norm(out)
+    out = convert(_without_decoder(state), OUR_NAMES, OURS)
+    return without_idle_norm({name: v.reshape(1, 1, 1, -1) if ".grn." in name else v for name, v in out.items()})
 
 
 def _kernel_to_weight(kernel: Tensor) -> Tensor:
@@ -77,12 +74,6 @@ def _kernel_to_weight(kernel: Tensor) -> Tensor:
     return rearrange(kernel, "(w h) i o -> o i h w", w=k).contiguous()
 
 
-def _weight_to_kernel(weight: Tensor, *, depthwise: bool) -> Tensor:
-    """Undo `_kernel_to_weight`."""
-    pattern = "c 1 h w -> (w h) c" if depthwise else "o i h w -> (w h) i o"
-    return rearrange(weight, pattern).contiguous()
-
-
 def official_sparse_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take the encoder out of a state dict of the official code over MinkowskiEngine, by our names and shapes.
 
@@ -91,43 +82,43 @@ def official_sparse_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown, or a shape is none of that code's.
     """
-    state = _without_decoder(state)
-    what = "an official ConvNeXt V2 encoder over MinkowskiEngine"
-    out: dict[str, Tensor] = {}
-    for name, ours in translate(state, {**inverse(SPARSE_NAMES), **OUR_NAMES}, what).items():
-        tensor = state[name]
+
+    def reshape(name: str, tensor: Tensor) -> Tensor:
         try:
             if name.endswith(".kernel"):
-                tensor = _kernel_to_weight(tensor)
-            elif ".grn." in name and tensor.ndim != 4:
-                tensor = rearrange(tensor, "1 c -> 1 1 1 c")
-            elif name.endswith(".bias") and tensor.ndim != 1:
-                tensor = rearrange(tensor, "1 c -> c")
+                return _kernel_to_weight(tensor)
+            if ".grn." in name and tensor.ndim != 4:
+                return rearrange(tensor, "1 c -> 1 1 1 c")
+            return rearrange(tensor, "1 c -> c") if name.endswith(".bias") and tensor.ndim != 1 else tensor
         except (ValueError, EinopsError) as error:
             raise ValueError(
                 f"{name}: a shape of {tuple(tensor.shape)} is not the official sparse code's"
             ) from error
-        out[ours] = tensor
-    return out
+
+    table = {sparse: ours for ours, sparse in SPARSE_NAMES.items()} | dict(OUR_NAMES)
+    return convert(_without_decoder(state), table, "an official ConvNeXt V2 encoder over MinkowskiEngine", reshape)
 
 
 def dense_to_official_sparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Name and shape the state dict of a `ConvNeXtV2` without classifier as the official sparse encoder has it.
 
     Raises:
-        ValueError: if a key is unknown there, as those of a final norm and a classifier are.
+        ValueError: if there is a classifier, or a key is unknown there, as those of a final norm are.
     """
-    out: dict[str, Tensor] = {}
-    for ours, name in translate(state, SPARSE_NAMES, f"{OURS}, without norm and head").items():
-        tensor = state[ours]
-        if name.endswith(".kernel"):
-            tensor = _weight_to_kernel(tensor, depthwise=".dwconv." in name)
-        elif ".grn." in name:
-            tensor = tensor.flatten()[None]
-        elif re.fullmatch(r".*\.dwconv\.bias|downsample_layers\.[1-3]\.1\.bias", name):
-            tensor = tensor[None]
-        out[name] = tensor
-    return out
+    if "head.weight" in state:
+        raise ValueError("the official sparse code has no classifier; take official, or export an encoder")
+
+    def reshape(name: str, tensor: Tensor) -> Tensor:
+        if ".grn." in name:
+            return tensor.flatten()[None]
+        if not re.fullmatch(r"(.*\.dwconv|downsample_layers\.[1-3]\.1)\.(weight|bias)", name):
+            return tensor
+        if name.endswith(".bias"):
+            return tensor[None]
+        pattern = "c 1 h w -> (w h) c" if ".dwconv." in name else "o i h w -> (w h) i o"
+        return rearrange(tensor, pattern).contiguous()
+
+    return convert(state, SPARSE_NAMES, f"{OURS}, without norm and head", reshape)
 
 
 def is_sparse(names: Collection[str]) -> bool:
@@ -139,16 +130,45 @@ def is_dense(names: Collection[str]) -> bool:
     return (stem in names or f"encoder.{stem}" in names) and not is_sparse(names)
 
 
-def write_dense(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
-    torch.save({"model": encoder.state_dict()}, folder / TORCH_FILE)
-    write_description(encoder, preprocessing, folder)
+def _compute(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
+    return build_encoder(Weights(Path(TORCH_FILE), tensors, "")).to(images.dtype).eval()(images)
 
 
-def write_sparse(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
-    if encoder.num_classes:
-        raise ValueError("the official sparse code has no classifier; take official, or export an encoder")
-    torch.save({"model": dense_to_official_sparse(encoder.state_dict())}, folder / TORCH_FILE)
-    write_description(encoder, preprocessing, folder)
+def _official(
+    name: str,
+    kind: str,
+    recognises: Callable[[Collection[str]], bool],
+    to_ours: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    from_ours: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+) -> Format:
+    """A file as the official scripts save and load them, our description beside it."""
+
+    def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+        torch.save({"model": from_ours(encoder.state_dict())}, folder / TORCH_FILE)
+        write_description(encoder, preprocessing, folder)
+
+    def compute(folder: Path, images: Tensor) -> Tensor:
+        return _compute(to_ours(torch.load(folder / TORCH_FILE, weights_only=True)["model"]), images)
+
+    return Format(
+        name=name,
+        kind=kind,
+        recognises=recognises,
+        read=lambda state, folder: (to_ours(state), read_description(folder)),
+        write=write,
+        compute=compute,
+        how=lambda encoder, folder: f'torch.load("{folder / TORCH_FILE}")["model"]',
+    )
+
+
+DENSE = _official("official", "official dense", is_dense, from_official_dense, dict)
+SPARSE = _official(
+    "official-sparse",
+    "official sparse (MinkowskiEngine)",
+    is_sparse,
+    official_sparse_to_dense,
+    dense_to_official_sparse,
+)
 
 
 def write_plain(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
@@ -156,45 +176,10 @@ def write_plain(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path)
     write_description(encoder, preprocessing, folder)
 
 
-def _run(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-    return build_encoder(Weights(Path(TORCH_FILE), tensors, "")).to(images.dtype).eval()(images)
-
-
-def compute(folder: Path, images: Tensor) -> Tensor:
-    state = torch.load(folder / TORCH_FILE, weights_only=True)["model"]
-    return _run(official_sparse_to_dense(state) if is_sparse(state) else from_official_dense(state), images)
-
-
-def compute_plain(folder: Path, images: Tensor) -> Tensor:
-    return _run(from_official_dense(read_safetensors(folder / MODEL)), images)
-
-
-def how(encoder: ConvNeXtV2, folder: Path) -> str:
-    return f'torch.load("{folder / TORCH_FILE}")["model"]'
-
-
-DENSE = Format(
-    name="official",
-    kind="official dense",
-    recognises=is_dense,
-    read=lambda state, folder: (from_official_dense(state), read_description(folder)),
-    write=write_dense,
-    compute=compute,
-    how=how,
-)
-SPARSE = Format(
-    name="official-sparse",
-    kind="official sparse (MinkowskiEngine)",
-    recognises=is_sparse,
-    read=lambda state, folder: (official_sparse_to_dense(state), read_description(folder)),
-    write=write_sparse,
-    compute=compute,
-    how=how,
-)
 PLAIN = Format(
     name="plain",
     write=write_plain,
-    compute=compute_plain,
+    compute=lambda folder, images: _compute(from_official_dense(read_safetensors(folder / MODEL)), images),
     how=lambda encoder, folder: f'safetensors.torch.load_file("{folder / MODEL}")',
 )
 """Read as `DENSE` is, whose names it has."""

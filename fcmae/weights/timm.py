@@ -17,12 +17,10 @@ from fcmae.weights.base import (
     Format,
     Names,
     Preprocessing,
+    convert,
+    description,
     encoder_shape,
     idle_norm,
-    inverse,
-    read_json,
-    report_damage,
-    translate,
     without_idle_norm,
 )
 
@@ -59,17 +57,14 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown, or the four stages are not all there.
     """
-    names = translate(state, NAMES, OURS)
     conv_mlp = variant_name(*encoder_shape(state)) in CONV_MLP
-    out: dict[str, Tensor] = {}
-    for ours, theirs in names.items():
-        tensor = state[ours]
-        if ".grn." in ours:
-            tensor = tensor.flatten()
-        elif conv_mlp and ".pwconv" in ours and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        out[theirs] = tensor
-    return out | idle_norm(state, "head.norm")
+
+    def reshape(name: str, tensor: Tensor) -> Tensor:
+        if ".grn." in name:
+            return tensor.flatten()
+        return tensor[:, :, None, None] if conv_mlp and ".pwconv" in name and tensor.ndim == 2 else tensor
+
+    return convert(state, NAMES, OURS, reshape) | idle_norm(state, "head.norm")
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,15 +75,14 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown, as those of ConvNeXt V1 or of timm's patch_size 2 are.
     """
-    out: dict[str, Tensor] = {}
-    for theirs, ours in translate(state, inverse(NAMES), "a timm convnextv2").items():
-        tensor = state[theirs]
-        if ".grn." in ours:
-            tensor = tensor.reshape(1, 1, 1, -1)
-        elif ".pwconv" in ours and tensor.ndim == 4:
-            tensor = tensor[:, :, 0, 0]
-        out[ours] = tensor
-    return without_idle_norm(out)
+
+    def reshape(name: str, tensor: Tensor) -> Tensor:
+        if ".grn." in name:
+            return tensor.reshape(1, 1, 1, -1)
+        return tensor[:, :, 0, 0] if ".mlp.fc" in name and tensor.ndim == 4 else tensor
+
+    table = {theirs: ours for ours, theirs in NAMES.items()}
+    return without_idle_norm(convert(state, table, "a timm convnextv2", reshape))
 
 
 def enlarge_stem(weight: Tensor, factor: int) -> Tensor:
@@ -104,10 +98,7 @@ def shrink_stem(weight: Tensor, factor: int) -> Tensor:
 def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
     """Read timm's tensors, and what `config.json` in `folder` says of them, if it is timm's."""
     tensors = from_timm(state)
-    if folder is None:
-        return tensors, Preprocessing()
-    with report_damage(folder / CONFIG):
-        config = read_json(folder / CONFIG)
+    with description(folder) as config:
         if "architecture" not in config:
             return tensors, Preprocessing()
         enlargement = STEM_ENLARGEMENT[config.get("stem_stride", 4)]

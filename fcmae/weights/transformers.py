@@ -9,17 +9,14 @@ from torch import Tensor
 
 from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.weights.base import (
-    CONFIG,
     OURS,
     Format,
     Names,
     Preprocessing,
+    convert,
+    description,
     encoder_shape,
     idle_norm,
-    inverse,
-    read_json,
-    report_damage,
-    translate,
     without_idle_norm,
 )
 
@@ -51,9 +48,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown, or the four stages are not all there.
     """
-    names = translate(state, NAMES, OURS)
     encoder_shape(state)
-    out = {theirs: state[ours] for ours, theirs in names.items()} | idle_norm(state, "layernorm")
+    out = convert(state, NAMES, OURS) | idle_norm(state, "layernorm")
     if "head.weight" not in state:
         return out
     return {name if name.startswith("classifier.") else f"convnextv2.{name}": value for name, value in out.items()}
@@ -68,8 +64,8 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: if a key is unknown.
     """
     plain = {name.removeprefix("convnextv2."): value for name, value in state.items()}
-    names = translate(plain, inverse(NAMES), "a transformers ConvNextV2")
-    return without_idle_norm({ours: plain[theirs] for theirs, ours in names.items()})
+    table = {theirs: ours for ours, theirs in NAMES.items()}
+    return without_idle_norm(convert(plain, table, "a transformers ConvNextV2"))
 
 
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -101,15 +97,12 @@ def _preprocessing(processor: Mapping[str, Any]) -> Preprocessing:
 def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
     """Read transformers' tensors, and what the configurations of model and images in `folder` say of them."""
     tensors = from_transformers(state)
-    if folder is None:
-        return tensors, Preprocessing()
-    with report_damage(folder / CONFIG):
-        config = read_json(folder / CONFIG)
+    with description(folder) as config:
         if "hidden_sizes" not in config:
             return tensors, Preprocessing()
         class_names = _class_names(config)
-    with report_damage(folder / PREPROCESSOR):
-        return tensors, _preprocessing(read_json(folder / PREPROCESSOR))._replace(class_names=class_names)
+    with description(folder, PREPROCESSOR) as processor:
+        return tensors, _preprocessing(processor)._replace(class_names=class_names)
 
 
 def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
@@ -155,15 +148,11 @@ def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> No
 def compute(folder: Path, images: Tensor) -> Tensor:
     import transformers
 
-    (name,) = read_json(folder / CONFIG)["architectures"]
+    with description(folder) as config:
+        (name,) = config["architectures"]
     model = getattr(transformers, name).from_pretrained(folder, dtype=images.dtype).eval()
     out = model(pixel_values=images)
     return out.logits if "logits" in out else out.pooler_output
-
-
-def how(encoder: ConvNeXtV2, folder: Path) -> str:
-    task = "ForImageClassification" if encoder.num_classes else ""
-    return f'transformers.AutoModel{task}.from_pretrained("{folder}")'
 
 
 TRANSFORMERS = Format(
@@ -175,5 +164,8 @@ TRANSFORMERS = Format(
     read=read,
     write=write,
     compute=compute,
-    how=how,
+    how=lambda encoder, folder: (
+        f"transformers.AutoModel{'ForImageClassification' if encoder.num_classes else ''}"
+        f'.from_pretrained("{folder}")'
+    ),
 )
