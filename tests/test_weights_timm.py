@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import TINY, randomise, relative_error, small_encoder, smooth_images
+from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from weight_files import MEAN, NAMES, STD, same, weights_of
 
@@ -215,3 +216,18 @@ def test_timm_loads_it_by_folder_and_by_file(tmp_path: Path) -> None:
         assert relative_error(file(images), ours) <= 1e-10
     cfg: Any = folder.pretrained_cfg
     assert (cfg["label_names"], cfg["crop_pct"], cfg["input_size"]) == (list(NAMES), 0.8, [3, 64, 64])
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    encoder = small_encoder().float()
+    write_timm_folder(encoder, Preprocessing(MEAN, STD, (64, 64)), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fcmae.tensors.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_timm_folder(small_encoder().float(), Preprocessing(MEAN, STD, (96, 96)), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert same(read_weights(tmp_path).tensors, encoder.state_dict())
+    assert read_weights(tmp_path).preprocessing.image_size == (64, 64)
