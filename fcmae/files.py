@@ -23,24 +23,30 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that gets the name `path` when it is complete and on disk, replacing what is there.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which gets the name `path`, replacing what is there, when it is on disk.
 
     Whatever ends the block early, an exception or a kill, leaves what was under that name before.
     """
     handle, name = tempfile.mkstemp(prefix=f"{WRITING}{path.name}-", dir=path.parent)
+    os.close(handle)
     temporary = Path(name)
     try:
-        with open(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # as open() would have made it
+        fsync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that gets the name `path` when it is complete and on disk; as `atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_bytes(path: Path, content: bytes) -> None:

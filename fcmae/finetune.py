@@ -41,10 +41,9 @@ from fcmae.data import (
     unreadable,
 )
 from fcmae.errors import UserError, blame, run_script
+from fcmae.load import load_weights
 from fcmae.patches import grid_shape
 from fcmae.tasks.classification import Judged, Scores, confusion_matrix, judge, per_class, report, score
-from fcmae.tensors import load_strictly
-from fcmae.training.checkpoint import EMA
 from fcmae.training.dry_run import rehearse
 from fcmae.training.launch import start_accelerator
 from fcmae.training.log import MetricsLog
@@ -53,8 +52,8 @@ from fcmae.training.run_folder import claim_run_folder, require_disk
 from fcmae.training.schedule import Plan
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
-from fcmae.weights.convert import encoder_shape, write_timm_folder
-from fcmae.weights.read import build_encoder, describe_encoder, find_weights, read_weights
+from fcmae.weights.base import Preprocessing, build_encoder, describe_encoder, encoder_shape, load_network
+from fcmae.weights.timm import write_timm_folder
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -146,7 +145,7 @@ def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> 
     Raises:
         UserError: if the weights are another network's.
     """
-    weights = read_weights(source)
+    weights = load_weights(source)
     tensors = weights.tensors
     stem = tensors["downsample_layers.0.0.weight"]
     found = {"variant": encoder_shape(tensors), "in_chans": stem.shape[1], "stem_stride": stem.shape[2]}
@@ -158,12 +157,12 @@ def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> 
                 f"init_from={source}: {weights.kind} weights with {key} {value}; set model.{key} to that"
             )
     classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
-    keep = classes == model.num_classes and weights.class_names in (None, class_names)
+    keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("norm.", "head."))}
     taken = {name: tensor for name, tensor in tensors.items() if keep or not name.startswith("head.")}
-    load_strictly(model, own | taken, weights.path)
+    load_network(model, own | taken, weights.path)
     head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
-    return f"{weights.path} ({weights.kind}), {head}"
+    return f"{weights.path} ({weights.description}), {head}"
 
 
 def evaluate(
@@ -222,17 +221,13 @@ def evaluate_weights(options: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     accelerator = start_accelerator(config.train.precision)
-    best = source / "checkpoints" / "best"
-    source = best if best.is_dir() else source
-    has_ema = find_weights(source).with_name(EMA).is_file()
-    ema = has_ema if config.eval.ema is None else config.eval.ema
-    weights = read_weights(source, ema=ema)
+    weights = load_weights(source, ema=config.eval.ema)
     model = build_encoder(weights).to(accelerator.device)
     if not model.num_classes:
         raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
-    dataset = validation_set(config, weights.class_names, model.in_chans)
+    dataset = validation_set(config, weights.preprocessing.class_names, model.in_chans)
     if len(dataset.class_names) != model.num_classes:
         raise UserError(
             f"--evaluate {source}: classifies {model.num_classes} classes, but the images have "
@@ -243,13 +238,12 @@ def evaluate_weights(options: argparse.Namespace) -> int:
         run.mkdir(parents=True, exist_ok=True)
         confusion = confusion_matrix(scores, model.num_classes)
         Image.fromarray(draw_confusion(confusion, dataset.class_names)).save(run / "confusion.png")
-        figures = {"weights": str(weights.path), "ema": ema, "images": len(scores.labels)}
+        figures = {"weights": str(weights.path), "ema": weights.ema, "images": len(scores.labels)}
         figures |= {name: getattr(scores, name) for name in ("top1", "top5", "loss")}
         table = {name: column.tolist() for name, column in per_class(confusion).items()}
         figures["classes"] = {"names": list(dataset.class_names)} | table
         (run / "evaluation.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-        which = "; EMA weights" if ema else "; raw weights, not the EMA" if has_ema else ""
-        print(f"weights          {weights.path} ({weights.kind}{which})")
+        print(f"weights          {weights.path} ({weights.description})")
         print(report(scores, dataset.class_names))
         print(f"\nconfusion matrix {run / 'confusion.png'}")
     accelerator.end_training()
@@ -391,15 +385,9 @@ def main(argv: list[str]) -> int:
         final = trainer.ema.module if trainer.ema is not None and config.judge_ema else model
         assert isinstance(final, ConvNeXtV2)
         folder = Path(config.output, "model")
-        write_timm_folder(
-            final,
-            folder,
-            mean=config.data.mean,
-            std=config.data.std,
-            image_size=config.data.size,
-            crop_pct=config.data.crop_pct,
-            class_names=class_names,
-        )
+        data = config.data
+        preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
+        write_timm_folder(final, preprocessing, folder)
         print(f"model            {folder}{' (EMA)' if final is not model else ''}")
         if trainer.best is not None:
             best = Path(config.output, "checkpoints", "best")

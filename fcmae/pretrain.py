@@ -29,9 +29,9 @@ from fcmae.data import (
 )
 from fcmae.errors import blame, run_script
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
+from fcmae.load import load_tensors, load_weights
 from fcmae.masking import count_visible
 from fcmae.patches import grid_shape
-from fcmae.tensors import load_strictly
 from fcmae.training.dry_run import rehearse
 from fcmae.training.launch import start_accelerator
 from fcmae.training.log import MetricsLog
@@ -40,8 +40,8 @@ from fcmae.training.run_folder import claim_run_folder, require_disk
 from fcmae.training.schedule import Plan
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_reconstructions
-from fcmae.weights.convert import write_timm_folder
-from fcmae.weights.read import find_weights, read_tensors, read_weights
+from fcmae.weights.base import Preprocessing, load_network
+from fcmae.weights.timm import write_timm_folder
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -59,14 +59,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def start_from(model: FCMAE, source: Path) -> None:
     """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder."""
-    path = find_weights(source)
-    tensors = read_tensors(path)
+    path, tensors = load_tensors(source)
     if any(name.startswith("decoder.pred.") for name in tensors):
-        load_strictly(model, tensors, path)
+        load_network(model, tensors, path)
     else:
-        tensors = read_weights(source).tensors
+        tensors = load_weights(source).tensors
         encoder = {n: tensor for n, tensor in tensors.items() if not n.startswith(("norm.", "head."))}
-        load_strictly(model.encoder, encoder, path)
+        load_network(model.encoder, encoder, path)
 
 
 def main(argv: list[str]) -> int:
@@ -192,9 +191,8 @@ def main(argv: list[str]) -> int:
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
         folder = Path(config.output, "encoder")
-        write_timm_folder(
-            model.encoder, folder, mean=config.data.mean, std=config.data.std, image_size=config.data.size
-        )
+        preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
+        write_timm_folder(model.encoder, preprocessing, folder)
         print(f"encoder          {folder}")
         print(f"reconstructions  {Path(config.output, 'reconstructions')}")
         print(f"curves           tensorboard --logdir {config.output}")

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fcmae.errors import UserError
+from fcmae.files import atomic_path
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -27,12 +28,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, from any device, as a safetensors file with the header that transformers and timm ask for.
 
+    Under its name there is never a part of it.
+
     Raises:
         OSError: if it cannot be written, such as for a full disk.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={"format": "pt"})
+        with atomic_path(path) as temporary:
+            save_file(contiguous, temporary, metadata={"format": "pt"})
     except SafetensorError as error:  # its own words for what the system said
         raise OSError(str(error)) from error
 

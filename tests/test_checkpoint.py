@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fcmae.training.checkpoint as checkpoint
-from fcmae import FCMAE, ConvNeXtV2
+from fcmae import FCMAE
 from fcmae.errors import UserError
 from fcmae.tensors import load_strictly, read_safetensors
 from fcmae.training.checkpoint import (
@@ -22,7 +22,6 @@ from fcmae.training.checkpoint import (
     save_checkpoint,
 )
 from fcmae.training.optim import build_adamw
-from fcmae.weights.read import describe_encoder, find_weights
 
 SMALL = ((1, 1, 1, 1), (8, 8, 16, 16))
 
@@ -160,37 +159,11 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
         read_safetensors(tmp_path / "weights.pth")
 
 
-def test_weights_of_another_variant_are_told_with_both_names(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        pico = ConvNeXtV2("pico").state_dict()
-        atto = ConvNeXtV2("atto")
-    with pytest.raises(UserError, match=r"x: does not fit the model \(atto\): it holds pico") as caught:
-        load_strictly(atto, pico, Path("x"))
-    assert str(caught.value).count(";") <= 11
-
-
-@pytest.mark.parametrize("name", ["atto", "tiny", "huge"])
-def test_a_variant_is_recognised_by_its_tensors(name: str) -> None:
-    with torch.device("meta"):
-        assert describe_encoder(FCMAE(name).state_dict()) == name
-    assert describe_encoder({"weight": torch.zeros(1)}) == "no ConvNeXt V2"
-    assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXtV2(SMALL).state_dict())
-
-
 def test_missing_and_unexpected_keys_are_listed() -> None:
     model: nn.Module = nn.Linear(2, 2)
     tensors: dict[str, Tensor] = {"weight": torch.zeros(2, 3), "extra": torch.zeros(1)}
     with pytest.raises(UserError, match=r"missing bias; unexpected extra; weight is \(2, 3\), not \(2, 2\)"):
         load_strictly(model, tensors, Path("x"))
-
-
-def test_weights_are_found_in_runs_checkpoints_and_files(tmp_path: Path) -> None:
-    path = save(tmp_path / "checkpoints", 5)
-    assert find_weights(tmp_path).resolve() == path / "model.safetensors"
-    assert find_weights(path) == path / "model.safetensors"
-    assert find_weights(path / "model.safetensors") == path / "model.safetensors"
-    with pytest.raises(UserError, match="no such file or folder"):
-        find_weights(tmp_path / "elsewhere")
 
 
 def test_the_state_is_readable_json(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from fcmae.commands import cli
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data import PixelNormalizer, cover
 from fcmae.evaluation.inference import fit_to_patches
+from fcmae.load import load_weights
 from fcmae.training.checkpoint import save_checkpoint
-from fcmae.weights.convert import write_timm_folder
-from fcmae.weights.read import read_weights
+from fcmae.weights.base import Preprocessing
+from fcmae.weights.timm import write_timm_folder
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "docs" / "photos"
@@ -47,7 +48,7 @@ def network() -> ConvNeXtV2:
 def model(network: ConvNeXtV2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as fine-tuning leaves it."""
     folder = tmp_path_factory.mktemp("model")
-    write_timm_folder(network, folder, mean=MEAN, std=STD, image_size=64, crop_pct=0.9, class_names=NAMES)
+    write_timm_folder(network, Preprocessing(MEAN, STD, (64, 64), 0.9, class_names=tuple(NAMES)), folder)
     return folder
 
 
@@ -183,10 +184,10 @@ def test_an_export_says_what_it_wrote_and_how_to_load_it(
     assert [line.split("  ")[0] for line in captured.out.splitlines()] == [
         str(tmp_path / "new" / "folder" / name) for name in ("config.json", "model.safetensors")
     ]
-    assert "FCMAE run, ConvNeXt V2" in captured.err
+    assert "FCMAE run, step 3, raw weights, ConvNeXt V2" in captured.err
     assert "checked on random images in float64" in captured.err
     assert f'timm.create_model("local-dir:{tmp_path / "new" / "folder"}", pretrained=True)' in captured.err
-    stored, written = read_weights(run), read_weights(tmp_path / "new" / "folder")
+    stored, written = load_weights(run), load_weights(tmp_path / "new" / "folder")
     assert all(torch.equal(stored.tensors[name], written.tensors[name]) for name in stored.tensors)
 
 
@@ -243,10 +244,10 @@ def test_images_become_whole_patches_of_about_the_same_area(size: tuple[int, int
 
 def test_gray_images_go_through_a_gray_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gray = small_encoder(num_classes=3, in_chans=1).float()
-    write_timm_folder(gray, tmp_path, mean=[0.5], std=[0.5], image_size=64)
+    write_timm_folder(gray, Preprocessing((0.5,), (0.5,), (64, 64)), tmp_path)
     assert fcmae("predict", tmp_path, PHOTOS / "fig.jpg") == 0
     many = small_encoder(num_classes=3, in_chans=5).float()
-    write_timm_folder(many, tmp_path, mean=[0.5] * 5, std=[0.5] * 5, image_size=64)
+    write_timm_folder(many, Preprocessing((0.5,) * 5, (0.5,) * 5, (64, 64)), tmp_path)
     assert fcmae("predict", tmp_path, PHOTOS / "fig.jpg") == 2
     assert "the network wants 5 channels; image files have 1, 3 or 4" in capsys.readouterr().err
 

@@ -412,7 +412,7 @@ def test_a_run_is_judged_on_its_own_images_before_others(
     AcceleratorState._reset_state(reset_partial_state=True)
     code, out, err = fcmae(capsys, "evaluate", str(tmp_path / "run"))
     assert (code, err) == (0, "")
-    assert "(FCMAE run)" in out
+    assert "(FCMAE run, step 1, raw weights)" in out
     assert "15 images to learn 3 classes from, 5 to classify, at 16 x 16 px" in out
     checkpoint = str(tmp_path / "run" / "checkpoints" / "last")
     state = json.loads(Path(checkpoint, "state.json").read_text())

@@ -171,7 +171,8 @@ def test_the_encoder_starts_as_it_was_pretrained_and_the_classifier_small(
     assert run(*arguments) == 0
     still = [*arguments, "optim.base_lr=0", "optim.min_lr=0", "train.max_steps=1", "eval.every_epochs=100"]
     kept, new = tmp_path / "kept", tmp_path / "new"
-    assert run(*still, f"output={kept}", f"init_from={tmp_path / 'run'}") == 0
+    last = tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"
+    assert run(*still, f"output={kept}", f"init_from={last}") == 0
     assert "its classifier of 4 classes" in capsys.readouterr().out
     before, after = weights(tmp_path / "run"), weights(kept)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -226,7 +227,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
 
 def test_a_frozen_encoder_stays_as_it_is_while_the_classifier_learns(arguments: list[str], tmp_path: Path) -> None:
     assert run(*arguments, "train.max_steps=3") == 0
-    start = [*arguments, f"init_from={tmp_path / 'run'}", f"output={tmp_path / 'probe'}"]
+    last = tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"
+    start = [*arguments, f"init_from={last}", f"output={tmp_path / 'probe'}"]
     assert run(*start, "train.freeze_encoder=true", "train.gradient_checkpointing=true") == 0
     before, after = weights(tmp_path / "run"), weights(tmp_path / "probe")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -277,13 +279,13 @@ def test_evaluate_counts_what_a_plain_loop_counts(
     guesses = np.maximum(expected["confusion"].sum(0), 1)
     assert found["classes"]["precision"] == pytest.approx(expected["confusion"].diagonal() / guesses)
     assert found["top1"] == evaluations(folder)[12]["ema_top1"]
-    assert "EMA weights" in out
+    assert "step 12, EMA" in out
     assert f"top-1            {expected['top1']:.2%}" in out
     assert all(f"\n{name} " in out for name in CLASSES)
     assert Image.open(folder / "confusion.png").size[0] > 4 * 36
 
     assert run("--evaluate", last, "eval.ema=false") == 0
-    assert "raw weights, not the EMA" in capsys.readouterr().out
+    assert "step 12, raw weights" in capsys.readouterr().out
     assert json.loads((folder / "evaluation.json").read_text())["loss"] == evaluations(folder)[12]["val_loss"]
     assert run("--evaluate", str(folder)) == 0
     assert str(folder / "checkpoints" / "best" / "ema.safetensors") in capsys.readouterr().out

@@ -33,7 +33,7 @@ from fcmae.data import save_arrays
 from fcmae.data.batches import PREFETCH_FACTOR
 from fcmae.training.checkpoint import save_checkpoint
 from fcmae.training.dry_run import loading_rate, name_bottleneck
-from fcmae.weights.convert import to_timm
+from fcmae.weights.timm import to_timm
 
 TINY = "[[1,1,1,1],[8,8,16,16]]"
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from fcmae import ConvNeXtV2
-from fcmae.weights.convert import write_timm_folder
+from fcmae.weights.base import Preprocessing
+from fcmae.weights.timm import write_timm_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -108,7 +109,7 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
     elif words[0] == "fcmae":
         model = tmp_path / "classifier" / "model"
         classifier = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=2)
-        write_timm_folder(classifier, model, mean=[0.5] * 3, std=[0.5] * 3, image_size=64)
+        write_timm_folder(classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, (64, 64)), model)
         places = {"runs/quickstart": str(quickstart)}
         words = [places.get(word, re.sub("^runs/", f"{tmp_path}/", word)) for word in words[1:]]
         assert shell([sys.executable, "-m", "fcmae.commands.cli", *words])

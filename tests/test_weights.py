@@ -4,42 +4,26 @@ import argparse
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+import transformers
 from conftest import TINY, randomise, relative_error, small_encoder
 from safetensors.torch import save_file
-from torch import Tensor
+from weight_files import MEAN, NAMES, STD, same
 
 from fcmae import FCMAE, ConvNeXtV2, load_encoder
 from fcmae.errors import UserError
-from fcmae.training.checkpoint import EMA, save_checkpoint
-from fcmae.weights.convert import dense_to_official_sparse, to_timm, to_transformers, write_timm_folder
-from fcmae.weights.read import IMAGENET, find_weights, preprocessing, read_weights
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-NAMES = ("cat", "dog", "kite")
-
-
-def save_run(run: Path, model: Any, ema: Any = None, **state: Any) -> Path:
-    """A run folder with one checkpoint, as training leaves it; returns the checkpoint's folder."""
-    data = {"mean": MEAN, "std": STD, "image_size": [64, 96]}
-    return save_checkpoint(
-        run / "checkpoints",
-        step=7,
-        model=model.state_dict(),
-        optimizer={},
-        state={"config": {"data": data}, **state},
-        keep=1,
-        ema=None if ema is None else ema.state_dict(),
-    )
-
-
-def same(encoder: ConvNeXtV2, tensors: dict[str, Tensor]) -> bool:
-    state = encoder.state_dict()
-    return state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in state)
+from fcmae.weights.base import IMAGENET, Preprocessing, describe_encoder, load_network
+from fcmae.weights.official import dense_to_official_sparse
+from fcmae.weights.read import FORMATS, find_weights, interpret, read_weights
+from fcmae.weights.timm import to_timm, write_timm_folder
+from fcmae.weights.transformers import to_transformers
 
 
 def test_every_format_is_recognised_whatever_the_file_is_called(tmp_path: Path) -> None:
@@ -56,85 +40,95 @@ def test_every_format_is_recognised_whatever_the_file_is_called(tmp_path: Path) 
     for kind, (content, network) in written.items():
         torch.save(content, tmp_path / "weights")
         weights = read_weights(tmp_path / "weights")
-        assert (weights.kind, weights.class_names, weights.mean) == (kind, None, None)
-        assert same(network, weights.tensors), kind
-        assert same(load_encoder(tmp_path / "weights"), weights.tensors)
+        assert (weights.description, weights.preprocessing) == (kind, Preprocessing())
+        assert same(network.state_dict(), weights.tensors), kind
+        assert same(load_encoder(tmp_path / "weights").state_dict(), weights.tensors)
     for name in ("x.bin", "x.pth", "x"):
         save_file(to_timm(encoder.state_dict()), tmp_path / name)
         assert read_weights(str(tmp_path / name)).kind == "timm"
 
 
+def test_each_format_recognises_its_own_names_only() -> None:
+    state = small_encoder().state_dict()
+    states = {
+        "timm": to_timm(state),
+        "transformers": to_transformers(state),
+        "official": state,
+        "official-sparse": dense_to_official_sparse(state),
+    }
+    for name, tensors in states.items():
+        assert [form.name for form in FORMATS.values() if form.recognises(tensors)] == [name]
+
+
 def test_old_files_of_torch_are_read(tmp_path: Path) -> None:
     encoder = small_encoder().float()
     torch.save(encoder.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert same(encoder, read_weights(tmp_path / "old.pth").tensors)
+    assert same(encoder.state_dict(), read_weights(tmp_path / "old.pth").tensors)
 
 
-def test_a_run_its_checkpoint_and_its_file_give_the_same_weights(tmp_path: Path) -> None:
-    model = randomise(FCMAE(TINY, stem_stride=1, in_chans=3, decoder_dim=16))
-    step = save_run(tmp_path, model)
-    for path in (tmp_path, step, tmp_path / "checkpoints" / "last", step / "model.safetensors"):
-        weights = read_weights(path)
-        assert weights.kind == "FCMAE run"
-        assert same(model.encoder, weights.tensors)
-        assert (weights.mean, weights.std, weights.image_size) == (MEAN, STD, (64, 96))
-    assert load_encoder(tmp_path).stem_stride == 1
-
-
-def test_a_fine_tuned_run_tells_its_classes_and_keeps_its_average_apart(tmp_path: Path) -> None:
-    model, average = small_encoder(num_classes=3).float(), small_encoder(num_classes=3).float()
-    step = save_run(tmp_path, model, average, class_names=list(NAMES))
-    raw, ema = read_weights(tmp_path), read_weights(tmp_path, ema=True)
-    assert raw.kind == ema.kind == "fine-tuned run"
-    assert raw.class_names == ema.class_names == NAMES
-    assert same(model, raw.tensors)
-    assert same(average, ema.tensors)
-    assert same(load_encoder(step, ema=True), ema.tensors)
-    (step / EMA).unlink()
-    with pytest.raises(UserError, match="holds no EMA weights, only the raw ones"):
-        read_weights(tmp_path, ema=True)
-
-
-def test_the_average_of_timms_and_the_official_training_is_found(tmp_path: Path) -> None:
+def test_the_ema_of_timms_and_the_official_training_is_found(tmp_path: Path) -> None:
     raw, average = small_encoder().float().state_dict(), small_encoder().float().state_dict()
     for keys in (("model", "model_ema"), ("state_dict", "state_dict_ema")):
         torch.save(dict(zip(keys, (raw, average), strict=True)), tmp_path / "both.pth")
         for ema, state in ((False, raw), (True, average)):
-            tensors = read_weights(tmp_path / "both.pth", ema=ema).tensors
-            assert all(torch.equal(tensors[name], state[name]) for name in state)
+            weights = read_weights(tmp_path / "both.pth", ema=ema)
+            assert same(weights.tensors, state)
+            assert weights.description == ("official dense, EMA" if ema else "official dense")
     torch.save({"model": raw}, tmp_path / "raw.pth")
     with pytest.raises(UserError, match=r"raw\.pth: holds no EMA weights"):
         read_weights(tmp_path / "raw.pth", ema=True)
 
 
-@pytest.mark.parametrize("stem_stride", [4, 2, 1])
-def test_a_folder_written_for_timm_comes_back_whole(stem_stride: int, tmp_path: Path) -> None:
-    encoder = small_encoder(num_classes=3, stem_stride=stem_stride).float()
-    size = (4 * encoder.patch_size, 6 * encoder.patch_size)
-    write_timm_folder(encoder, tmp_path, mean=MEAN, std=STD, image_size=size, crop_pct=0.9, class_names=list(NAMES))
-    weights = read_weights(tmp_path)
-    assert same(encoder, weights.tensors)
-    assert weights.class_names == NAMES
-    assert preprocessing(weights) == (MEAN, STD, size, 0.9)
+def test_a_wrapped_or_whole_model_is_unwrapped() -> None:
+    encoder = small_encoder().state_dict()
+    wrapped = {f"module._orig_mod.{name}": value for name, value in to_timm(encoder).items()}
+    found = interpret(Path("x"), wrapped)
+    assert (same(found.tensors, encoder), found.kind) == (True, "timm")
+    model = randomise(FCMAE(TINY, decoder_dim=16))
+    assert same(interpret(Path("x"), model.state_dict()).tensors, model.encoder.state_dict())
 
 
-def test_transformers_own_preprocessing_is_understood(tmp_path: Path) -> None:
-    save_file(to_transformers(small_encoder(num_classes=2).float().state_dict()), tmp_path / "model.safetensors")
-    config = {"hidden_sizes": [8], "id2label": {"1": "dog", "0": "cat"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    prepare = {"size": {"shortest_edge": 224}, "crop_pct": 0.8, "image_mean": MEAN, "image_std": STD}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(prepare))
-    weights = read_weights(tmp_path)
-    assert weights.class_names == ("cat", "dog")
-    assert preprocessing(weights) == (MEAN, STD, (224, 224), 0.8)
+def test_weights_of_v1_are_refused() -> None:
+    config = transformers.ConvNextConfig(depths=list(TINY[0]), hidden_sizes=list(TINY[1]))
+    with torch.device("meta"):
+        v1 = [timm.create_model("convnext_atto").state_dict(), transformers.ConvNextModel(config).state_dict()]
+    v1.append(timm.create_model("convnext_atto", ls_init_value=None, device="meta").state_dict())
+    v1.append({"downsample_layers.0.0.weight": torch.zeros(8, 3, 4, 4), "stages.0.0.gamma": torch.zeros(8)})
+    for state in v1:
+        with pytest.raises(UserError, match=r"^x.*: ConvNeXt V1 weights"):
+            interpret(Path("x"), state)
 
 
-def test_what_a_file_does_not_tell_is_taken_from_the_released_weights(tmp_path: Path) -> None:
-    torch.save(small_encoder().state_dict(), tmp_path / "x.pth")
-    assert preprocessing(read_weights(tmp_path / "x.pth")) == IMAGENET
-    torch.save(small_encoder(in_chans=5).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="for 5 channels, but it tells no mean and std, and ImageNet's have 3"):
-        preprocessing(read_weights(tmp_path / "x.pth"))
+def test_other_networks_are_refused_with_a_glimpse_of_their_names() -> None:
+    with pytest.raises(UserError, match=r"^x: no ConvNeXt V2.*it holds 2 tensors: 'conv1\.weight', 'fc\.bias'"):
+        interpret(Path("x"), {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"^x: .*it holds no tensors"):
+        interpret(Path("x"), {})
+
+
+def test_what_is_unknown_is_completed_as_the_released_weights_have_it() -> None:
+    encoder = small_encoder(num_classes=3)
+    assert Preprocessing().completed(encoder) == IMAGENET
+    assert IMAGENET == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), 0.875, "bicubic", (0, 1), None)
+    assert Preprocessing(image_size=(32, 64)).completed(encoder).crop_pct == 1.0
+    known = Preprocessing(MEAN, STD, (64, 96), 0.9, "bilinear", (0.0, 1.0), NAMES)
+    assert known.completed(encoder) == known
+    with pytest.raises(ValueError, match="2 class names for 3 classes"):
+        Preprocessing(class_names=NAMES[:2]).completed(encoder)
+    with pytest.raises(ValueError, match="for 3 channels, but mean and std have 3 and 1"):
+        Preprocessing(MEAN, (0.5,)).completed(encoder)
+    with pytest.raises(ValueError, match="for 5 channels, but its mean and std are unknown, and ImageNet's have 3"):
+        Preprocessing().completed(small_encoder(in_chans=5))
+
+
+def test_mean_and_std_are_completed_for_pixels_from_0_to_1() -> None:
+    pixels, encoder = torch.rand(3), small_encoder()
+    for low, high in ((0.0, 255.0), (-1.0, 1.0)):
+        use = Preprocessing(MEAN, STD, value_range=(low, high)).completed(encoder)
+        wanted = (pixels * (high - low) + low - torch.tensor(MEAN)) / torch.tensor(STD)
+        assert torch.allclose((pixels - torch.tensor(use.mean)) / torch.tensor(use.std), wanted, rtol=1e-4)
+        assert use.value_range == (0, 1)
+    assert Preprocessing(value_range=(0.0, 255.0)).completed(encoder) == IMAGENET
 
 
 def test_the_classifier_can_be_kept_dropped_or_replaced(tmp_path: Path) -> None:
@@ -149,7 +143,7 @@ def test_the_classifier_can_be_kept_dropped_or_replaced(tmp_path: Path) -> None:
     assert other.head.weight.shape == (9, 32)
     assert torch.equal(other.state_dict()["norm.weight"], classifier.state_dict()["norm.weight"])
     torch.save(features.state_dict(), tmp_path / "features.pth")
-    assert same(load_encoder(tmp_path / "features.pth"), dict(features.state_dict()))
+    assert same(load_encoder(tmp_path / "features.pth").state_dict(), features.state_dict())
 
 
 class Bomb:
@@ -196,7 +190,7 @@ def test_a_truncated_file_is_named(kind: str, kept: float, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_what_holds_no_network_is_told(tmp_path: Path) -> None:
+def test_what_holds_no_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("weights, honestly")
     torch.save([1, 2], tmp_path / "list")
     torch.save({"epoch": 3}, tmp_path / "none")
@@ -238,7 +232,7 @@ def test_missing_and_unexpected_keys_are_listed_up_to_ten_with_the_likely_varian
 
 @pytest.mark.parametrize("name", ["downsample_layers.0.0.weight", "downsample_layers.1.1.weight", "head.weight"])
 @pytest.mark.parametrize("shape", [(), (3,), (8, 3, 5, 5)])
-def test_tensors_of_a_senseless_shape_are_told(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_tensors_of_a_senseless_shape_are_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     torch.save(small_encoder(num_classes=3).state_dict() | {name: torch.zeros(shape)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x\.pth"):
         read_weights(tmp_path / "x.pth")
@@ -246,7 +240,7 @@ def test_tensors_of_a_senseless_shape_are_told(name: str, shape: tuple[int, ...]
 
 def test_files_beside_weights_are_checked_too(tmp_path: Path) -> None:
     encoder = small_encoder(num_classes=3).float()
-    write_timm_folder(encoder, tmp_path, mean=MEAN, std=STD, image_size=64, class_names=list(NAMES))
+    write_timm_folder(encoder, Preprocessing(MEAN, STD, (64, 64), class_names=NAMES), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["pretrained_cfg"]["label_names"] = ["cat"]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -260,7 +254,30 @@ def test_files_beside_weights_are_checked_too(tmp_path: Path) -> None:
 
 
 def test_files_of_other_networks_beside_a_file_of_weights_are_not_its_own(tmp_path: Path) -> None:
-    write_timm_folder(small_encoder().float(), tmp_path, mean=MEAN, std=STD, image_size=64)
+    write_timm_folder(small_encoder().float(), Preprocessing(MEAN, STD, (64, 64)), tmp_path)
     torch.save(small_encoder().state_dict(), tmp_path / "other.pth")
-    assert read_weights(tmp_path / "other.pth").mean is None
+    assert read_weights(tmp_path / "other.pth").preprocessing.mean is None
     assert find_weights(tmp_path) == tmp_path / "model.safetensors"
+
+
+def test_weights_of_another_variant_are_refused_with_both_names() -> None:
+    with torch.device("meta"):
+        pico = ConvNeXtV2("pico").state_dict()
+        atto = ConvNeXtV2("atto")
+    with pytest.raises(UserError, match=r"x: does not fit the model \(atto\): it holds pico") as caught:
+        load_network(atto, pico, Path("x"))
+    assert str(caught.value).count(";") <= 11
+
+
+@pytest.mark.parametrize("name", ["atto", "tiny", "huge"])
+def test_a_variant_is_recognised_by_its_tensors(name: str) -> None:
+    with torch.device("meta"):
+        assert describe_encoder(FCMAE(name).state_dict()) == name
+    assert describe_encoder({"weight": torch.zeros(1)}) == "no ConvNeXt V2"
+    assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16))).state_dict())
+
+
+def test_a_package_is_imported_only_for_the_format_that_needs_it() -> None:
+    code = "import sys, fcmae.load, fcmae.weights.export; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not {"timm", "transformers", "onnx", "onnxscript", "onnxruntime"} & set(done.stdout.split())

@@ -17,7 +17,7 @@ from fcmae.data import PixelNormalizer, open_source, seeded
 from fcmae.data.prepare import prepare
 from fcmae.encoder import ConvNeXtV2
 from fcmae.errors import UserError, blame, run_script
-from fcmae.evaluation.inference import Prediction, Unreadable, classify, load_fcmae, read_images, reconstruct_images
+from fcmae.evaluation.inference import Prediction, Unreadable, classify, read_images, reconstruct_images
 from fcmae.evaluation.probes import (
     Accuracy,
     Splits,
@@ -26,10 +26,11 @@ from fcmae.evaluation.probes import (
     labelled_splits,
     linear_accuracy,
 )
+from fcmae.load import load_fcmae, load_weights
 from fcmae.patches import grid_shape
 from fcmae.training.checkpoint import STATE
+from fcmae.weights.base import Weights, build_encoder, describe_encoder
 from fcmae.weights.export import FORMATS, export
-from fcmae.weights.read import Weights, build_encoder, describe_encoder, preprocessing, read_weights
 
 
 def best_device() -> torch.device:
@@ -44,8 +45,8 @@ def say(text: str) -> None:
 
 def tell_weights(weights: Weights) -> None:
     """Say what was read, and what had to be assumed."""
-    say(f"{weights.path}: {weights.kind}, ConvNeXt V2 {describe_encoder(weights.tensors)}")
-    unknown = [name for name in ("mean", "std", "image_size") if getattr(weights, name) is None]
+    say(f"{weights.path}: {weights.description}, ConvNeXt V2 {describe_encoder(weights.tensors)}")
+    unknown = [name for name in ("mean", "std", "image_size") if getattr(weights.preprocessing, name) is None]
     if unknown:
         say(
             f"{weights.path}: tells no {', '.join(unknown)}: taken from ImageNet at 224 px, as the released weights"
@@ -70,7 +71,7 @@ def images_of(weights: Weights) -> dict[str, Any]:
     """Return what is known of the images that these weights were trained and judged on, as an `EvaluateConfig`."""
     state = weights.path.with_name(STATE)
     if not state.is_file():
-        known = {key: getattr(weights, key) for key in ("mean", "std", "image_size")}
+        known = {key: getattr(weights.preprocessing, key) for key in ("mean", "std", "image_size")}
         return {"data": {key: value for key, value in known.items() if value is not None}}
     stored = json.loads(state.read_text(encoding="utf-8"))["config"]
     told = stored["data"] | stored.get("eval", {})  # where pretraining and fine-tuning name their validation sets
@@ -134,7 +135,7 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Judge an encoder's frozen features on labelled images."""
-    weights = read_weights(options.source, ema=options.ema)
+    weights = load_weights(options.source, ema=options.ema or None)
     config = override_config(
         EvaluateConfig, images_of(weights), options.overrides, f"fcmae evaluate {options.source}"
     )
@@ -170,7 +171,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
         return 0
-    print(f"{result['source']} ({weights.kind})")
+    print(f"{result['source']} ({weights.description})")
     print(
         f"{result['train_images']:,} images to learn {splits.num_classes} classes from, "
         f"{result['val_images']:,} to classify, at {data.size[0]} x {data.size[1]} px"
@@ -208,7 +209,7 @@ def add_evaluate(commands: Any) -> None:
 
 def run_export(options: argparse.Namespace) -> int:
     """Write a network in the format of others."""
-    weights = read_weights(options.source, ema=options.ema)
+    weights = load_weights(options.source, ema=options.ema or None)
     tell_weights(weights)
     written = export(weights, options.to, options.output)
     kind = FORMATS[options.to]
@@ -245,7 +246,7 @@ def prediction_table(prediction: Prediction) -> str:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Print the likeliest classes of images."""
-    weights = read_weights(options.model, ema=options.ema)
+    weights = load_weights(options.model, ema=options.ema or None)
     network = build_encoder(weights).eval()
     if not network.num_classes:
         raise UserError(
@@ -254,13 +255,15 @@ def run_predict(options: argparse.Namespace) -> int:
     if options.top < 1:
         raise UserError(f"--top {options.top}: must be at least 1")
     tell_weights(weights)
+    with blame(str(weights.path)):
+        preprocessing = weights.preprocessing.completed(network)
     results: list[dict[str, Any]] = []
     unreadable = 0
     for outcome in classify(
         network.to(best_device()),
         read_images(options.images, network.in_chans),
-        preprocessing=preprocessing(weights),
-        class_names=weights.class_names,
+        preprocessing=preprocessing,
+        class_names=preprocessing.class_names,
         top=options.top,
     ):
         if isinstance(outcome, Unreadable):

@@ -17,7 +17,7 @@ from fcmae.data.sampling import one_pass, seeded
 from fcmae.data.sources import Source, Subset, open_source, overlap
 from fcmae.data.views import Cover
 from fcmae.errors import UserError
-from fcmae.weights.convert import evaluation_crop
+from fcmae.weights.base import evaluation_crop
 
 NEIGHBOURS = (10, 20, 100, 200)
 """Numbers of neighbours that DINO reports (arXiv 2104.14294); 20 is usually the best."""

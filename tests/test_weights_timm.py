@@ -1,4 +1,4 @@
-"""timm and transformers compute the same from the converted weights; timm loads the folders we write."""
+"""timm's format: timm computes the same from converted weights, and loads the folders we write."""
 
 import json
 from pathlib import Path
@@ -8,37 +8,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
-from conftest import TINY, randomise, relative_error, small_encoder
+from conftest import TINY, randomise, relative_error, small_encoder, smooth_images
+from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
-from torch import Tensor
+from weight_files import MEAN, NAMES, STD, same, weights_of
 
-from fcmae import FCMAE
 from fcmae.encoder.convnext import VARIANTS, ConvNeXtV2
-from fcmae.weights.convert import (
-    dense_to_official_sparse,
-    enlarge_stem,
-    from_any,
-    from_official_dense,
-    from_timm,
-    from_transformers,
-    official_sparse_to_dense,
-    shrink_stem,
-    timm_config,
-    to_timm,
-    to_transformers,
-    write_timm_folder,
-)
-
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+from fcmae.weights.base import Preprocessing
+from fcmae.weights.export import export
+from fcmae.weights.read import read_weights
+from fcmae.weights.timm import enlarge_stem, from_timm, shrink_stem, timm_config, to_timm, write_timm_folder
 
 
 def timm_model(name: str, **kwargs: Any) -> Any:
     return timm.create_model(name, **kwargs)
-
-
-def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("variant", ["atto", "pico", "tiny"])
@@ -50,8 +33,8 @@ def test_timm_gives_the_same_logits(variant: str) -> None:
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         assert relative_error(ours(images), theirs(images)) <= 1e-10
-    assert same_state(from_timm(to_timm(state)), dict(state))
-    assert same_state(to_timm(from_timm(theirs.state_dict())), dict(theirs.state_dict()))
+    assert same(from_timm(to_timm(state)), state)
+    assert same(to_timm(from_timm(theirs.state_dict())), theirs.state_dict())
 
 
 @pytest.mark.parametrize("variant", ["atto", "tiny"])
@@ -67,77 +50,10 @@ def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_
 
 @pytest.mark.parametrize("num_classes", [0, 7])
 @pytest.mark.parametrize("variant", ["atto", TINY])
-@pytest.mark.parametrize(("to", "back"), [(to_timm, from_timm), (to_transformers, from_transformers)])
-def test_there_and_back_is_the_identity(to: Any, back: Any, variant: Any, num_classes: int) -> None:
+def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
     state = randomise(ConvNeXtV2(variant, num_classes=num_classes)).state_dict()
-    assert same_state(back(to(state)), dict(state))
-    assert same_state(from_any(to(state))[0], dict(state))
-    assert same_state(to(back(to(state))), to(state))
-
-
-def test_official_names_there_and_back_are_the_identity() -> None:
-    encoder, classifier = small_encoder().state_dict(), small_encoder(num_classes=7).state_dict()
-    assert same_state(official_sparse_to_dense(dense_to_official_sparse(encoder)), dict(encoder))
-    assert same_state(from_official_dense(classifier), dict(classifier))
-    assert from_any(dense_to_official_sparse(encoder))[1] == "official sparse (MinkowskiEngine)"
-    assert from_any(classifier)[1] == "official dense"
-
-
-def small_transformers(num_classes: int, **kwargs: Any) -> Any:
-    """transformers' float64 network of variant `TINY`."""
-    names = {i: str(i) for i in range(num_classes)}
-    config = transformers.ConvNextV2Config(
-        depths=list(TINY[0]), hidden_sizes=list(TINY[1]), id2label=names, layer_norm_eps=1e-6, **kwargs
-    )
-    kind = transformers.ConvNextV2ForImageClassification if num_classes else transformers.ConvNextV2Model
-    return kind(config).double().eval()
-
-
-@pytest.mark.parametrize("stem_stride", [4, 2, 1])
-def test_transformers_gives_the_same_logits(stem_stride: int) -> None:
-    ours = small_encoder(num_classes=10, stem_stride=stem_stride).eval()
-    theirs = small_transformers(10, patch_size=stem_stride)
-    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
-    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    with torch.no_grad():
-        assert relative_error(ours(images), theirs(images).logits) <= 1e-10
-    assert same_state(from_transformers(theirs.state_dict()), dict(ours.state_dict()))
-
-
-def test_transformers_gives_the_same_features() -> None:
-    ours, theirs = small_encoder(in_chans=5).eval(), small_transformers(0, num_channels=5)
-    theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
-    images = torch.randn(2, 5, 64, 96, dtype=torch.float64)
-    with torch.no_grad():
-        assert relative_error(ours(images), theirs(images).pooler_output) <= 1e-10
-        assert relative_error(ours.pyramid(images)[-1], theirs(images).last_hidden_state) <= 1e-10
-
-
-def test_a_wrapped_or_whole_model_is_unwrapped() -> None:
-    encoder = small_encoder().state_dict()
-    wrapped = {f"module._orig_mod.{name}": value for name, value in to_timm(encoder).items()}
-    found, kind = from_any(wrapped)
-    assert (same_state(found, dict(encoder)), kind) == (True, "timm")
-    model = randomise(FCMAE(TINY, decoder_dim=16))
-    assert same_state(from_any(model.state_dict())[0], dict(model.encoder.state_dict()))
-
-
-def test_weights_of_v1_are_refused() -> None:
-    config = transformers.ConvNextConfig(depths=list(TINY[0]), hidden_sizes=list(TINY[1]))
-    with torch.device("meta"):
-        v1 = [timm_model("convnext_atto").state_dict(), transformers.ConvNextModel(config).state_dict()]
-    v1.append(timm_model("convnext_atto", ls_init_value=None, device="meta").state_dict())
-    v1.append({"downsample_layers.0.0.weight": torch.zeros(8, 3, 4, 4), "stages.0.0.gamma": torch.zeros(8)})
-    for state in v1:
-        with pytest.raises(ValueError, match="ConvNeXt V1 weights"):
-            from_any(state)
-
-
-def test_other_networks_are_refused_with_a_glimpse_of_their_names() -> None:
-    with pytest.raises(ValueError, match=r"it holds 2 tensors: 'conv1\.weight', 'fc\.bias'"):
-        from_any({"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)})
-    with pytest.raises(ValueError, match="it holds no tensors"):
-        from_any({})
+    assert same(from_timm(to_timm(state)), state)
+    assert same(to_timm(from_timm(to_timm(state))), to_timm(state))
 
 
 def test_every_variant_has_the_names_and_shapes_of_timms() -> None:
@@ -199,7 +115,7 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
     encoder = small_encoder(**kwargs).eval()
     in_chans, patch = encoder.in_chans, encoder.patch_size
     height, width = 2 * patch, 3 * patch
-    write_timm_folder(encoder, tmp_path, mean=[0.5] * in_chans, std=[0.25] * in_chans, image_size=(height, width))
+    write_timm_folder(encoder, Preprocessing((0.5,) * in_chans, (0.25,) * in_chans, (height, width)), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
     theirs = timm_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
@@ -216,7 +132,7 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
 
 
 def test_timm_preprocesses_as_the_folder_says(tmp_path: Path) -> None:
-    write_timm_folder(small_encoder(), tmp_path, mean=MEAN, std=STD, image_size=224)
+    write_timm_folder(small_encoder(), Preprocessing(MEAN, STD, (224, 224)), tmp_path)
     model = timm_model(f"local-dir:{tmp_path}", pretrained=True)
     config = resolve_model_data_config(model)
     assert tuple(config["input_size"]) == (3, 224, 224)
@@ -227,7 +143,7 @@ def test_timm_preprocesses_as_the_folder_says(tmp_path: Path) -> None:
 
 def test_timm_can_put_a_new_head_and_other_channels_on_the_folder(tmp_path: Path) -> None:
     encoder = small_encoder().float()
-    write_timm_folder(encoder, tmp_path, mean=MEAN, std=STD, image_size=64)
+    write_timm_folder(encoder, Preprocessing(MEAN, STD, (64, 64)), tmp_path)
     model = timm_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
     images = torch.randn(2, 3, 64, 64)
@@ -240,11 +156,11 @@ def test_timm_can_put_a_new_head_and_other_channels_on_the_folder(tmp_path: Path
 def test_the_config_names_only_what_differs_from_the_architecture() -> None:
     with torch.device("meta"):
         atto, other = ConvNeXtV2("atto", num_classes=7), ConvNeXtV2(TINY, in_chans=1, stem_stride=1)
-    config = timm_config(atto, mean=MEAN, std=STD, image_size=224)
+    config = timm_config(atto, Preprocessing(MEAN, STD, (224, 224)))
     assert config["architecture"] == "convnextv2_atto"
     assert (config["num_classes"], config["num_features"]) == (7, 320)
     assert "model_args" not in config
-    config = timm_config(other, mean=[0.5], std=[0.2], image_size=(32, 48))
+    config = timm_config(other, Preprocessing((0.5,), (0.2,), (32, 48)))
     assert config["model_args"] == {
         "depths": [1, 1, 2, 1],
         "dims": [8, 16, 24, 32],
@@ -256,13 +172,13 @@ def test_the_config_names_only_what_differs_from_the_architecture() -> None:
     assert json.loads(json.dumps(config)) == config
 
 
-def test_what_timm_cannot_be_told_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 channels each"):
-        timm_config(small_encoder(), mean=[0.5], std=[0.5], image_size=64)
+def test_preprocessing_that_does_not_fit_the_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="for 3 channels, but mean and std have 1 and 1"):
+        timm_config(small_encoder(), Preprocessing((0.5,), (0.5,), (64, 64)))
     with pytest.raises(ValueError, match="not a multiple"):
-        timm_config(small_encoder(), mean=MEAN, std=STD, image_size=65)
+        timm_config(small_encoder(), Preprocessing(MEAN, STD, (65, 65)))
     with pytest.raises(ValueError, match="2 class names for 3 classes"):
-        timm_config(small_encoder(num_classes=3), mean=MEAN, std=STD, image_size=64, class_names=["a", "b"])
+        timm_config(small_encoder(num_classes=3), Preprocessing(MEAN, STD, (64, 64), class_names=("a", "b")))
 
 
 def test_an_enlarged_stem_sees_on_enlarged_images_what_the_stem_sees() -> None:
@@ -270,3 +186,48 @@ def test_an_enlarged_stem_sees_on_enlarged_images_what_the_stem_sees() -> None:
     enlarged = F.conv2d(F.interpolate(images, scale_factor=2, mode="nearest"), enlarge_stem(weight, 2), stride=4)
     assert relative_error(enlarged, F.conv2d(images, weight, stride=2)) <= 1e-14
     assert torch.equal(shrink_stem(enlarge_stem(weight, 2), 2), weight)
+
+
+@pytest.mark.parametrize("stem_stride", [4, 2, 1])
+def test_a_folder_written_for_timm_comes_back_whole(stem_stride: int, tmp_path: Path) -> None:
+    encoder = small_encoder(num_classes=3, stem_stride=stem_stride).float()
+    size = (4 * encoder.patch_size, 6 * encoder.patch_size)
+    written = Preprocessing(MEAN, STD, size, crop_pct=0.9, interpolation="bilinear", class_names=NAMES)
+    write_timm_folder(encoder, written, tmp_path)
+    weights = read_weights(tmp_path)
+    assert same(encoder.state_dict(), weights.tensors)
+    assert weights.preprocessing == written
+
+
+def test_timm_loads_it_by_folder_and_by_file(tmp_path: Path) -> None:
+    encoder = randomise(ConvNeXtV2("atto", num_classes=3), std=0.3)
+    export(weights_of(encoder, class_names=NAMES), "timm", tmp_path / "out")
+    images = smooth_images(2, 3, 64, 96)
+    folder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, dtype=torch.float64).eval()
+    file = timm.create_model(
+        "convnextv2_atto",
+        num_classes=3,
+        checkpoint_path=str(tmp_path / "out" / "model.safetensors"),
+        dtype=torch.float64,
+    ).eval()
+    with torch.no_grad():
+        ours = encoder.double().eval()(images)
+        assert relative_error(folder(images), ours) <= 1e-10
+        assert relative_error(file(images), ours) <= 1e-10
+    cfg: Any = folder.pretrained_cfg
+    assert (cfg["label_names"], cfg["crop_pct"], cfg["input_size"]) == (list(NAMES), 0.8, [3, 64, 64])
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    encoder = small_encoder().float()
+    write_timm_folder(encoder, Preprocessing(MEAN, STD, (64, 64)), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fcmae.tensors.save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_timm_folder(small_encoder().float(), Preprocessing(MEAN, STD, (96, 96)), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert same(read_weights(tmp_path).tensors, encoder.state_dict())
+    assert read_weights(tmp_path).preprocessing.image_size == (64, 64)

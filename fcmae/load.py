@@ -1,0 +1,96 @@
+"""The model that a path stands for: a run's, or a file's of any format; joins `training` and `weights`."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fcmae.config import PretrainConfig, parse_config
+from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.errors import UserError, blame
+from fcmae.model import FCMAE
+from fcmae.tensors import read_safetensors
+from fcmae.training.checkpoint import STATE
+from fcmae.training.run_folder import StoredModel, stored_model
+from fcmae.weights.base import Preprocessing, Weights, build_encoder, load_network, report_damage
+from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
+
+
+def _stored_model(path: str | Path, last: bool, ema: bool | None) -> StoredModel | None:
+    with report_damage(Path(path)):
+        return stored_model(Path(path), last=last, ema=ema)
+
+
+def load_tensors(
+    path: str | Path, *, last: bool = False, ema: bool | None = None
+) -> tuple[Path, dict[str, Tensor]]:
+    """Return the file that `path` stands for and its tensors, a decoder's too, by their own names.
+
+    Arguments and errors are those of `load_weights`.
+    """
+    stored = _stored_model(path, last, ema)
+    file = stored.file if stored else find_weights(Path(path))
+    return file, read_tensors(file, ema=stored is None and bool(ema))
+
+
+def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
+    """Return the weights of a ConvNeXt V2 from a run or from a file of any format, recognised by content.
+
+    Args:
+        path: a run folder, which stands for its best evaluated weights, or the newest where none were evaluated; a
+            checkpoint folder; an exported folder; or a file of weights (safetensors or PyTorch) of ours, timm,
+            transformers or the official code.
+        last: take the newest weights of a run, not the best.
+        ema: take the EMA (True) or the raw weights (False); None for what a run evaluated, and elsewhere for raw.
+
+    Raises:
+        UserError: if there are none, or they are damaged or no whole ConvNeXt V2; the message names the file.
+    """
+    stored = _stored_model(path, last, ema)
+    if stored is None:
+        return read_weights(path, ema=bool(ema))
+    with report_damage(stored.file.with_name(STATE)):
+        described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
+        preprocessing = Preprocessing.of(described)
+    tensors = read_safetensors(stored.file)
+    weights = interpret(stored.file, tensors, preprocessing=preprocessing)
+    kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
+    return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    last: bool = False,
+    ema: bool | None = None,
+    num_classes: int | None = None,
+    drop_path: float = 0.0,
+) -> ConvNeXtV2:
+    """Return the ConvNeXt V2 of a run or of any file of weights: `build_encoder` of `load_weights`.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    weights = load_weights(path, last=last, ema=ema)
+    return build_encoder(weights, num_classes=num_classes, drop_path=drop_path)
+
+
+def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
+    """Return the whole FCMAE, decoder included, of a pretraining run or checkpoint folder, and its configuration.
+
+    Raises:
+        UserError: if it is none, or damaged.
+    """
+    file, tensors = load_tensors(path)
+    state = file.with_name(STATE)
+    stored = _stored_model(file, False, None)
+    if stored is None or not any(name.startswith("decoder.") for name in tensors):
+        raise UserError(
+            f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
+        )
+    config = parse_config(PretrainConfig, stored.state["config"], str(state))
+    with blame(str(state)):
+        settings: dict[str, Any] = {**dict(config.model), "layout": "auto"}  # training's may need a package
+        model = FCMAE(**settings)
+    load_network(model, tensors, file)
+    return model, config

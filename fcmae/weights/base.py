@@ -1,0 +1,406 @@
+"""What formats of ConvNeXt V2 weights share: weights, preprocessing, names, the interface; knows no one of them."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fcmae.encoder.convnext import ConvNeXtV2, variant_name
+from fcmae.errors import UserError
+from fcmae.files import write_json
+from fcmae.tensors import load_strictly, misfits
+
+CONFIG, MODEL = "config.json", "model.safetensors"
+"""What timm, transformers and we call the description and the weights in a folder."""
+
+
+# What is known of the images
+
+
+def evaluation_crop(size: tuple[int, int]) -> float:
+    """Share of the side that evaluation at `size` crops out: the official one; all at 384 px and on thumbnails."""
+    return 0.875 if 64 < min(size) < 384 else 1.0
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+def _range(values: Any) -> tuple[float, float]:
+    low, high = map(float, values)
+    if not low < high:
+        raise ValueError(f"value_range from {low} to {high}")
+    return low, high
+
+
+UNKNOWN: Any = None
+"""Stands for a field of `Preprocessing` that no file gives; typed so that what is `completed` needs no checks."""
+
+
+class Preprocessing(NamedTuple):
+    """How images are prepared for a network, and what its classes are called; None where that is unknown."""
+
+    mean: tuple[float, ...] = UNKNOWN
+    """Per channel, of pixels in `value_range`."""
+    std: tuple[float, ...] = UNKNOWN
+    image_size: tuple[int, int] = UNKNOWN
+    """Height and width in pixels."""
+    crop_pct: float = UNKNOWN
+    """Share of the resized image's side that is cropped out of its centre."""
+    interpolation: str = UNKNOWN
+    """Of resizing, in timm's words: "bicubic"."""
+    value_range: tuple[float, float] = UNKNOWN
+    """Black and white, before `mean` and `std` are applied."""
+    class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """Take the fields out of what JSON or a configuration holds; others are ignored, None is unknown."""
+        casts: dict[str, Callable[[Any], Any]] = {
+            "mean": _floats,
+            "std": _floats,
+            "image_size": _pair,
+            "crop_pct": float,
+            "interpolation": str,
+            "value_range": _range,
+            "class_names": lambda names: tuple(map(str, names)),
+        }
+        return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
+
+    def completed(self, encoder: ConvNeXtV2) -> "Preprocessing":
+        """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
+
+        Only class names may stay unknown.
+
+        Raises:
+            ValueError: if mean, std or class names do not fit `encoder`, or are unknown for other than 3 channels.
+        """
+        low, high = self.value_range or IMAGENET.value_range
+        mean, std, size = IMAGENET.mean, IMAGENET.std, self.image_size or IMAGENET.image_size
+        if self.mean:
+            mean = tuple((value - low) / (high - low) for value in self.mean)
+        if self.std:
+            std = tuple(value / (high - low) for value in self.std)
+        if not len(mean) == len(std) == encoder.in_chans:
+            whose = "mean and std" if self.mean else "its mean and std are unknown, and ImageNet's"
+            raise ValueError(
+                f"a network for {encoder.in_chans} channels, but {whose} have {len(mean)} and {len(std)}; "
+                "give the run or an exported folder, which hold its own"
+            )
+        if self.class_names is not None and len(self.class_names) != encoder.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {encoder.num_classes} classes")
+        return Preprocessing(
+            mean,
+            std,
+            size,
+            crop_pct=self.crop_pct or evaluation_crop(size),
+            interpolation=self.interpolation or IMAGENET.interpolation,
+            value_range=IMAGENET.value_range,
+            class_names=self.class_names,
+        )
+
+
+IMAGENET = Preprocessing(
+    (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), evaluation_crop((224, 224)), "bicubic", (0.0, 1.0)
+)
+"""What the released weights want."""
+
+
+# Names and shapes
+
+Names = Mapping[str, str]
+"""Templates of parameter names, from -> to, with the placeholders below."""
+
+PLACEHOLDERS = {
+    "stage": "[0-3]",
+    "later": "[1-3]",
+    "block": "[0-9]+",
+    "layer": "[01]",
+    "n": "[12]",
+    "p": "weight|bias",
+}
+
+OUR_NAMES: Names = {
+    name: name
+    for name in (
+        "downsample_layers.{stage}.{layer}.{p}",
+        "stages.{stage}.{block}.dwconv.{p}",
+        "stages.{stage}.{block}.norm.{p}",
+        "stages.{stage}.{block}.pwconv{n}.{p}",
+        "stages.{stage}.{block}.grn.gamma",
+        "stages.{stage}.{block}.grn.beta",
+        "norm.{p}",
+        "head.{p}",
+    )
+}
+"""Every name of a `ConvNeXtV2`, which are the official dense ones."""
+
+OURS = "a ConvNeXt V2 encoder in official dense names"
+
+
+def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]:
+    """Map each name by the templates of `table`.
+
+    Raises:
+        ValueError: naming those that fit no template, as not of `what`.
+    """
+    patterns = []
+    for source, target in table.items():
+        pattern = re.escape(source)
+        for key, choices in PLACEHOLDERS.items():
+            pattern = pattern.replace(re.escape(f"{{{key}}}"), f"(?P<{key}>{choices})")
+        patterns.append((re.compile(pattern), target))
+
+    translated, unknown = {}, []
+    for name in names:
+        matches = ((pattern.fullmatch(name), target) for pattern, target in patterns)
+        found = next(((match, target) for match, target in matches if match), None)
+        if found is None:
+            unknown.append(name)
+        else:
+            match, target = found
+            translated[name] = target.format(**match.groupdict())
+    if unknown:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        raise ValueError(f"not {what}: unknown keys {', '.join(map(repr, unknown[:10]))}{more}")
+    return translated
+
+
+def convert(
+    state: Mapping[str, Tensor],
+    table: Names,
+    what: str,
+    reshape: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> dict[str, Tensor]:
+    """Rename tensors by `table`, and reshape each as `reshape` does, given its old name; errors as `translate`."""
+    return {new: reshape(old, state[old]) for old, new in translate(state, table, what).items()}
+
+
+def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Read (depths, dims) off the names and shapes of one of our state dicts.
+
+    Raises:
+        ValueError: if the stem, a downsampling or a whole stage is missing, or no convolution.
+    """
+    convs = ["downsample_layers.0.0.weight", *(f"downsample_layers.{i}.1.weight" for i in (1, 2, 3))]
+    blocks = [{int(k.split(".")[2]) for k in state if k.startswith(f"stages.{i}.")} for i in range(4)]
+    missing = [name for name in convs if name not in state]
+    missing += [f"stages.{i}.0" for i in range(4) if not blocks[i]]
+    if missing:
+        raise ValueError(f"not a whole ConvNeXt V2 encoder: {', '.join(missing)} missing")
+    for name in convs:
+        if state[name].ndim != 4:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, no convolution's weight")
+    return tuple(1 + max(numbers) for numbers in blocks), tuple(state[name].shape[0] for name in convs)
+
+
+def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
+    """Guess the variant whose encoder these tensors hold, in any format's names: its name, or depths and dims."""
+    blocks: list[dict[int, int]] = [{}, {}, {}, {}]
+    for name, value in tensors.items():
+        found = re.search(
+            r"stages\.([0-3])\.(?:blocks\.|layers\.)?(\d+)\.(?:dwconv|conv_dw)\.(weight|kernel)$", name
+        )
+        if found and value.ndim > 1:
+            blocks[int(found[1])][int(found[2])] = value.shape[1 if found[3] == "kernel" else 0]
+    if not all(blocks):
+        return "no ConvNeXt V2"
+    depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
+    return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
+
+
+def idle_norm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A final norm of weight 1 and bias 0 where our `state` has none: what our norm without parameters does."""
+    if "norm.weight" in state:
+        return {}
+    like = state["downsample_layers.3.1.weight"]
+    return {f"{name}.weight": like.new_ones(len(like)), f"{name}.bias": like.new_zeros(len(like))}
+
+
+def without_idle_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out a final norm of weight 1 and bias 0 where there is no classifier: a `ConvNeXtV2` has none then."""
+    if "head.weight" not in state and "norm.weight" in state and "norm.bias" in state:
+        weight, bias = state["norm.weight"], state["norm.bias"]
+        if torch.equal(weight, torch.ones_like(weight)) and not bias.any():
+            return {name: value for name, value in state.items() if not name.startswith("norm.")}
+    return state
+
+
+# Weights and networks
+
+
+class Weights(NamedTuple):
+    """The weights of a ConvNeXt V2, and what is known of their use."""
+
+    path: Path
+    """The file they were read from."""
+    tensors: dict[str, Tensor]
+    """By our names: the encoder, with `norm` and `head` where there is a classifier."""
+    kind: str
+    """The format or kind of run that they come from, for people."""
+    preprocessing: Preprocessing = Preprocessing()
+    step: int | None = None
+    """Of a run: after how many updates."""
+    ema: bool = False
+    """Whether they are an EMA of the trained weights."""
+
+    @property
+    def description(self) -> str:
+        """Kind, step and EMA or raw, such as "fine-tuned run, step 250, EMA"."""
+        if self.step is not None:
+            return f"{self.kind}, step {self.step}, {'EMA' if self.ema else 'raw weights'}"
+        return f"{self.kind}, EMA" if self.ema else self.kind
+
+
+def count_classes(tensors: Mapping[str, Tensor]) -> int:
+    """Outputs of the classifier in tensors by our names; 0 without one."""
+    head = tensors.get("head.weight")
+    return 0 if head is None or head.ndim != 2 else head.shape[0]
+
+
+def build_untrained(tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0) -> ConvNeXtV2:
+    """Build the untrained network that has these tensors, by our names, and so many classes.
+
+    Raises:
+        ValueError: if they are no whole encoder's.
+    """
+    depths, dims = encoder_shape(tensors)
+    stem = tensors["downsample_layers.0.0.weight"]
+    encoder = ConvNeXtV2(
+        (depths, dims),
+        in_chans=stem.shape[1],
+        num_classes=num_classes,
+        stem_stride=stem.shape[-1],
+        drop_path=drop_path,
+    )
+    if "norm.weight" in tensors and not num_classes:  # of a classifier whose head was taken off
+        encoder.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+    return encoder
+
+
+def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load tensors strictly into a ConvNeXt V2 or what contains one; as `load_strictly`, but names both variants.
+
+    Raises:
+        UserError: naming `source`, both variants and up to ten tensors that differ.
+    """
+    problems = misfits(module, tensors)
+    if problems:
+        raise UserError(
+            f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
+            f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
+        )
+    load_strictly(module, tensors, source)
+
+
+def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXtV2:
+    """Build the network of `weights`, in float32, with them in it.
+
+    Args:
+        weights: as read from any format.
+        num_classes: outputs of the classifier: None for the file's own classifier if it has one, 0 for none, any
+            other number than the file's for a new, untrained one.
+        drop_path: stochastic depth, see `ConvNeXtV2`.
+    """
+    tensors = dict(weights.tensors)
+    if num_classes is None:
+        num_classes = count_classes(tensors)
+    if num_classes != count_classes(tensors):
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path)
+    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
+    load_network(encoder, fresh | tensors, weights.path)
+    return encoder
+
+
+# Formats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A way to store a ConvNeXt V2: how it is recognised, read, written and checked against the network."""
+
+    name: str
+    """Of `fcmae export --to NAME`."""
+    write: Callable[[ConvNeXtV2, Preprocessing, Path], None]
+    """(network in float32, its preprocessing, an existing folder) -> files with tensors and description in it.
+
+    Raises ValueError for a network that the format cannot hold, ImportError for a missing package."""
+    compute: Callable[[Path, Tensor], Tensor]
+    """(folder, images) -> what the network in the folder gives, in the images' dtype."""
+    how: Callable[[ConvNeXtV2, Path], str]
+    """(network, folder) -> the code that loads what was written."""
+    dtype: torch.dtype = torch.float64
+    """In which `compute` is compared with the network."""
+    tolerance: float = 1e-10
+    """Largest difference, relative to the largest output."""
+    kind: str = ""
+    """What weights of this format are called, for people; of those that are read."""
+    recognises: Callable[[Collection[str]], bool] = lambda names: False
+    """Whether these are the names of a network's tensors in this format."""
+    read: Callable[[Mapping[str, Tensor], Path | None], tuple[dict[str, Tensor], Preprocessing]] | None = None
+    """(tensors by its names, the folder whose files describe them) -> tensors by our names, and preprocessing.
+
+    Raises ValueError for names or shapes that are not the format's, UserError for a damaged description."""
+
+    @torch.no_grad()
+    def verify(self, encoder: ConvNeXtV2, folder: Path) -> float:
+        """Load what was written to `folder` and compute with it, on random images of two sizes and batch sizes.
+
+        Returns:
+            The largest difference from `encoder`, which is cast to `dtype`, relative to the largest output;
+            infinity where shapes differ or results are not finite.
+        """
+        encoder = encoder.to(self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        worst = 0.0
+        for b, grid_height, grid_width in ((2, 2, 3), (1, 4, 2)):
+            size = grid_height * encoder.patch_size, grid_width * encoder.patch_size
+            images = torch.randn(b, encoder.in_chans, *size, generator=generator, dtype=self.dtype)
+            ours, theirs = encoder(images), self.compute(folder, images)
+            if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
+                return float("inf")
+            worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30)))
+        return worst
+
+
+@contextmanager
+def report_damage(path: Path) -> Iterator[None]:
+    """Turn what reading a JSON file of unexpected content raises into a `UserError` that names it."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, Any]]:
+    """Yield the object in a JSON file of `folder`, empty where there is none, to be read under `report_damage`."""
+    path = (folder or Path()) / name
+    with report_damage(path):
+        values = json.loads(path.read_text(encoding="utf-8")) if folder and path.is_file() else {}
+        yield values if isinstance(values, dict) else {}
+
+
+def write_description(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write our `config.json`, for formats that have no place for preprocessing and class names."""
+    network = {
+        name: getattr(encoder, name) for name in ("depths", "dims", "in_chans", "num_classes", "stem_stride")
+    }
+    write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
+
+
+def read_description(folder: Path | None) -> Preprocessing:
+    """Read what `write_description` wrote; all is unknown where there is no such file."""
+    with description(folder) as config:
+        return Preprocessing.of(config) if "network" in config else Preprocessing()

@@ -1,0 +1,171 @@
+"""transformers' format: names of its ConvNextV2 models, and folders that `from_pretrained` loads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.weights.base import (
+    OURS,
+    Format,
+    Names,
+    Preprocessing,
+    convert,
+    description,
+    encoder_shape,
+    idle_norm,
+    without_idle_norm,
+)
+
+PREPROCESSOR = "preprocessor_config.json"
+
+NAMES: Names = {
+    # ours (official dense)                  transformers' ConvNextV2Model; with a classifier under "convnextv2."
+    "downsample_layers.0.0.{p}": "embeddings.patch_embeddings.{p}",
+    "downsample_layers.0.1.{p}": "embeddings.layernorm.{p}",
+    "downsample_layers.{later}.{layer}.{p}": "encoder.stages.{later}.downsampling_layer.{layer}.{p}",
+    "stages.{stage}.{block}.dwconv.{p}": "encoder.stages.{stage}.layers.{block}.dwconv.{p}",
+    "stages.{stage}.{block}.norm.{p}": "encoder.stages.{stage}.layers.{block}.layernorm.{p}",
+    "stages.{stage}.{block}.pwconv{n}.{p}": "encoder.stages.{stage}.layers.{block}.pwconv{n}.{p}",
+    "stages.{stage}.{block}.grn.gamma": "encoder.stages.{stage}.layers.{block}.grn.weight",
+    "stages.{stage}.{block}.grn.beta": "encoder.stages.{stage}.layers.{block}.grn.bias",
+    "norm.{p}": "layernorm.{p}",
+    "head.{p}": "classifier.{p}",
+}
+"""Every name there is; the shapes are ours."""
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state dict of a `ConvNeXtV2` for transformers.
+
+    With a classifier it is one of `ConvNextV2ForImageClassification`, without of `ConvNextV2Model`; a state without
+    final norm gets one of weight 1 and bias 0. Their configuration must say `layer_norm_eps=1e-6`: its default is
+    another number.
+
+    Raises:
+        ValueError: if a key is unknown, or the four stages are not all there.
+    """
+    encoder_shape(state)
+    out = convert(state, NAMES, OURS) | idle_norm(state, "layernorm")
+    if "head.weight" not in state:
+        return out
+    return {name if name.startswith("classifier.") else f"convnextv2.{name}": value for name, value in out.items()}
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state dict of a `ConvNextV2ForImageClassification` or `ConvNextV2Model` for a `ConvNeXtV2`.
+
+    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXtV2` without classes has none.
+
+    Raises:
+        ValueError: if a key is unknown.
+    """
+    plain = {name.removeprefix("convnextv2."): value for name, value in state.items()}
+    table = {theirs: ours for ours, theirs in NAMES.items()}
+    return without_idle_norm(convert(plain, table, "a transformers ConvNextV2"))
+
+
+def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = config.get("id2label")
+    if not names or list(names.values()) == [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
+        return None
+    return tuple(str(names[index]) for index in sorted(names, key=int))
+
+
+def _preprocessing(processor: Mapping[str, Any]) -> Preprocessing:
+    values: dict[str, Any] = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    size, crop = processor.get("size", {}), processor.get("crop_size", {})
+    if isinstance(size, int):  # of older files
+        size = {"shortest_edge": size}
+    if processor.get("do_center_crop") and "height" in crop:
+        values["image_size"] = [crop["height"], crop["width"]]
+        values["crop_pct"] = max(values["image_size"]) / size["shortest_edge"] if "shortest_edge" in size else None
+    elif "shortest_edge" in size:  # ConvNextImageProcessor's
+        values |= {"image_size": size["shortest_edge"], "crop_pct": processor.get("crop_pct")}
+    if processor.get("resample") is not None:
+        values["interpolation"] = Image.Resampling(processor["resample"]).name.lower()
+    if processor.get("do_rescale") is False:
+        values["value_range"] = (0.0, 255.0)
+    elif processor.get("rescale_factor") is not None:
+        values["value_range"] = (0.0, round(255 * processor["rescale_factor"], 9))
+    return Preprocessing.of(values)
+
+
+def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
+    """Read transformers' tensors, and what the configurations of model and images in `folder` say of them."""
+    tensors = from_transformers(state)
+    with description(folder) as config:
+        if "hidden_sizes" not in config:
+            return tensors, Preprocessing()
+        class_names = _class_names(config)
+    with description(folder, PREPROCESSOR) as processor:
+        return tensors, _preprocessing(processor)._replace(class_names=class_names)
+
+
+def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write the configuration, weights and image processor, for `AutoModel...from_pretrained(FOLDER)`.
+
+    Raises:
+        ValueError: if preprocessing does not fit the encoder, or transformers has no such interpolation.
+    """
+    import transformers
+
+    use = preprocessing.completed(encoder)
+    height, width = use.image_size
+    resample = Image.Resampling.__members__.get(use.interpolation.upper())
+    if resample is None:
+        raise ValueError(f"transformers has no interpolation {use.interpolation!r}")
+    transformers.utils.logging.disable_progress_bar()
+    names = use.class_names or tuple(f"LABEL_{i}" for i in range(encoder.num_classes))
+    config = transformers.ConvNextV2Config(
+        num_channels=encoder.in_chans,
+        patch_size=encoder.stem_stride,
+        hidden_sizes=list(encoder.dims),
+        depths=list(encoder.depths),
+        layer_norm_eps=1e-6,  # of the final norm: the default is not the network's
+        image_size=min(height, width),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    kind = transformers.ConvNextV2ForImageClassification if encoder.num_classes else transformers.ConvNextV2Model
+    model = kind(config)
+    model.load_state_dict(to_transformers(encoder.state_dict()))
+    model.save_pretrained(folder)
+    # resizes and crops as we do; ConvNextImageProcessor would squash images at 384 px and above
+    transformers.BitImageProcessor(
+        size={"shortest_edge": int(max(height, width) / use.crop_pct)},
+        crop_size={"height": height, "width": width},
+        resample=resample,
+        image_mean=list(use.mean),
+        image_std=list(use.std),
+        do_convert_rgb=encoder.in_chans == 3,
+    ).save_pretrained(folder)
+
+
+def compute(folder: Path, images: Tensor) -> Tensor:
+    import transformers
+
+    with description(folder) as config:
+        (name,) = config["architectures"]
+    model = getattr(transformers, name).from_pretrained(folder, dtype=images.dtype).eval()
+    out = model(pixel_values=images)
+    return out.logits if "logits" in out else out.pooler_output
+
+
+TRANSFORMERS = Format(
+    name="transformers",
+    kind="transformers",
+    recognises=lambda names: any(
+        f"{prefix}embeddings.patch_embeddings.weight" in names for prefix in ("", "convnextv2.")
+    ),
+    read=read,
+    write=write,
+    compute=compute,
+    how=lambda encoder, folder: (
+        f"transformers.AutoModel{'ForImageClassification' if encoder.num_classes else ''}"
+        f'.from_pretrained("{folder}")'
+    ),
+)

@@ -1,0 +1,145 @@
+"""What is exported computes the same where it is meant to be used, or is not written at all."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, small_encoder
+from weight_files import MEAN, NAMES, STD, classifier, same, weights_of
+
+from fcmae import load_encoder
+from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.errors import UserError
+from fcmae.weights.export import FORMATS, export
+from fcmae.weights.read import read_weights
+
+LIGHT = ("timm", "transformers", "official", "plain")
+
+
+@pytest.mark.parametrize("to", LIGHT)
+def test_a_classifier_comes_back_whole(to: str, tmp_path: Path) -> None:
+    weights = classifier()
+    written = export(weights, to, tmp_path / "out")
+    assert written.difference <= 1e-10
+    back = read_weights(tmp_path / "out")
+    assert same(back.tensors, weights.tensors)
+    assert back.preprocessing.class_names == NAMES
+    encoder = small_encoder(num_classes=3)
+    assert back.preprocessing.completed(encoder) == weights.preprocessing.completed(encoder)
+
+
+@pytest.mark.parametrize("to", [*LIGHT, "official-sparse"])
+def test_an_encoder_comes_back_whole(to: str, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = {"in_chans": 5, "stem_stride": 1}
+    weights = weights_of(small_encoder(**kwargs), mean=(0.5,) * 5, std=(0.2,) * 5, image_size=(16, 16))
+    export(weights, to, tmp_path / "out")
+    assert same(read_weights(tmp_path / "out").tensors, weights.tensors)
+    assert load_encoder(tmp_path / "out").stem_stride == 1
+
+
+def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--to timm: timm has no ConvNeXt with a stem of stride 2"):
+        export(classifier(stem_stride=2), "timm", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--to official-sparse: the official sparse code has no classifier"):
+        export(classifier(), "official-sparse", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_computes_something_else_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(encoder: ConvNeXtV2, preprocessing: Any, folder: Path) -> None:
+        with torch.no_grad():
+            encoder.stages[3][0].grn.gamma[..., 0] += 1e-3  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+        sound.write(encoder, preprocessing, folder)
+        encoder.load_state_dict(weights.tensors)
+
+    weights, sound = classifier(), FORMATS["plain"]
+    monkeypatch.setitem(FORMATS, "plain", dataclasses.replace(sound, write=damaged))
+    with pytest.raises(UserError, match=r"--to plain: what was written differs from the network by \d"):
+        export(weights, "plain", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    weights = classifier()
+    weights.tensors["head.bias"][0] = np.nan
+    with pytest.raises(UserError, match="are the weights finite"):
+        export(weights, "plain", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("to", "package"), [("transformers", "transformers"), ("onnx", "onnxruntime")])
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(
+    to: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"--to {to}: {package} is missing: pip install 'fcmae\[export\]'"):
+        export(classifier(), to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    for output in (tmp_path, tmp_path / "note"):
+        with pytest.raises(UserError, match="exists already; name another folder"):
+            export(classifier(), "plain", output)
+    assert (tmp_path / "note").read_text() == "mine"
+
+
+def test_a_disk_too_full_is_reported_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="out: takes 1 MB, more than is free"):
+        export(classifier(), "plain", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_leaves_no_folder_by_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(FORMATS, "plain", dataclasses.replace(FORMATS["plain"], write=killed))
+        with pytest.raises(KeyboardInterrupt):
+            export(classifier(), "plain", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(classifier(), "plain", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".writing-out").mkdir()
+    (tmp_path / ".writing-out" / "half").write_text("not ours")
+    export(classifier(), "plain", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".writing-out", "out"]
+    assert (tmp_path / ".writing-out" / "half").read_text() == "not ours"
+
+
+def test_folders_that_0_1_0_exported_are_read(tmp_path: Path) -> None:
+    weights = classifier(stem_stride=2)
+    export(weights, "plain", tmp_path / "out")
+    network = {"depths": TINY[0], "dims": TINY[1], "in_chans": 3, "num_classes": 3, "stem_stride": 2}
+    config = {"network": network, "mean": MEAN, "std": STD, "image_size": [64, 64], "crop_pct": 0.8}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"class_names": NAMES}, indent=2))
+    assert read_weights(tmp_path / "out").preprocessing == weights.preprocessing
+
+
+def test_pixels_of_another_range_are_exported_for_pixels_from_0_to_1(tmp_path: Path) -> None:
+    known = {"mean": (127.5, 51.0, 0.0), "std": (51.0, 25.5, 255.0), "value_range": (0.0, 255.0)}
+    export(weights_of(small_encoder(), **known), "plain", tmp_path / "out")
+    written = read_weights(tmp_path / "out").preprocessing
+    assert written.mean == pytest.approx((0.5, 0.2, 0.0))
+    assert written.std == pytest.approx((0.2, 0.1, 1.0))
+    assert written.value_range == (0, 1)
+
+
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+def test_the_interpolation_travels(to: str, tmp_path: Path) -> None:
+    weights = weights_of(small_encoder(), interpolation="bilinear")
+    export(weights, to, tmp_path / "out")
+    assert read_weights(tmp_path / "out").preprocessing.interpolation == "bilinear"

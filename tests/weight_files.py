@@ -1,0 +1,54 @@
+"""Networks, weights and run folders that the tests of fcmae.weights and fcmae.load share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import small_encoder
+from torch import Tensor, nn
+
+from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.training.checkpoint import save_checkpoint
+from fcmae.weights.base import Preprocessing, Weights
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+NAMES = ("cat", "dog", "kite")
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of named tensors agree in names, shapes and every bit."""
+    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
+
+
+def weights_of(encoder: ConvNeXtV2, **known: Any) -> Weights:
+    """The encoder's weights in float32, as if read from a file."""
+    known = {"mean": MEAN, "std": STD, "image_size": (64, 64), "crop_pct": 0.8} | known
+    return Weights(Path("x"), dict(encoder.float().state_dict()), "a test's", Preprocessing(**known))
+
+
+def classifier(**kwargs: Any) -> Weights:
+    return weights_of(small_encoder(num_classes=3, **kwargs), class_names=NAMES)
+
+
+def save_run(
+    run: Path,
+    model: nn.Module,
+    ema: nn.Module | None = None,
+    *,
+    step: int = 7,
+    best: int | None = None,
+    **state: Any,
+) -> Path:
+    """Add a checkpoint to a run folder, as training leaves it; returns the checkpoint's folder."""
+    data = {"mean": MEAN, "std": STD, "image_size": [64, 96]}
+    return save_checkpoint(
+        run / "checkpoints",
+        step=step,
+        model=model.state_dict(),
+        optimizer={},
+        state={"config": {"data": data}} | state,
+        keep=1,
+        ema=None if ema is None else ema.state_dict(),
+        best=best,
+    )
