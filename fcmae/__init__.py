@@ -1,10 +1,14 @@
 """fcmae: pretrain ConvNets on your own images without labels (FCMAE and ConvNeXt V2, arXiv 2301.00808)."""
 
-from fcmae.encoder import VARIANTS, ConvNeXtV2
-from fcmae.masking import sample_visible_ids
-from fcmae.model import FCMAE, FCMAEOutput
-from fcmae.patches import patchify, unpatchify
-from fcmae.weights.read import load_encoder
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fcmae.encoder import VARIANTS, ConvNeXtV2
+    from fcmae.load import load_encoder
+    from fcmae.masking import sample_visible_ids
+    from fcmae.model import FCMAE, FCMAEOutput
+    from fcmae.patches import patchify, unpatchify
 
 __version__ = "0.1.0"
 
@@ -18,3 +22,25 @@ __all__ = [
     "sample_visible_ids",
     "unpatchify",
 ]
+
+_HOME = {
+    "FCMAE": "model",
+    "VARIANTS": "encoder",
+    "ConvNeXtV2": "encoder",
+    "FCMAEOutput": "model",
+    "load_encoder": "load",
+    "patchify": "patches",
+    "sample_visible_ids": "masking",
+    "unpatchify": "patches",
+}
+"""Where each public name lives: it is imported, and torch with it, when it is first used (PEP 562)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

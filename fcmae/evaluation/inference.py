@@ -1,9 +1,10 @@
-"""One's own image files through a trained network: classes and reconstructions; knows no command line."""
+"""Inference on image files: top-k classes and reconstructions; knows no command line and no files of weights."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,16 +12,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from fcmae.config import PretrainConfig, parse_config
+from fcmae.config import PretrainConfig
 from fcmae.data.sources import PIL_MODES, decode
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXtV2
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError
 from fcmae.model import FCMAE
-from fcmae.tensors import load_strictly, read_safetensors
-from fcmae.training.checkpoint import STATE, read_state
 from fcmae.visualize import draw_mask_ratios
-from fcmae.weights.read import Preprocessing, find_weights
+from fcmae.weights.read import Preprocessing
 
 BATCH = 32
 """Images that are classified at once."""
@@ -41,8 +40,8 @@ class Picture(NamedTuple):
     """uint8 (c, h, w)."""
 
 
-class Guess(NamedTuple):
-    """A class and its probability."""
+class TopClass(NamedTuple):
+    """One of the top-k classes of an image, with its softmax probability."""
 
     name: str
     index: int
@@ -50,10 +49,15 @@ class Guess(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of an image, likeliest first."""
+    """The top-k classes of an image, highest probability first."""
 
     path: Path
-    guesses: tuple[Guess, ...]
+    top_classes: tuple[TopClass, ...]
+
+
+def best_device() -> torch.device:
+    """Return the accelerator (CUDA, MPS and so on) where there is one that works, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
@@ -89,74 +93,44 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
 @torch.inference_mode()
 def classify(
     network: ConvNeXtV2,
-    images: Iterable[Picture | Unreadable],
+    images: Iterable[Picture],
     *,
     preprocessing: Preprocessing,
     class_names: Sequence[str] | None,
     top: int,
-) -> Iterator[Prediction | Unreadable]:
-    """Yield the `top` likeliest classes of each image in turn, and what could not be read.
+) -> Iterator[Prediction]:
+    """Yield the top-k classes of each image in turn.
 
     Args:
         network: a classifier in evaluation mode, on any device.
         images: from `read_images`.
         preprocessing: that the network was trained for.
         class_names: of its outputs; their numbers where None.
-        top: classes to yield, at most all.
+        top: k, at most all classes are yielded.
     """
     device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std).to(device)
     names = class_names or tuple(str(i) for i in range(network.num_classes))
-
-    def classify_batch(batch: list[Picture]) -> Iterator[Prediction]:
-        pixels = torch.stack([image.pixels for image in batch])
-        likeliest = network(normalize(pixels.to(device))).softmax(1).topk(min(top, network.num_classes))
-        for image, ps, ids in zip(batch, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-            yield Prediction(image.path, tuple(Guess(names[int(i)], i, p) for i, p in zip(ids, ps, strict=True)))
-
-    batch: list[Picture] = []
-    for image in images:
-        if isinstance(image, Unreadable):
-            yield image
-            continue
-        pixels = cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct)
-        batch.append(Picture(image.path, pixels))
-        if len(batch) == BATCH:
-            yield from classify_batch(batch)
-            batch = []
-    if batch:
-        yield from classify_batch(batch)
+    views = (
+        image._replace(pixels=cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct))
+        for image in images
+    )
+    while batch := list(islice(views, BATCH)):
+        pixels = torch.stack([view.pixels for view in batch])
+        topk = network(normalize(pixels.to(device))).softmax(1).topk(min(top, network.num_classes))
+        for view, values, indices in zip(batch, topk.values.tolist(), topk.indices.tolist(), strict=True):
+            top_classes = (TopClass(names[int(i)], i, value) for i, value in zip(indices, values, strict=True))
+            yield Prediction(view.path, tuple(top_classes))
 
 
 # Reconstructions
-
-
-def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
-    """Return the whole FCMAE, decoder included, of a pretraining run or checkpoint folder, and its configuration.
-
-    Raises:
-        UserError: if it is none, or damaged.
-    """
-    file = find_weights(Path(path))
-    state = file.with_name(STATE)
-    tensors = read_safetensors(file) if state.is_file() else {}
-    if not any(name.startswith("decoder.") for name in tensors):
-        raise UserError(
-            f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
-        )
-    config = parse_config(PretrainConfig, read_state(file.parent)["config"], str(state))
-    with blame(str(state)):
-        settings: dict[str, Any] = {**dict(config.model), "layout": "auto"}  # training's may need a package
-        model = FCMAE(**settings)
-    load_strictly(model, tensors, file)
-    return model, config
 
 
 def fit_to_patches(height: int, width: int, *, patch: int, area: int) -> tuple[int, int]:
     """Return the size of about `area` pixels, in whole patches, whose shape is most like (height, width)."""
     scale = math.sqrt(area / (height * width)) / patch
     grid = max(1, round(height * scale)), max(1, round(width * scale))
-    return grid[0] * patch, max(grid[1], 2 if grid[0] == 1 else 1) * patch  # of one patch nothing could be hidden
+    return grid[0] * patch, max(grid[1], 2 if grid[0] == 1 else 1) * patch  # of one patch nothing could be masked
 
 
 class Reconstruction(NamedTuple):
@@ -173,12 +147,12 @@ class Reconstruction(NamedTuple):
 
 def reconstruct_images(
     model: FCMAE,
-    images: Iterable[Picture | Unreadable],
+    images: Iterable[Picture],
     *,
     config: PretrainConfig,
     mask_ratios: Sequence[float],
-) -> Iterator[Reconstruction | Unreadable]:
-    """Yield panels of each image in turn, and what could not be read.
+) -> Iterator[Reconstruction]:
+    """Yield panels of each image in turn.
 
     Images are resized to about as many pixels as the model was trained on, keeping their shape as far as whole
     patches allow; nothing is padded or cut off.
@@ -188,9 +162,6 @@ def reconstruct_images(
     """
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(model.decoder.mask_token.device)
     for image in images:
-        if isinstance(image, Unreadable):
-            yield image
-            continue
         before = image.pixels.shape[1], image.pixels.shape[2]
         after = fit_to_patches(*before, patch=model.patch_size, area=math.prod(config.data.size))
         pixels = v2.functional.resize(
