@@ -23,7 +23,7 @@ __all__ = [
     "unpatchify",
 ]
 
-_HOME = {
+HOMES = {
     "FCMAE": "model",
     "VARIANTS": "encoder",
     "ConvNeXtV2": "encoder",
@@ -33,14 +33,14 @@ _HOME = {
     "sample_visible_ids": "masking",
     "unpatchify": "patches",
 }
-"""Where each public name lives: it is imported, and torch with it, when it is first used (PEP 562)."""
+"""Where each public name lives: that is imported, and torch with it, when the name is first used (PEP 562)."""
 
+if not TYPE_CHECKING:  # type checkers know the names, and that there are no others
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *HOMES})

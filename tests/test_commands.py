@@ -46,7 +46,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = run_main(run, *map(str, arguments))
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return call
 

@@ -383,7 +383,7 @@ def test_training_images_are_never_prepared_under_another_splits_name(
     def line(*arguments: object) -> str:
         return error_line(run, capsys, "prepare", *map(str, arguments), "--workers", "0")
 
-    assert "has no folder for it, but one for train" in line(images, tmp_path / "out", "--split", "val")
+    assert "no split 'val' in it (found: train)" in line(images, tmp_path / "out", "--split", "val")
     flat = images / "train" / "owl"
     assert prepare(flat, tmp_path / "out", "--workers", 0) == 0
     assert "out/train holds these images already" in line(flat, tmp_path / "out", "--split", "val")
@@ -391,3 +391,15 @@ def test_training_images_are_never_prepared_under_another_splits_name(
     write_images(images / "val" / "owl", 4)
     assert prepare(images, tmp_path / "out", "--split", "val", "--workers", 0) == 0
     assert len(open_source("arrays", str(tmp_path / "out"), "val", 3)) == 4
+
+
+@pytest.mark.parametrize(
+    ("split", "key"), [("train", "data.split"), ("unlabelled", "data.split"), ("val", "data.val_split")]
+)
+def test_the_last_line_says_how_to_train_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, key: str
+) -> None:
+    write_images(tmp_path / "images" / split, 2)
+    assert prepare(tmp_path / "images", tmp_path / "out", "--split", split, "--workers", 0) == 0
+    advice = capsys.readouterr().out.splitlines()[-1]
+    assert f"with data.name=arrays data.root={tmp_path / 'out'} {key}={split}" in advice
