@@ -26,14 +26,14 @@ from fcmae.config import FinetuneConfig, PretrainConfig, parse_config
 from fcmae.data import PixelNormalizer, cover
 from fcmae.evaluation.inference import fit_to_patches
 from fcmae.evaluation.probes import L2, knn_accuracy
+from fcmae.load import load_weights
 from fcmae.training.checkpoint import save_checkpoint
 from fcmae.weights.convert import write_timm_folder
 from fcmae.weights.export import FORMATS
-from fcmae.weights.read import read_weights
 
 PHOTOS = ROOT / "docs" / "photos"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-NAMES = ["cat", "dog", "kite"]
+NAMES = ("cat", "dog", "kite")
 STORIES = ("pretrain", "finetune")
 
 Command = Callable[..., tuple[int, str, str]]
@@ -287,7 +287,7 @@ def test_the_table_names_images_and_classes(model: Path, command: Command) -> No
     assert code == 0
     lines = out.splitlines()
     assert (lines[0], lines[4]) == (str(PHOTOS / "fig.jpg"), str(PHOTOS / "bird.jpg"))
-    assert sorted(line.split()[1] for line in lines[1:4]) == NAMES
+    assert sorted(line.split()[1] for line in lines[1:4]) == list(NAMES)
     assert sum(float(line.split()[0].rstrip("%")) for line in lines[1:4]) == pytest.approx(100, abs=0.02)
     assert "timm, ConvNeXt V2 depths [1, 1, 2, 1]" in err
 
@@ -441,7 +441,7 @@ def test_an_export_says_what_it_wrote_and_how_to_load_it(
     assert "FCMAE run, step 3" in err
     assert "checked on random images in float64" in err
     assert f'timm.create_model("local-dir:{folder}", pretrained=True)' in err
-    stored, written = read_weights(pretrained), read_weights(folder)
+    stored, written = load_weights(pretrained), load_weights(folder)
     assert all(torch.equal(stored.tensors[name], written.tensors[name]) for name in stored.tensors)
 
 

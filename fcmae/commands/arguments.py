@@ -51,7 +51,8 @@ def report_source(weights: "Weights") -> None:
     """Print which weights were taken, and what had to be assumed of them."""
     from fcmae.weights.read import describe_encoder
 
-    print(f"{weights.path}: {weights.kind}, ConvNeXt V2 {describe_encoder(weights.tensors)}", file=sys.stderr)
+    network = describe_encoder(weights.tensors)
+    print(f"{weights.path}: {weights.kind}, ConvNeXt V2 {network}", file=sys.stderr)
     unknown = [name for name in ("mean", "std", "image_size") if getattr(weights, name) is None]
     if unknown:
         print(
