@@ -1,8 +1,6 @@
 """Probes of frozen features: k-NN and linear probe compute what their formulas say, on the right images."""
 
-import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import small_encoder
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fcmae.evaluation.probes as fcmae_evaluate
-from fcmae import pretrain
-from fcmae.commands.cli import main
 from fcmae.config import DataSection, ProbeSection
-from fcmae.data import EvaluationDataset, PixelNormalizer, cover, open_source, save_arrays
+from fcmae.data import EvaluationDataset, cover, open_source, save_arrays
 from fcmae.errors import UserError
 from fcmae.evaluation.probes import (
     Accuracy,
@@ -341,142 +334,3 @@ def test_sets_without_labels_or_with_one_class_are_named(root: Path) -> None:
     write_classes(root / "one" / "train", {"cat": 3})
     with pytest.raises(UserError, match="all 2 images are of one class"):
         splits_of(root / "one", val_split=None)
-
-
-# fcmae evaluate
-
-
-@pytest.fixture
-def command(root: Path, tmp_path: Path) -> list[str]:
-    """A file of weights, told where the images are."""
-    path = tmp_path / "encoder.safetensors"
-    save_file(small_encoder(stem_stride=1).float().state_dict(), path)
-    return ["evaluate", str(path), f"data.root={root}", "data.image_size=16", "data.num_workers=0"]
-
-
-def fcmae(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run the command in this process: (exit code, standard output, standard error)."""
-    capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fcmae", *arguments])
-        code = main()
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_evaluate_tells_both_accuracies_and_those_of_a_random_encoder(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = fcmae(capsys, *command, "--json", "--baseline")
-    assert code == 0
-    found = json.loads(out)
-    assert (found["train_images"], found["val_images"], found["num_classes"]) == (15, 5, 3)
-    assert list(found["knn"]) == list(found["baseline"]["knn"]) == ["10"]
-    assert found["linear"]["top1"] == 1.0, "the colours tell the classes"
-    assert found["linear"]["l2"] in fcmae_evaluate.L2
-    torch.manual_seed(1)
-    assert json.loads(fcmae(capsys, *command, "--json", "--baseline")[1]) == found
-
-    code, table, _ = fcmae(capsys, *command, "--baseline")
-    assert code == 0
-    assert "15 images to learn 3 classes from, 5 to classify, at 16 x 16 px" in table
-    for title, kind in (("k-NN, k = 10", "knn"), ("linear probe", "linear")):
-        (line,) = [line for line in table.splitlines() if line.startswith(title)]
-        trained, random = (part[kind]["10"] if kind == "knn" else part[kind] for part in (found, found["baseline"]))
-        assert line.split()[-4:] == [f"{trained['top1']:.2%}", "-", f"{random['top1']:.2%}", "-"]
-
-
-@pytest.mark.parametrize(("flag", "other"), [("knn", "linear"), ("linear", "knn")])
-def test_evaluate_does_what_it_is_asked_for(
-    command: list[str], capsys: pytest.CaptureFixture[str], flag: str, other: str
-) -> None:
-    found = json.loads(fcmae(capsys, *command, "--json", f"--{flag}")[1])
-    assert flag in found
-    assert other not in found
-
-
-def test_a_run_is_judged_on_its_own_images_before_others(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (root / "val").rename(root / "test")
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"output: {tmp_path / 'run'}\n"
-        "model: {variant: [[1, 1, 1, 1], [8, 8, 16, 16]], stem_stride: 1, decoder_dim: 16}\n"
-        f"data: {{root: {root}, image_size: 16, batch_size: 4, num_workers: 0}}\n"
-        "train: {max_steps: 1}\n"
-        "eval: {num_images: 6, val_split: test}\n"
-    )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert pretrain.main(["--config", str(config)]) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-    code, out, err = fcmae(capsys, "evaluate", str(tmp_path / "run"))
-    assert (code, err) == (0, "")
-    assert "(FCMAE run, step 1, raw weights)" in out
-    assert "15 images to learn 3 classes from, 5 to classify, at 16 x 16 px" in out
-    checkpoint = str(tmp_path / "run" / "checkpoints" / "last")
-    state = json.loads(Path(checkpoint, "state.json").read_text())
-    state["config"]["data"] |= {"val_root": str(root), "val_split": state["config"].pop("eval")["val_split"]}
-    Path(checkpoint, "state.json").write_text(json.dumps(state))  # as fine-tuning writes it
-    assert fcmae(capsys, "evaluate", checkpoint, "--linear")[0] == 0
-    out = fcmae(capsys, "evaluate", checkpoint, "--knn", "eval.val_split=null")[1]
-    assert "12 images to learn 3 classes from, 3 to classify" in out
-    code, _, err = fcmae(capsys, "evaluate", checkpoint, "data.split=test", "eval.val_split=train")
-    assert code == 2
-    assert f"{root}, split train: class 'cat' is not among the 2 classes of training" in err
-
-
-def test_a_classifier_is_judged_by_its_features(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    torch.manual_seed(0)
-    encoder = small_encoder(stem_stride=1, num_classes=4).float()
-    save_file(encoder.state_dict(), tmp_path / "classifier.safetensors")
-    judged = json.loads(
-        fcmae(capsys, "evaluate", str(tmp_path / "classifier.safetensors"), *command[2:], "--json")[1]
-    )
-    encoder.head = torch.nn.Identity()
-    splits = splits_of(Path(command[2].removeprefix("data.root=")))
-    normalize = PixelNormalizer((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    train, val = (extract(dataset, lambda pixels: encoder(normalize(pixels))) for dataset in splits[:2])
-    assert judged["knn"] == {"10": knn_accuracy(train, val, 3)[10]._asdict()}
-
-
-def test_images_that_do_not_decode_are_counted(
-    command: list[str], root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (root / "train" / "cat" / "1.png").write_bytes(b"junk")
-    assert "1 images do not decode" in fcmae(capsys, *command, "--knn")[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["data.root=/nowhere"], ["data.root=/nowhere"]),
-        (["data.image_size=20"], ["data.image_size", "16 and 24"]),
-        (["data.mean=[0.5]"], ["data.mean", "takes 3 channels"]),
-        (["data.rot=x"], ["did you mean 'data.root'?"]),
-        (["eval.val_split=test"], ["no split 'test' in it (found: train, val)", "eval.val_split=null"]),
-        (["eval.num_images=0"], ["eval.num_images"]),
-        (["--ema"], ["holds no EMA weights"]),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(
-    command: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], parts: list[str]
-) -> None:
-    code, out, err = fcmae(capsys, *command, *arguments)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert all(part in err for part in parts), err
-
-
-def test_weights_that_tell_of_no_images_need_to_be_told(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = fcmae(capsys, *command[:2])
-    assert code == 2
-    assert "data.root: missing" in err
-    code, _, err = fcmae(capsys, "evaluate", "/nowhere/at/all", *command[2:])
-    assert code == 2
-    assert "/nowhere/at/all: no such file or folder" in err

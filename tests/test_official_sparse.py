@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fcmae import ConvNeXtV2
 from fcmae.encoder.minkowski import import_engine
-from fcmae.weights.convert import dense_to_official_sparse, official_sparse_to_dense
+from fcmae.weights.official import dense_to_official_sparse, official_sparse_to_dense
 
 
 class OfficialBlock(nn.Module):

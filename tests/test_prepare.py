@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import fcmae.data.prepare
 from fcmae import sample_visible_ids
-from fcmae.commands import cli
+from fcmae.__main__ import run
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
 from fcmae.data.shards import PreparedSource
 from fcmae.errors import UserError
@@ -42,7 +42,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def prepare(*arguments: object) -> int:
-    return run_main(cli.run, "prepare", *map(str, arguments))
+    return run_main(run, "prepare", *map(str, arguments))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -196,7 +196,7 @@ def test_images_that_do_not_decode_are_left_out_and_named(
 def test_nothing_but_junk_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(3):
         tmp_path.joinpath(f"{i}.jpg").write_text("junk")
-    line = error_line(cli.run, capsys, "prepare", str(tmp_path), str(tmp_path / "out"), "--workers", "0")
+    line = error_line(run, capsys, "prepare", str(tmp_path), str(tmp_path / "out"), "--workers", "0")
     assert "none of 3 images decodes, the first" in line
     assert "0.jpg" in line
 
@@ -209,7 +209,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images: Path, tmp_p
         Image.open(path).resize((600, 600)).save(path, compress_level=1)
     assert prepare(images, tmp_path / "whole", "--size", 40, "--workers", 0) == 0
     out = tmp_path / "out" / "train"
-    command = [sys.executable, "-m", "fcmae.commands.cli", "prepare", str(images), str(out.parent)]
+    command = [sys.executable, "-m", "fcmae", "prepare", str(images), str(out.parent)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [*command, "--size", "40", "--workers", "2"], env=environment, cwd=tmp_path, start_new_session=True
@@ -307,11 +307,11 @@ def test_a_full_disk_ends_in_one_line_and_the_next_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert "No space left on device" in error_line(cli.run, capsys, *arguments)
+        assert "No space left on device" in error_line(run, capsys, *arguments)
     kept = {path.stem for path in (tmp_path / "out").rglob("0*.json")}
     assert len(kept) > 5
     before = stamps(tmp_path / "out" / "train")
-    assert run_main(cli.run, *arguments) == 0
+    assert run_main(run, *arguments) == 0
     after = stamps(tmp_path / "out" / "train")
     assert all(after[name] == stamp for name, stamp in before.items() if Path(name).stem in kept)
 
@@ -321,7 +321,7 @@ def test_too_small_a_disk_is_reported_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    line = error_line(cli.run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0")
+    line = error_line(run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0")
     assert "GB free, but 77 images take about" in line
     assert "lower --size" in line
     assert not (tmp_path / "out").exists()
@@ -350,7 +350,7 @@ def test_another_source_or_setting_does_not_mix_with_what_is_there(
         (images / "train" / "owl" / "000.png").rename(images / "train" / "owl" / "100.png")
     extra = change if isinstance(change, list) else []
     arguments = ["prepare", str(images), str(tmp_path / "out"), "--workers", "0", *extra]
-    line = error_line(cli.run, capsys, *arguments)
+    line = error_line(run, capsys, *arguments)
     assert f"was prepared differently ({named}" in line
     assert "name another folder" in line
     assert contents(tmp_path / "out") == before
@@ -364,7 +364,7 @@ def test_foreign_folders_and_bad_numbers_are_refused(
     (foreign / "thesis.txt").write_text("precious")
 
     def line(*arguments: object) -> str:
-        return error_line(cli.run, capsys, "prepare", *map(str, arguments))
+        return error_line(run, capsys, "prepare", *map(str, arguments))
 
     assert "holds files that are not prepared images" in line(images, foreign.parent)
     assert contents(foreign.parent) == {"train/thesis.txt": b"precious"}
@@ -382,7 +382,7 @@ def test_training_images_are_never_prepared_under_another_splits_name(
     write_images(images, 1)
 
     def line(*arguments: object) -> str:
-        return error_line(cli.run, capsys, "prepare", *map(str, arguments), "--workers", "0")
+        return error_line(run, capsys, "prepare", *map(str, arguments), "--workers", "0")
 
     refusal = line(images, tmp_path / "out", "--split", "val")
     assert f"SOURCE={images}: no split 'val' in it (found: train)" in refusal
@@ -394,3 +394,15 @@ def test_training_images_are_never_prepared_under_another_splits_name(
     write_images(images / "val" / "owl", 4)
     assert prepare(images, tmp_path / "out", "--split", "val", "--workers", 0) == 0
     assert len(open_source("arrays", str(tmp_path / "out"), "val", 3)) == 4
+
+
+@pytest.mark.parametrize(
+    ("split", "key"), [("train", "data.split"), ("unlabelled", "data.split"), ("val", "data.val_split")]
+)
+def test_the_last_line_says_how_to_train_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, key: str
+) -> None:
+    write_images(tmp_path / "images" / split, 2)
+    assert prepare(tmp_path / "images", tmp_path / "out", "--split", split, "--workers", 0) == 0
+    advice = capsys.readouterr().out.splitlines()[-1]
+    assert f"with data.name=arrays data.root={tmp_path / 'out'} {key}={split}" in advice

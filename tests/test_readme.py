@@ -97,13 +97,11 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
         out = shell(["tensorboard", "--inspect", "--logdir", str(quickstart)])
         assert "reconstructions" in out
     elif words[:2] == ["fcmae", "evaluate"]:
-        out = shell(
-            ["python", "-m", "fcmae.commands.cli", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)]
-        )
+        out = shell(["python", "-m", "fcmae", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)])
         assert "linear probe" in out
     elif words[:2] == ["fcmae", "prepare"]:
         places = {"path/to/images": str(ROOT / "docs" / "photos"), "path/to/prepared": str(tmp_path / "prepared")}
-        told = shell([sys.executable, "-m", "fcmae.commands.cli", *(places.get(word, word) for word in words[1:])])
+        told = shell([sys.executable, "-m", "fcmae", *(places.get(word, word) for word in words[1:])])
         assert "train: 13 images" in told
         assert f"data.name=arrays data.root={places['path/to/prepared']}" in told
     elif words[0] == "fcmae":
@@ -112,7 +110,7 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: 
         write_timm_folder(classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, (64, 64)), model)
         places = {"runs/quickstart": str(quickstart)}
         words = [places.get(word, re.sub("^runs/", f"{tmp_path}/", word)) for word in words[1:]]
-        assert shell([sys.executable, "-m", "fcmae.commands.cli", *words])
+        assert shell([sys.executable, "-m", "fcmae", *words])
     elif "finetune.py" in words:
         options = [*labelled(tmp_path, "val"), "train.max_steps=2", "optim.accumulate=1", "data.image_size=64"]
         options += ["model.variant=[[1,1,1,1],[8,8,16,16]]", f"output={tmp_path / 'run'}"]

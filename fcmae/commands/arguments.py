@@ -1,0 +1,87 @@
+"""What several commands share: how help looks, which weights are meant, which images; computes nothing."""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fcmae.evaluation.inference import Picture, Unreadable
+    from fcmae.weights.base import Weights
+
+
+def command_parser(name: str, description: str, *, examples: str, notes: str = "") -> argparse.ArgumentParser:
+    """Return a parser whose help ends with example command lines and notes, as they are written."""
+    epilog = "\n\n".join(filter(None, (f"examples:\n{textwrap.indent(examples, '  ')}", notes)))
+    return argparse.ArgumentParser(
+        prog=f"fcmae {name}",
+        description=textwrap.fill(description, 79),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add SOURCE, and which of a run's weights are meant; `load_source` reads them."""
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="a run, checkpoint or exported folder, or any file of weights"
+    )
+    parser.add_argument(
+        "--last", action="store_true", help="of a run, take the newest checkpoint (default: the best, where known)"
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--ema", action="store_const", const=True, help="take the EMA weights (default: where the run has them)"
+    )
+    kind.add_argument(
+        "--raw", action="store_const", const=False, dest="ema", help="take the raw weights, not the EMA"
+    )
+
+
+def load_source(options: argparse.Namespace) -> "Weights":
+    """Read the weights that the arguments of `add_source` mean."""
+    from fcmae.load import load_weights
+
+    return load_weights(options.source, last=options.last, ema=options.ema)
+
+
+def report_source(weights: "Weights") -> None:
+    """Print which weights were taken, and what had to be assumed of them."""
+    from fcmae.weights.base import describe_encoder
+
+    network = describe_encoder(weights.tensors)
+    print(f"{weights.path}: {weights.description}, ConvNeXt V2 {network}", file=sys.stderr)
+    unknown = [name for name in ("mean", "std", "image_size") if getattr(weights.preprocessing, name) is None]
+    if unknown:
+        print(
+            f"{weights.path}: does not say {', '.join(unknown)}: assumed to be ImageNet's at 224 px, "
+            "as for the released weights",
+            file=sys.stderr,
+        )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add IMAGES; `open_images` reads them."""
+    parser.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them, at any depth")
+
+
+def open_images(options: argparse.Namespace, channels: int) -> tuple[Iterator["Picture"], list["Unreadable"]]:
+    """Return the images that can be read, one after the other, and a list that fills with those that cannot.
+
+    Each of the latter is also printed as an error when its turn comes.
+    """
+    from fcmae.evaluation.inference import Unreadable, read_images
+
+    unreadable: list[Unreadable] = []
+
+    def readable() -> Iterator["Picture"]:
+        for image in read_images(options.images, channels):
+            if isinstance(image, Unreadable):
+                unreadable.append(image)
+                print(f"error: {image.path}: {image.reason}", file=sys.stderr)
+            else:
+                yield image
+
+    return readable(), unreadable

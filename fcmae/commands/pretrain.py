@@ -1,0 +1,3 @@
+"""`fcmae pretrain`: the story `fcmae.pretrain`, which parses the arguments itself."""
+
+from fcmae.pretrain import main as main
