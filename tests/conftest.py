@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from numba.core.registry import cpu_target
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 
 from fcmae.encoder.convnext import ConvNeXtV2, Layout
 from fcmae.errors import run_script
@@ -34,9 +36,35 @@ TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
 
 
+NOT_TESTED = {
+    "gpu": ("on CUDA", "make test, on a machine with a GPU"),
+    "minkowski": ("of MinkowskiEngine", "apt-get install g++ libopenblas-dev && make minkowski"),
+}
+"""Marker -> what its tests are, the command that adds them where they were skipped."""
+
+
+def pytest_report_header() -> str:
+    codegen = cpu_target.target_context.codegen()
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    return (
+        f"processor: torch {get_cpu_capability()}, numba {codegen._get_host_cpu_name()}, threads of runs {threads}"
+    )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("minkowski") and importlib.util.find_spec("MinkowskiEngine") is None:
         pytest.skip("needs MinkowskiEngine: make minkowski")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say last, but for pytest's closing line, what this machine could not test and how it can."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    for marker, (what, command) in NOT_TESTED.items():
+        if count := sum(marker in report.keywords for report in skipped):
+            terminalreporter.write_line(f"NOT TESTED: {count} tests {what}; to add them: {command}", yellow=True)
+        skipped = [report for report in skipped if marker not in report.keywords]
 
 
 @pytest.fixture(autouse=True)
