@@ -14,13 +14,14 @@ PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --m
 # processor (MKL_ENABLE_INSTRUCTIONS alone says nothing to MKL on AMD), sums by one thread.
 OTHER_CPU = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE \
   NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=$(abspath $(VENV))/numba-generic OMP_NUM_THREADS=1
-NUMERIC = $(addprefix tests/test_,$(addsuffix .py,operations kernels layouts encoder minkowski model convert weights data views visualize evaluate scores optim cli))
+NUMERIC = $(addprefix tests/test_,$(addsuffix .py,operations kernels layouts encoder minkowski model convert weights \
+  data views visualize evaluate scores optim cli))
 
 .PHONY: help quickstart minkowski test test-other-cpu check bench
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 17
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show where the pictures are
 	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 \

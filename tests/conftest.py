@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,16 +134,25 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: flo
 # Scripts
 
 
-def run_main(main: Callable[[list[str]], int], *arguments: str) -> int:
-    """Run a script's `main` in this process, as the script would; returns the exit code."""
+def run_program(program: Callable[[], object], arguments: Sequence[str]) -> int:
+    """Call a program in this process with its `sys.argv`, as a process of its own would; returns the exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *arguments])
-        code = run_script(main)
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return code
+        patch.setattr(sys, "argv", list(arguments))
+        try:
+            program()
+            return 0
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_main(main: Callable[[list[str]], int], *arguments: str) -> int:
+    """Run a script's `main` in this process, as the script would; returns the exit code."""
+    return run_program(lambda: sys.exit(run_script(main)), ["script.py", *arguments])
 
 
 def error_line(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

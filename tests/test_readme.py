@@ -2,18 +2,24 @@
 
 import json
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from fnmatch import fnmatch
+from functools import partial
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import ROOT, run_program
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -39,8 +45,8 @@ RULES = (
     (r".*(--dry-run|--print-config)", PRETRAIN, r".", None),
     (r".*--evaluate runs/", "", r"(?m)^right +4 ", "runs/*/confusion*.png"),
     (r"fcmae evaluate", "data.num_workers=0 data.batch_size=4", r"linear probe", None),
-    (r".*\bfinetune", FINETUNE, r"", "runs/*/model/model.safetensors"),
-    (r".*\bpretrain", PRETRAIN, r"", "runs/*/encoder/model.safetensors"),
+    (r".*\bfinetune(\.py)? ", FINETUNE, r"", "runs/*/model/model.safetensors"),
+    (r".*\bpretrain(\.py)? ", PRETRAIN, r"", "runs/*/encoder/model.safetensors"),
     (r"fcmae prepare", "", r"(?s)train: 13 images.*data.name=arrays data.root=path/to/prepared", "path/*/train/*"),
     (r"fcmae .*--output runs/(\S+)", "", r".", r"runs/\1/*"),
     (r"fcmae ", "", r".", None),
@@ -48,7 +54,9 @@ RULES = (
 
 
 class Ran(NamedTuple):
-    process: subprocess.CompletedProcess[str]
+    code: int
+    out: str
+    error: str
     written: set[str]
 
 
@@ -66,27 +74,45 @@ def label_halves(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the README's paths lead somewhere: into this checkout, to images, to `fcmae` as installed."""
+    """A folder where the README's paths lead somewhere: into this checkout, and to images."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("Makefile", "pyproject.toml", "configs", "docs", "pretrain.py", "finetune.py"):
         (folder / name).symlink_to(ROOT / name)
     label_halves(folder / "path" / "to" / "labelled")
     (folder / "path" / "to" / "images").symlink_to(ROOT / "docs" / "photos")
-    command = folder / "bin" / "fcmae"
-    command.parent.mkdir()
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    module, function = scripts["fcmae"].split(":")
-    command.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
-    command.chmod(0o755)
     return folder
+
+
+def program(words: list[str]) -> Callable[[], object] | None:
+    """What `accelerate launch SCRIPT` and `fcmae` run, for this process: each start of torch takes many seconds."""
+    if words[:2] == ["accelerate", "launch"]:
+        return partial(runpy.run_path, words[2], run_name="__main__")
+    if words[0] == "fcmae":
+        scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+        module, function = scripts["fcmae"].split(":")
+        return lambda: sys.exit(getattr(import_module(module), function)())
+    return None
+
+
+def run_command(line: str, folder: Path) -> tuple[int, str, str]:
+    """Run a command in a folder; returns its exit code, output and errors."""
+    words = shlex.split(line)
+    if (here := program(words)) is None:
+        environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(Path.home())}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+    with chdir(folder), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as error:
+        code = run_program(here, words[words[0] == "accelerate" and 2 :])
+    return code, out.getvalue(), error.getvalue()
 
 
 @pytest.fixture(scope="module")
 def ran(workspace: Path) -> Callable[[int], Ran]:
-    """Run the README to its command i, once; what came of that one."""
+    """Run the README to its command i, each once; what came of that one."""
     done: list[Ran] = []
-    paths = f"{workspace / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin"
-    environment = {"PATH": paths, "PYTHONPATH": str(ROOT), "HOME": str(Path.home()), "OMP_WAIT_POLICY": "PASSIVE"}
 
     def files() -> set[tuple[str, int]]:
         found = (path for top in ("runs", "path") for path in (workspace / top).rglob("*") if path.is_file())
@@ -95,11 +121,8 @@ def ran(workspace: Path) -> Callable[[int], Ran]:
     def run(i: int) -> Ran:
         for command in COMMANDS[len(done) : i + 1]:
             before = files()
-            shell = ["/bin/sh", "-c", f"{command} {rule(command)[1]}"]
-            process = subprocess.run(
-                shell, cwd=workspace, env=environment, capture_output=True, text=True, timeout=250, check=False
-            )
-            done.append(Ran(process, {path for path, _ in files() - before}))
+            came = run_command(f"{command} {rule(command)[1]}", workspace)
+            done.append(Ran(*came, {path for path, _ in files() - before}))
         return done[i]
 
     return run
@@ -114,9 +137,9 @@ def rule(command: str) -> tuple[str, str, str, str | None]:
 @pytest.mark.parametrize("i", range(len(COMMANDS)), ids=COMMANDS)
 def test_a_command_of_the_readme_runs(i: int, ran: Callable[[int], Ran]) -> None:
     pattern, _, prints, leaves = rule(COMMANDS[i])
-    process, written = ran(i)
-    assert process.returncode == 0, f"{process.args[-1]}\n{process.stdout}\n{process.stderr[-3000:]}"
-    assert re.search(prints, process.stdout), process.stdout
+    code, out, error, written = ran(i)
+    assert code == 0, f"{out}\n{error[-3000:]}"
+    assert re.search(prints, out), out
     if leaves is None:
         assert not written
     else:
