@@ -28,6 +28,7 @@ LEVELS = (
     {"load"},
     {"visualize"},
     {"tasks", "evaluation"},
+    {"story"},
     {"pretrain", "finetune"},
     {"commands"},
     {"__main__", "__init__"},  # __init__ has the public names, for others: modules import from where a name lives
@@ -56,7 +57,15 @@ NEVER_REACHES = {
 ONLY_IN = {
     # package: the only modules that import it, by pattern
     "accelerate": {"training.launch", "training.trainer", "pretrain", "finetune"},
-    "argparse": {"encoder.install_minkowski", "weights.*", "pretrain", "finetune", "commands*", "__main__"},
+    "argparse": {
+        "encoder.install_minkowski",
+        "weights.*",
+        "story",
+        "pretrain",
+        "finetune",
+        "commands*",
+        "__main__",
+    },
     "timm": {"data.*", "weights.*", "training.*", "tasks.*", "finetune"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
