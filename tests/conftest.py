@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from numba import config
 from torch import Tensor, nn
+from torch.backends.cpu import get_cpu_capability
 
 from fcmae.encoder.convnext import ConvNeXtV2, Layout
 from fcmae.errors import run_script
@@ -34,9 +36,33 @@ TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
 
 
+NOT_TESTED = {
+    "gpu": ("on CUDA", "make test, on a machine with a GPU"),
+    "minkowski": ("of MinkowskiEngine", "apt-get install g++ libopenblas-dev && make minkowski"),
+}
+"""Marker -> what its tests are, the command that adds them where they were skipped."""
+
+
+def pytest_report_header() -> str:
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    numba = config.CPU_NAME or "as built for this one"  # pyright: ignore[reportAttributeAccessIssue]
+    return f"processor: torch {get_cpu_capability()}, numba {numba}, {threads} threads for each run"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("minkowski") and importlib.util.find_spec("MinkowskiEngine") is None:
         pytest.skip("needs MinkowskiEngine: make minkowski")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say last, but for pytest's closing line, what this machine could not test and how it can."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    for marker, (what, command) in NOT_TESTED.items():
+        if count := sum(marker in report.keywords for report in skipped):
+            terminalreporter.write_line(f"NOT TESTED: {count} tests {what}; to add them: {command}", yellow=True)
+        skipped = [report for report in skipped if marker not in report.keywords]
 
 
 @pytest.fixture(autouse=True)
@@ -106,16 +132,25 @@ def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: flo
 # Scripts
 
 
-def run_main(main: Callable[[list[str]], int], *arguments: str) -> int:
-    """Run a script's `main` in this process, as the script would; returns the exit code."""
+def run_program(program: Callable[[], object], arguments: Sequence[str]) -> int:
+    """Call a program in this process with its `sys.argv`, as a process of its own would; returns the exit code."""
     AcceleratorState._reset_state(reset_partial_state=True)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *arguments])
-        code = run_script(main)
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return code
+        patch.setattr(sys, "argv", list(arguments))
+        try:
+            program()
+            return 0
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_main(main: Callable[[list[str]], int], *arguments: str) -> int:
+    """Run a script's `main` in this process, as the script would; returns the exit code."""
+    return run_program(lambda: sys.exit(run_script(main)), ["script.py", *arguments])
 
 
 def error_line(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,8 +1,13 @@
-"""Imports point one way (docs: layers at the bottom, scripts on top), read from the source without running it."""
+"""Imports point one way, indirect ones too: read from the source, functions included, without running it."""
 
 import ast
+import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,161 +15,186 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LEVELS = (
-    # lowest first; a module imports from lower levels, and from its own level where that makes no cycle
-    ("errors", "patches", "masking", "config", "metrics", "scores"),
-    ("encoder",),
-    ("decoder",),
-    ("loss", "model"),
-    ("checkpoint", "convert", "data", "optim", "evaluate", "export", "diagnose", "visualize"),
-    ("inference",),
-    ("engine",),
-    ("pretrain", "finetune", "cli", "install_minkowski", "__init__", "__main__"),
+    # A room imports from rooms on earlier lines and from itself; rooms on one line do not know each other.
+    {"errors"},
+    {"files", "seeding", "metrics", "patches", "masking"},
+    {"tensors", "config"},
+    {"ops"},
+    {"encoder"},
+    {"decoder"},
+    {"loss"},
+    {"model"},
+    {"data", "weights", "training"},
+    {"load"},
+    {"visualize"},
+    {"tasks", "evaluation"},
+    {"story"},
+    {"pretrain", "finetune"},
+    {"commands"},
+    {"__main__", "__init__"},  # __init__ has the public names, for others: modules import from where a name lives
 )
-LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-MODELS = {"encoder", "decoder", "loss", "model"}
+MODELS = {"fcmae.ops", "fcmae.encoder", "fcmae.decoder", "fcmae.loss", "fcmae.model"}
+DISK = {"fcmae.files", "fcmae.tensors", "safetensors", "json", "pathlib"}
+TRAINING = {"fcmae.masking.sample_visible_ids", "torch.optim", "accelerate", "timm"}
 
-ONLY_IN = {
-    # package: the only parts that may import it; ours are named without "fcmae."
-    "accelerate": {"engine", "pretrain", "finetune", "cli"},
-    "argparse": {
-        "pretrain",
-        "finetune",
-        "cli",
-        "install_minkowski",
-        "checkpoint",
-    },  # whose old files hold Namespaces
-    "timm": {"data", "engine", "export", "pretrain", "finetune"},  # augmentation; moving average; check; mixup
-    "transformers": {"export"},
-    "onnxruntime": {"export"},
-    "tensorboard": {"engine", "pretrain", "finetune"},
-    "pickle": set(),
-    "MinkowskiEngine": {"encoder.minkowski"},
-    "numba": {"ops.patch_depthwise_numba"},
+NEVER_REACHES = {
+    # room: what no chain of our modules leads to from there, besides the rooms that are not below it
+    "ops": DISK | TRAINING | {"fcmae.masking"},
+    "encoder": DISK | TRAINING,
+    "decoder": DISK | TRAINING,
+    "model": {"fcmae.config", "torch.optim", "accelerate", "timm"},
+    "data": MODELS | {"accelerate"},
+    "weights": {"fcmae.loss", "fcmae.model", "accelerate"},
+    "training": MODELS | {"torchvision", "PIL"},
+    "load": {"accelerate"},
+    "tasks": {"accelerate"},
+    "evaluation": {"accelerate"},
+    "visualize": {"accelerate"},
 }
 
+ONLY_IN = {
+    # package: the only modules that import it, by pattern
+    "accelerate": {"training.launch", "training.trainer", "pretrain", "finetune"},
+    "argparse": {
+        "encoder.install_minkowski",
+        "weights.*",
+        "story",
+        "pretrain",
+        "finetune",
+        "commands*",
+        "__main__",
+    },
+    "timm": {"data.*", "weights.*", "training.*", "tasks.*", "finetune"},
+    "transformers": {"weights.*"},
+    "onnxruntime": {"weights.*"},
+    "torch.utils.tensorboard": {"training.log"},
+    "MinkowskiEngine": {"encoder.minkowski"},
+    "MinkowskiEngineBackend": {"encoder.minkowski"},
+    "numba": {"ops.*_numba"},
+    "triton": {"ops.*_triton"},
+    "pickle": set(),
+}
 
-def sources() -> dict[str, Path]:
-    """Module name -> file, for the package and the scripts beside it."""
-    package = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-        for path in sorted((ROOT / "fcmae").rglob("*.py"))
-    }
-    scripts = {name: ROOT / f"{name}.py" for name in ("pretrain", "finetune")}
-    named = {name.removesuffix(".__init__"): path for name, path in package.items()}
-    return named | {name: path for name, path in scripts.items() if path.exists()}
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "fcmae").rglob("*.py")
+}
+INSTALLER = "fcmae.encoder.install_minkowski"  # a command, which lives where its engine is used
+
+
+def room(module: str) -> str:
+    """fcmae.encoder.packed -> encoder; fcmae -> __init__."""
+    return [*module.split("."), "__init__"][1]
+
+
+def within(name: str, place: str) -> bool:
+    """Whether a full name is this module's or package's, or of something in it."""
+    return f"{name}.".startswith(f"{place}.")
 
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Full names of what a module imports anywhere, also inside functions; `from a import b` counts as a.b."""
+    """Full names of what a module imports anywhere; `from a import b` counts as a.b."""
     found = set()
-    for node in ast.walk(ast.parse(sources()[module].read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module} imports relatively: write the whole name"
-            assert node.module is not None
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(found)
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        match node:
+            case ast.Import(names=names):
+                found |= {alias.name for alias in names}
+            case ast.ImportFrom(module=str(origin), names=names, level=0):
+                found |= {f"{origin}.{alias.name}" for alias in names}
+            case ast.ImportFrom():
+                pytest.fail(f"{module} imports relatively: write the whole name")
+            case ast.Call(
+                func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                found.add(name)
+    return frozenset(found - {"fcmae.__version__"})  # which is anybody's
 
 
 def our_imports(module: str) -> set[str]:
-    """The modules of fcmae that a module imports, names in them left out; the version is anybody's."""
-    wanted = imports(module) - {"fcmae.__version__"}
-    names = {name if name in sources() else name.rpartition(".")[0] for name in wanted}
-    return {name for name in names if name == "fcmae" or name.startswith("fcmae.")}
+    """The modules of fcmae that a module imports by name."""
+    names = {name for name in imports(module) if within(name, "fcmae")}
+    return {name if name in SOURCES else name.rpartition(".")[0] for name in names}
 
 
-def part(module: str) -> str:
-    """fcmae.encoder.packed -> encoder; fcmae -> __init__; pretrain -> pretrain."""
-    parts = module.removeprefix("fcmae").removeprefix(".").split(".")
-    return parts[0] or "__init__"
+def reaches(module: str) -> dict[str, str]:
+    """Full name of all that a module imports through any chain of ours -> the last of the chain.
+
+    A module runs the `__init__` of its packages first, but for that of fcmae, whose names load when asked for.
+    """
+    found, waiting, seen = {}, [module], set()
+    while waiting:
+        here = waiting.pop()
+        if here not in seen:
+            seen.add(here)
+            found |= dict.fromkeys(imports(here), here)
+            package = here.rpartition(".")[0]
+            waiting += [*our_imports(here), *({package} - {"", "fcmae"})]
+    return found
 
 
-MODULES = sorted(sources())
+def assert_none(broken: Iterable[str]) -> None:
+    lines = sorted(broken)
+    assert not lines, "\n".join(lines)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_place(module: str) -> None:
-    assert part(module) in LEVEL_OF, f"give {part(module)} a place in LEVELS (and in the design)"
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downwards(module: str) -> None:
-    for target in our_imports(module):
-        assert target in sources(), f"{module} imports {target}, which does not exist"
-        assert LEVEL_OF[part(target)] <= LEVEL_OF[part(module)], f"{module} imports {target} from above"
+def test_modules_import_from_lower_rooms_and_their_own() -> None:
+    placed = {name: LEVEL_OF[room(name)] for name in SOURCES}  # a room without a place wants one, in the design too
+    edges = {(module, target) for module in SOURCES for target in our_imports(module)}
+    assert_none(
+        f"{module} imports {target}, which does not exist" for module, target in edges if target not in placed
+    )
+    assert_none(
+        f"{module} imports {target}, which is not below it"
+        for module, target in edges
+        if room(module) != room(target) and placed[module] <= placed[target]
+    )
 
 
 def test_there_are_no_cycles() -> None:
-    done: set[str] = set()
-
-    def visit(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, f"cycle: {' -> '.join((*path, module))}"
-        if module not in done:
-            for target in our_imports(module):
-                visit(target, (*path, module))
-            done.add(module)
-
-    for module in MODULES:
-        visit(module, ())
+    TopologicalSorter({module: our_imports(module) for module in SOURCES}).prepare()  # its error shows the cycle
 
 
-def test_no_part_depends_on_itself_through_another() -> None:
-    edges = {(part(m), part(t)) for m in MODULES for t in our_imports(m) if part(m) != part(t)}
-    reaches = set(edges)
-    while more := {(a, d) for a, b in reaches for c, d in edges if b == c} - reaches:
-        reaches |= more
-    assert not [a for a, b in reaches if a == b]
+@pytest.mark.parametrize("place", NEVER_REACHES)
+def test_a_room_never_reaches_what_it_does_not_know(place: str) -> None:
+    assert_none(
+        f"{module} reaches {name} through {through}"
+        for module in SOURCES.keys() - {INSTALLER}
+        if room(module) == place
+        for name, through in reaches(module).items()
+        if any(within(name, other) for other in NEVER_REACHES[place])
+    )
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
-    allowed = ONLY_IN[package]
-    for module in MODULES:
-        if any(name.split(".")[0] == package for name in imports(module)):
-            assert {part(module), module.removeprefix("fcmae.")} & allowed, f"{module} imports {package}"
-
-
-def test_the_data_know_no_models() -> None:
-    for module in MODULES:
-        if part(module) == "data":
-            assert not {part(target) for target in our_imports(module)} & MODELS, module
-
-
-def test_the_engine_does_not_know_which_model_it_trains() -> None:
-    for module in MODULES:
-        if part(module) == "engine":
-            assert not {part(target) for target in our_imports(module)} & MODELS, module
-
-
-def test_the_network_knows_nothing_of_sampling_files_or_training() -> None:
-    for module in MODULES:
-        if part(module) in {"encoder", "decoder"}:
-            targets = imports(module)
-            assert not {name for name in targets if "sample_visible_ids" in name}, module
-            files = {"safetensors", "pathlib", "os", "json"} - (
-                {"os"} if module == "fcmae.encoder.minkowski" else set()
-            )
-            assert not {name.split(".")[0] for name in targets} & files, module  # one undoes what its engine sets
-        if part(module) in MODELS:
-            assert not {name for name in imports(module) if name.startswith("torch.optim")}, module
+    users = {
+        module.removeprefix("fcmae.") for module in SOURCES for name in imports(module) if within(name, package)
+    }
+    assert_none(user for user in users if not any(fnmatch(user, pattern) for pattern in ONLY_IN[package]))
 
 
 def test_only_declared_packages_are_imported() -> None:
-    known = {"torch", "torchvision", "accelerate", "einops", "numpy", "PIL", "pydantic", "yaml", "safetensors"}
-    known |= {
-        "numba",
-        "tensorboard",
-        "timm",
-        "torchmetrics",
-        "tqdm",
-        "typing_extensions",
-        "fcmae",
-        "MinkowskiEngine",
-    }
-    optional = {"transformers", "onnx", "onnxruntime", "triton"}
-    for module in MODULES:
-        roots = {name.split(".")[0] for name in imports(module)}
-        assert not roots - known - optional - sys.stdlib_module_names, module
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["export"]
+    declared = {requirement.partition(">=")[0] for requirement in requirements}
+    declared |= {"fcmae", "PIL", "yaml", "triton", "MinkowskiEngine", "MinkowskiEngineBackend"}
+    used = {name.split(".")[0] for module in SOURCES for name in imports(module)}
+    assert not used - declared - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import fcmae",
+        "import runpy; sys.argv = ['fcmae', '--help']; runpy.run_module('fcmae', run_name='__main__')",
+    ],
+    ids=["import", "help"],
+)
+def test_torch_and_timm_load_only_when_something_is_computed(program: str) -> None:
+    program = f"import sys\ntry:\n  {program}\nfinally:\n  assert not {{'torch', 'timm'}} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -177,7 +177,5 @@ def test_shapes_that_are_not_the_official_codes_are_refused_by_name(name: str, s
 
 
 def test_the_official_sparse_encoder_has_no_classifier() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown keys 'norm\.weight', 'norm\.bias', 'head"
-    ):
+    with pytest.raises(ValueError, match=r"unknown keys 'norm\.weight', 'norm\.bias', 'head"):
         dense_to_official_sparse(ConvNeXtV2(TINY, num_classes=3).state_dict())

@@ -1,4 +1,4 @@
-"""What is installed: both ways with the same dependencies, and `make` tells what is missing."""
+"""What is installed: by conda and pip the same packages; and `make` says what is missing."""
 
 import os
 import re
@@ -10,19 +10,32 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fcmae.encoder import install_minkowski
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_conda_and_pip_users_get_the_same_dependencies() -> None:
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    assert sorted(pip) == sorted([*PYPROJECT["project"]["dependencies"], "--editable ."])
-    assert f"python{PYPROJECT['project']['requires-python']}" in environment["dependencies"]
+def test_conda_and_pip_users_get_the_same_packages() -> None:
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in environment if isinstance(entry, dict))
+    wanted = {*project["dependencies"], *extras["dev"], *extras["export"], *extras["minkowski"]} - {"fcmae[export]"}
+    assert sorted(pip) == sorted({*wanted, "--editable ."})
+    assert f"python{project['requires-python']}" in environment
 
 
-def test_the_extras_exist() -> None:
-    assert {"dev", "minkowski", "export", "bench"} <= set(PYPROJECT["project"]["optional-dependencies"])
+def test_the_conda_environment_has_what_minkowskiengine_is_built_with_and_says_how() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    assert {"cxx-compiler", "openblas"} <= set(
+        filter(lambda entry: isinstance(entry, str), yaml.safe_load(text)["dependencies"])
+    )
+    assert f"python -m {install_minkowski.__name__}" in text
+
+
+def test_the_extra_has_what_the_installer_takes() -> None:
+    assert {*install_minkowski.TOOLS} - {"numpy"} == {*PYPROJECT["project"]["optional-dependencies"]["minkowski"]}
 
 
 def test_versions_agree() -> None:
@@ -52,7 +65,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_make_tells_which_python_it_needs(tmp_path: Path) -> None:
+def test_make_says_which_python_it_needs(tmp_path: Path) -> None:
     old = tmp_path / "old-python"
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
@@ -62,7 +75,7 @@ def test_make_tells_which_python_it_needs(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_make_tells_in_one_line_that_torch_and_torchvision_do_not_fit(tmp_path: Path) -> None:
+def test_make_says_in_one_line_that_torch_and_torchvision_do_not_fit(tmp_path: Path) -> None:
     broken = tmp_path / "venv" / "bin" / "python"
     broken.parent.mkdir(parents=True)
     shadow = tmp_path / "shadow" / "torchvision"
@@ -81,14 +94,31 @@ def test_make_tells_in_one_line_that_torch_and_torchvision_do_not_fit(tmp_path: 
     assert not (tmp_path / "venv" / ".fcmae-ready").exists()
 
 
-@pytest.mark.parametrize("target", ["quickstart", "minkowski", "test", "check", "bench"])
+@pytest.mark.parametrize("target", ["quickstart", "minkowski", "test", "test-other-cpu", "check", "bench"])
 def test_the_targets_exist(target: str, tmp_path: Path) -> None:
     assert make("-n", target, f"VENV={tmp_path / 'venv'}").returncode == 0
+    assert re.search(rf"^{target} +\w", make("help").stdout, re.MULTILINE)
 
 
-def test_ci_checks_builds_the_engine_and_tests() -> None:
+def test_make_test_goes_on_without_an_engine_that_cannot_be_built_and_says_so(tmp_path: Path) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *minkowski*) echo "error: no C++ compiler" >&2; exit 2;; esac\necho "$*"\n'
+    )
+    python.chmod(0o755)
+    ready = tmp_path / "venv" / ".fcmae-ready"
+    ready.touch()
+    done = make("-o", str(ready), "test", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode == 0
+    assert "error: no C++ compiler" in done.stderr
+    assert re.search(r"going on without MinkowskiEngine.*\n.*-m pytest", done.stdout)
+
+
+def test_ci_checks_builds_the_engine_and_tests_twice() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     lines = script.read_text().splitlines()
-    assert [line for line in lines if line.startswith("make ")] == ["make check", "make minkowski", "make test"]
-    assert lines[-1] == "make test"
+    steps = ["make check", "make minkowski", "make test-other-cpu", "make test"]
+    assert [line for line in lines if line.startswith("make ")] == steps
+    assert lines[-1] == steps[-1]

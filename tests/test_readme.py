@@ -1,146 +1,175 @@
-"""The README's commands and snippets run as they stand, made short by further overrides."""
+"""The README's commands and snippets run as they stand, from top to bottom, made short by what is appended."""
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from fnmatch import fnmatch
+from functools import partial
+from importlib import import_module
+from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from conftest import ROOT, run_program
 from PIL import Image
 
-from fcmae import ConvNeXtV2
-from fcmae.weights.base import Preprocessing
-from fcmae.weights.timm import write_timm_folder
-
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BIN = Path(sys.executable).parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+
+SMALL = "model.variant=[[1,1,1,1],[8,8,16,16]] data.num_workers=0 optim.accumulate=1 train.max_steps=2"
+PRETRAIN = f"{SMALL} model.decoder_dim=16 data.batch_size=2 train.precision=no visualize.num_images=0"
+FINETUNE = f"{SMALL} data.image_size=64 data.batch_size=4"
+VENV = f"VENV={sys.prefix}"
+QUICK = f"-o {sys.prefix}/.fcmae-ready {VENV} ARGS='train.max_steps=75 visualize.num_images=2'"
+
+RULES = (
+    # a command that begins so | is run with this appended, | prints this | and leaves this behind; None: nothing
+    (r"make quickstart", QUICK, r"tensorboard --logdir runs/quickstart\b", "runs/quickstart/reconstructions/*.png"),
+    (r"make ", f"-n {VENV}", r"", None),
+    (r"tensorboard ", "--inspect", r"reconstructions", None),
+    (r".*(--dry-run|--print-config)", PRETRAIN, r".", None),
+    (r".*--evaluate runs/", "", r"(?m)^right +4 ", "runs/*/confusion*.png"),
+    (r"fcmae evaluate", "data.num_workers=0 data.batch_size=4", r"linear probe", None),
+    (r".*\bfinetune(\.py)? ", FINETUNE, r"", "runs/*/model/model.safetensors"),
+    (r".*\bpretrain(\.py)? ", PRETRAIN, r"", "runs/*/encoder/model.safetensors"),
+    (r"fcmae prepare", "", r"(?s)train: 13 images.*data.name=arrays data.root=path/to/prepared", "path/*/train/*"),
+    (r"fcmae .*--output runs/(\S+)", "", r".", r"runs/\1/*"),
+    (r"fcmae ", "", r".", None),
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+class Ran(NamedTuple):
+    code: int
+    out: str
+    error: str
+    written: set[str]
 
 
-def commands() -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
-def shell(command: list[str], timeout: int = 250) -> str:
-    environment = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(Path.home()), "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-def shortened(run: Path) -> list[str]:
-    small = ["model.variant=[[1,1,1,1],[8,8,16,16]]", "model.decoder_dim=16", "data.batch_size=2"]
-    source = ["data.name=folder", f"data.root={ROOT / 'docs' / 'photos'}", "data.num_workers=0"]
-    return [*small, *source, "optim.accumulate=1", "train.max_steps=2", "train.precision=no", f"output={run}"]
+def label_halves(folder: Path) -> None:
+    """Make labelled images of the photographs: left halves and right halves, in three splits."""
+    for i, path in enumerate(sorted((ROOT / "docs" / "photos").glob("*.jpg"))):
+        photo = Image.open(path)
+        for name, left in (("left", 0), ("right", photo.width // 2)):
+            half = photo.crop((left, 0, left + photo.width // 2, photo.height))
+            for split in ("train",) if i < 9 else ("val", "test"):
+                place = folder / split / name / f"{i}.jpg"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                half.save(place)
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a `make quickstart` of two steps."""
-    folder = tmp_path_factory.mktemp("readme") / "quickstart"
-    ready = f"{sys.prefix}/.fcmae-ready"
-    overrides = f"train.max_steps=2 visualize.num_images=2 output={folder}"
-    out = shell(["make", "-o", ready, f"VENV={sys.prefix}", "quickstart", f"ARGS={overrides}"])
-    assert f"tensorboard --logdir {folder}" in out
-    assert str(folder / "reconstructions") in out
-    assert len(list((folder / "reconstructions").glob("*.png"))) == 2
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the README's paths lead somewhere: into this checkout, and to images."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("Makefile", "pyproject.toml", "configs", "docs", "pretrain.py", "finetune.py"):
+        (folder / name).symlink_to(ROOT / name)
+    label_halves(folder / "path" / "to" / "labelled")
+    (folder / "path" / "to" / "images").symlink_to(ROOT / "docs" / "photos")
     return folder
 
 
-def quickstart_losses(record: Path) -> list[float]:
+def program(words: list[str]) -> Callable[[], object] | None:
+    """What `accelerate launch SCRIPT` and `fcmae` run, for this process: each start of torch takes many seconds."""
+    if words[:2] == ["accelerate", "launch"]:
+        return partial(runpy.run_path, words[2], run_name="__main__")
+    if words[0] == "fcmae":
+        scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+        module, function = scripts["fcmae"].split(":")
+        return lambda: sys.exit(getattr(import_module(module), function)())
+    return None
+
+
+def run_command(line: str, folder: Path) -> tuple[int, str, str]:
+    """Run a command in a folder; returns its exit code, output and errors."""
+    words = shlex.split(line)
+    if (here := program(words)) is None:
+        environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(Path.home())}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+    with chdir(folder), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as error:
+        code = run_program(here, words[words[0] == "accelerate" and 2 :])
+    return code, out.getvalue(), error.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ran(workspace: Path) -> Callable[[int], Ran]:
+    """Run the README to its command i, each once; what came of that one."""
+    done: list[Ran] = []
+
+    def files() -> set[tuple[str, int]]:
+        found = (path for top in ("runs", "path") for path in (workspace / top).rglob("*") if path.is_file())
+        return {(str(path.relative_to(workspace)), path.stat().st_mtime_ns) for path in found}
+
+    def run(i: int) -> Ran:
+        for command in COMMANDS[len(done) : i + 1]:
+            before = files()
+            came = run_command(f"{command} {rule(command)[1]}", workspace)
+            done.append(Ran(*came, {path for path, _ in files() - before}))
+        return done[i]
+
+    return run
+
+
+def rule(command: str) -> tuple[str, str, str, str | None]:
+    found = next((rule for rule in RULES if re.match(rule[0], command)), None)
+    assert found is not None, f"no rule for running: {command}"
+    return found
+
+
+@pytest.mark.parametrize("i", range(len(COMMANDS)), ids=COMMANDS)
+def test_a_command_of_the_readme_runs(i: int, ran: Callable[[int], Ran]) -> None:
+    pattern, _, prints, leaves = rule(COMMANDS[i])
+    code, out, error, written = ran(i)
+    assert code == 0, f"{out}\n{error[-3000:]}"
+    assert re.search(prints, out), out
+    if leaves is None:
+        assert not written
+    else:
+        wanted = re.sub(pattern + ".*", leaves, COMMANDS[i])
+        assert any(fnmatch(path, wanted) for path in written), written
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0])
+def test_a_snippet_of_the_readme_runs(
+    snippet: str, workspace: Path, ran: Callable[[int], Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran(0)  # the quickstart, whose run they open
+    monkeypatch.chdir(workspace)
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def losses(record: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in record.read_text().splitlines()]
 
 
-def test_the_quickstarts_loss_falls_clearly_below_one(tmp_path: Path) -> None:
-    overrides = ["train.max_steps=75", "visualize.num_images=0", f"output={tmp_path / 'run'}"]
-    shell(["python", "pretrain.py", "--config", "configs/quickstart.yaml", *overrides])
-    history = quickstart_losses(tmp_path / "run" / "metrics.jsonl")
-    assert history[-1] < 0.8
+def test_the_quickstarts_loss_falls_clearly_below_one(workspace: Path, ran: Callable[[int], Ran]) -> None:
+    ran(0)
+    assert losses(workspace / "runs" / "quickstart" / "metrics.jsonl")[-1] < 0.8
 
 
-def test_the_readme_and_the_config_tell_the_reference_records_result() -> None:
-    config = (ROOT / "configs" / "quickstart.yaml").read_text()
-    last = quickstart_losses(ROOT / "docs" / "quickstart.jsonl")[-4:]
-    told = f"1.01 to {sum(last) / 4:.2f}"
-    assert told in README
-    assert told in config
-
-
-def labelled(root: Path, held_out: str = "test") -> list[str]:
-    """Overrides that take the halves of the photographs, left or right, for labelled images."""
-    photos = [Image.open(path) for path in sorted((ROOT / "docs" / "photos").glob("*.jpg"))]
-    for i, photo in enumerate(photos):
-        for name, left in (("left", 0), ("right", photo.width // 2)):
-            path = root / "labelled" / ("train" if i < 9 else held_out) / name / f"{i}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            photo.crop((left, 0, left + photo.width // 2, photo.height)).save(path)
-    return [f"data.root={root / 'labelled'}", "data.num_workers=0", "data.batch_size=4"]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path, quickstart: Path) -> None:
-    words = shlex.split(command)
-    if words[:2] == ["make", "quickstart"]:
-        assert (quickstart / "checkpoints" / "last").exists()
-    elif words[0] == "make":
-        shell([*words, "-n", f"VENV={sys.prefix}"])
-    elif words[0] == "tensorboard":
-        out = shell(["tensorboard", "--inspect", "--logdir", str(quickstart)])
-        assert "reconstructions" in out
-    elif words[:2] == ["fcmae", "evaluate"]:
-        out = shell(["python", "-m", "fcmae", "evaluate", str(quickstart), *words[3:], *labelled(tmp_path)])
-        assert "linear probe" in out
-    elif words[:2] == ["fcmae", "prepare"]:
-        places = {"path/to/images": str(ROOT / "docs" / "photos"), "path/to/prepared": str(tmp_path / "prepared")}
-        told = shell([sys.executable, "-m", "fcmae", *(places.get(word, word) for word in words[1:])])
-        assert "train: 13 images" in told
-        assert f"data.name=arrays data.root={places['path/to/prepared']}" in told
-    elif words[0] == "fcmae":
-        model = tmp_path / "classifier" / "model"
-        classifier = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16)), num_classes=2)
-        write_timm_folder(classifier, Preprocessing((0.5,) * 3, (0.5,) * 3, (64, 64)), model)
-        places = {"runs/quickstart": str(quickstart)}
-        words = [places.get(word, re.sub("^runs/", f"{tmp_path}/", word)) for word in words[1:]]
-        assert shell([sys.executable, "-m", "fcmae", *words])
-    elif "finetune.py" in words:
-        options = [*labelled(tmp_path, "val"), "train.max_steps=2", "optim.accumulate=1", "data.image_size=64"]
-        options += ["model.variant=[[1,1,1,1],[8,8,16,16]]", f"output={tmp_path / 'run'}"]
-        train = ["python", "finetune.py", "--config", "configs/finetune/tiny.yaml", *options]
-        if "--evaluate" in words:
-            shell([*train, "init_from=null"])
-            out = shell([str(tmp_path / "run") if word.startswith("runs/") else word for word in words])
-            assert re.search(r"^right +4 ", out, re.MULTILINE)
-        else:
-            assert words[3:5] == train[2:4]
-            source = ["python", "pretrain.py", "--config", "configs/quickstart.yaml", "model.stem_stride=4"]
-            shell([*source, *shortened(tmp_path / "mine"), "visualize.num_images=0"])
-            shell([*words, *options, f"init_from={tmp_path / 'mine'}"])
-            assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-    else:
-        assert "pretrain.py" in words, f"no rule for running: {command}"
-        config = words[words.index("--config") + 1]
-        assert (ROOT / config).is_file()
-        out = shell([*words, *shortened(tmp_path / "run")])
-        if "--dry-run" in words or "--print-config" in words:
-            assert not (tmp_path / "run").exists()
-            assert out
-        else:
-            assert (tmp_path / "run" / "encoder" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("snippet", blocks("python"), ids=lambda text: text.splitlines()[0])
-def test_a_snippet_of_the_readme_runs(snippet: str, quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(quickstart.parent)
-    exec(compile(snippet.replace("runs/quickstart", "quickstart"), "README.md", "exec"), {})
+def test_the_readme_and_the_config_say_the_reference_records_result() -> None:
+    last = losses(ROOT / "docs" / "quickstart.jsonl")[-4:]
+    claim = f"1.01 to {sum(last) / 4:.2f}"
+    assert claim in README
+    assert claim in (ROOT / "configs" / "quickstart.yaml").read_text()
 
 
 def test_every_file_the_readme_links_to_exists() -> None:
