@@ -24,9 +24,10 @@ from fcmae.data.batches import (
     prefetch,
     unreadable,
 )
-from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
+from fcmae.data.sampling import IndexStream, one_pass
 from fcmae.data.sources import Source, labels_by, open_source, save_arrays, share_of_each_class, shares_images
 from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
+from fcmae.seeding import derive_seed, reseed, seeded
 
 __all__ = [
     "NOT_COUNTED",

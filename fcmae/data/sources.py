@@ -14,9 +14,9 @@ from timm.data.readers.img_extensions import add_img_extensions
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from fcmae.data.sampling import derive_seed
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
+from fcmae.seeding import derive_seed
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 STREAMED = ("hfids", "wds", "tfds")

@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from fcmae.config import DataSection, ProbeSection
 from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
-from fcmae.data.sampling import one_pass, seeded
+from fcmae.data.sampling import one_pass
 from fcmae.data.sources import Source, Subset, labels_by, open_source, shares_images
 from fcmae.data.views import Cover
 from fcmae.errors import UserError
+from fcmae.seeding import seeded
 from fcmae.weights.convert import evaluation_crop
 
 NEIGHBOURS = (10, 20, 100, 200)
