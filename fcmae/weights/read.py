@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fcmae.encoder.convnext import ConvNeXtV2, variant_name
 from fcmae.errors import UserError, blame
 from fcmae.tensors import load_strictly, misfits, read_safetensors
-from fcmae.training.checkpoint import EMA, MODEL, STATE, newest_checkpoint, read_state
+from fcmae.training.checkpoint import EMA, MODEL, STATE, read_state
+from fcmae.training.run_folder import newest_checkpoint
 from fcmae.weights.convert import TIMM_STEM_ENLARGEMENT, encoder_shape, evaluation_crop, from_any, shrink_stem
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
