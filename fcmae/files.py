@@ -94,6 +94,7 @@ def point_link(link: Path, target: str) -> None:
     if link.is_dir() and not link.is_symlink():
         shutil.rmtree(link)  # a copy of a run that followed the link
     os.replace(temporary, link)
+    fsync(link.parent)
 
 
 def free_bytes(path: Path) -> int:

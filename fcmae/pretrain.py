@@ -3,7 +3,6 @@
 accelerate launch pretrain.py --config configs/pretrain/atto.yaml data.root=IMAGES output=runs/atto
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -15,28 +14,25 @@ from torch import Tensor, nn
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, load_config, to_yaml
 from fcmae.data import (
-    IndexStream,
     MaskedBatch,
     PixelNormalizer,
     PretrainDataset,
     RandomView,
-    derive_seed,
     fixed_images,
-    load_batches,
     open_source,
     prefetch,
-    unreadable,
 )
 from fcmae.errors import blame, run_script
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights
 from fcmae.masking import count_visible
 from fcmae.patches import grid_shape
-from fcmae.training.dry_run import rehearse
-from fcmae.training.launch import start_accelerator
+from fcmae.seeding import derive_seed
+from fcmae.story import dry_run, training_batches, training_parser
+from fcmae.training.launch import start_run
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
-from fcmae.training.run_folder import claim_run_folder, require_disk
+from fcmae.training.run_folder import require_disk
 from fcmae.training.schedule import Plan
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_reconstructions
@@ -44,39 +40,25 @@ from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.timm import write_timm_folder
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain FCMAE on images without labels.")
-    parser.add_argument("--config", required=True, metavar="FILE", help="such as configs/pretrain/atto.yaml")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, check the data, estimate time and memory; write nothing",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.base_lr=3e-4")
-    return parser.parse_intermixed_args(argv)
-
-
 def start_from(model: FCMAE, source: Path) -> None:
     """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder."""
-    path, tensors = load_tensors(source)
+    file, tensors = load_tensors(source)
     if any(name.startswith("decoder.pred.") for name in tensors):
-        load_network(model, tensors, path)
+        load_network(model, tensors, file)
     else:
         tensors = load_weights(source).tensors
         encoder = {n: tensor for n, tensor in tensors.items() if not n.startswith(("norm.", "head."))}
-        load_network(model.encoder, encoder, path)
+        load_network(model.encoder, encoder, file)
 
 
 def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
+    parser = training_parser("pretrain", "Pretrain FCMAE on images without labels.")
+    options = parser.parse_intermixed_args(argv)
     config = load_config(PretrainConfig, options.config, options.overrides)
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
-    accelerator = start_accelerator(config.train.precision)
-    checkpoint = None if options.dry_run else claim_run_folder(config)
-    accelerator.wait_for_everyone()  # until every process has seen the folder as it was
+    accelerator, checkpoint = start_run(config, dry_run=options.dry_run)
 
     # The network: a sparse ConvNeXt V2 encoder and a light decoder
     torch.manual_seed(config.train.seed)
@@ -88,7 +70,7 @@ def main(argv: list[str]) -> int:
     model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
         start_from(model, Path(config.init_from))
-    require_disk(Path(config.output), model, config.checkpoint.keep)
+    require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
     source = open_source(config.data.name, config.data.root, config.data.split, config.model.in_chans)
@@ -119,24 +101,12 @@ def main(argv: list[str]) -> int:
     )
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    stream = IndexStream(
-        len(source),
-        batch_size=config.data.batch_size,
-        seed=config.train.seed,
-        start=trainer.seen_images,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    load = functools.partial(load_batches, dataset, stream, pin_memory=accelerator.device.type == "cuda")
+    load = training_batches(trainer, dataset)
     if options.dry_run:
-        tried, bad = unreadable(source, 64)
-        trainer.say(rehearse(trainer, load))
-        trainer.say(f"data           {tried} of {len(source):,} images tried, {len(bad)} unreadable")
-        for image in bad:
-            trainer.say(f"               {image.name}: {image.reason}")
+        dry_run(trainer, load, {"data": source})
         return 0
 
-    # The features, judged: labelled images, whose labels training never sees, classified by their neighbours
+    # The features, evaluated: labelled images, whose labels training never sees, classified by k-NN
     def score(step: int, log: MetricsLog | None) -> None:
         assert splits is not None
         model.eval()
@@ -159,9 +129,9 @@ def main(argv: list[str]) -> int:
             (accuracy,) = knn_accuracy(train, val, splits.num_classes, neighbours=[20]).values()
             figures = {name: value for name, value in accuracy._asdict().items() if value is not None}
             left_out = len(splits.train) + len(splits.val) - len(train.labels) - len(val.labels)
-            told = [f"{name} {value:.2%}" for name, value in figures.items()]
-            told += [f"({left_out} images did not decode)"] if left_out else []
-            trainer.say(f"step {step} · k-NN {' '.join(told)}")
+            shown = [f"{name} {value:.2%}" for name, value in figures.items()]
+            shown += [f"({left_out} images did not decode)"] if left_out else []
+            trainer.say(f"step {step} · k-NN {' '.join(shown)}")
             log.record(step, {f"knn_{name}": value for name, value in figures.items()})
 
     # The pictures: original | masked | reconstruction of always the same images
@@ -172,13 +142,11 @@ def main(argv: list[str]) -> int:
     def show(step: int, log: MetricsLog) -> None:
         if len(pixels):
             picture = draw_reconstructions(model, normalize, pixels, ids)
-            path = Path(config.output, "reconstructions", f"step-{step:08d}.png")
+            path = trainer.run.reconstruction(step)
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)
             log.picture("reconstructions", picture, step)
 
-    if trainer.step == trainer.plan.total_steps:
-        trainer.say(f"{config.output} is finished already: delete it, or name another output, to run again")
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         show=show,
@@ -190,11 +158,11 @@ def main(argv: list[str]) -> int:
 
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
-        folder = Path(config.output, "encoder")
+        folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
-        write_timm_folder(model.encoder, preprocessing, folder)
-        print(f"encoder          {folder}")
-        print(f"reconstructions  {Path(config.output, 'reconstructions')}")
+        write_timm_folder(model.encoder, preprocessing, folder.encoder)
+        print(f"encoder          {folder.encoder}")
+        print(f"reconstructions  {folder.reconstructions}")
         print(f"curves           tensorboard --logdir {config.output}")
     accelerator.end_training()
     return 0

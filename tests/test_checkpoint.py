@@ -14,14 +14,9 @@ import fcmae.training.checkpoint as checkpoint
 from fcmae import FCMAE
 from fcmae.errors import UserError
 from fcmae.tensors import load_strictly, read_safetensors
-from fcmae.training.checkpoint import (
-    newest_checkpoint,
-    optimizer_tensors,
-    read_checkpoint,
-    restore_optimizer,
-    save_checkpoint,
-)
+from fcmae.training.checkpoint import optimizer_tensors, read_checkpoint, restore_optimizer, save_checkpoint
 from fcmae.training.optim import build_adamw
+from fcmae.training.run_folder import newest_checkpoint
 
 SMALL = ((1, 1, 1, 1), (8, 8, 16, 16))
 
@@ -57,7 +52,7 @@ def test_the_best_is_pointed_at_and_kept_until_there_is_a_better_one(tmp_path: P
     assert (tmp_path / "best").resolve() == tmp_path / "step-00000025"
 
 
-def test_the_moving_average_lies_beside_the_weights_where_there_is_one(tmp_path: Path) -> None:
+def test_the_ema_lies_beside_the_weights_where_there_is_one(tmp_path: Path) -> None:
     assert read_checkpoint(save(tmp_path, 5)).ema is None
     average = {"weight": torch.ones(3)}
     ema = read_checkpoint(save(tmp_path, 10, ema=average)).ema
@@ -71,7 +66,7 @@ def test_a_step_that_is_saved_already_is_never_absent(tmp_path: Path) -> None:
     assert steps_in(tmp_path) == [5]
 
 
-@pytest.mark.parametrize("broken", ["save_file", "rename", "replace"])
+@pytest.mark.parametrize("broken", ["write_safetensors", "fsync", "replace", "symlink"])
 def test_a_failure_while_writing_leaves_the_older_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -82,7 +77,7 @@ def test_a_failure_while_writing_leaves_the_older_checkpoints(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint if broken == "save_file" else os, broken, fail)
+        patch.setattr(checkpoint if broken == "write_safetensors" else os, broken, fail)
         with pytest.raises(UserError, match="the disk is full; earlier checkpoints are intact") as caught:
             save(folder, 10)
     assert "\n" not in str(caught.value)
@@ -135,8 +130,39 @@ def test_weights_and_moments_come_back_to_the_bit(tmp_path: Path) -> None:
     other, other_optimizer = start()
     stored = read_checkpoint(tmp_path / "last")
     load_strictly(other, stored.model, stored.path)
-    restore_optimizer(other, other_optimizer, stored.optimizer)
+    restore_optimizer(other, other_optimizer, stored.optimizer, stored.path)
     assert train_a_little(other, other_optimizer, range(3, 6)) == expected
+
+
+def test_moments_under_the_names_of_0_1_0_come_back_and_those_of_another_optimizer_do_not() -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+        return model, build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
+
+    model, optimizer = start()
+    assert optimizer_tensors(model, optimizer) == {}
+    model(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    kinds = ("exp_avg", "exp_avg_sq", "step")
+    assert set(tensors) == {f"state.{name}.{kind}" for name, _ in model.named_parameters() for kind in kinds}
+    old = {}
+    for name, value in tensors.items():
+        parameter, _, kind = name.removeprefix("state.").rpartition(".")
+        old[f"{kind}.{parameter}"] = value.clone()
+    other, other_optimizer = start()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    restore_optimizer(other, other_optimizer, old, "x")
+    restored = optimizer_tensors(other, other_optimizer)
+    assert restored.keys() == tensors.keys()
+    assert all(torch.equal(restored[name], tensors[name]) for name in tensors)
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+    assert {group["weight_decay"] for group in other_optimizer.param_groups} == {0.05, 0.0}
+    del old["exp_avg.0.weight"]
+    with pytest.raises(
+        UserError, match=r"x: 1 tensors are not those of this optimizer, .*state\.0\.weight\.exp_avg"
+    ):
+        restore_optimizer(other, other_optimizer, old, "x")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

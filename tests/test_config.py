@@ -1,4 +1,4 @@
-"""Configuration: every shipped file is complete and true, and mistakes are told in one line."""
+"""Configuration: every shipped file is complete and true, and mistakes are reported in one line."""
 
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -
     assert (optim.betas, optim.min_lr, optim.clip_grad) == ((0.9, 0.999), 1e-6, None)
     assert (train.ema_decay, config.model.head_init_scale) == (0.9999, 0.001)
     assert (data.auto_augment, data.erase_prob, data.crop_pct) == ("rand-m9-mstd0.5-inc1", 0.25, 0.875)
-    assert config.judge_ema
+    assert config.evaluates_ema
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -
         (["model.mask_ratio=0.5"], ["model.mask_ratio", "unknown key"]),
     ],
 )
-def test_wrong_values_of_finetuning_are_told_in_one_line(
+def test_wrong_values_of_finetuning_are_reported_in_one_line(
     minimal: Path, overrides: list[str], parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -134,10 +134,10 @@ def test_wrong_values_of_finetuning_are_told_in_one_line(
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-def test_the_moving_average_counts_where_there_is_one_unless_told_otherwise(minimal: Path) -> None:
-    assert not load_config(FinetuneConfig, minimal).judge_ema
-    assert load_config(FinetuneConfig, minimal, ["train.ema_decay=0.9"]).judge_ema
-    assert not load_config(FinetuneConfig, minimal, ["train.ema_decay=0.9", "eval.ema=false"]).judge_ema
+def test_the_ema_counts_where_there_is_one_unless_the_config_says_otherwise(minimal: Path) -> None:
+    assert not load_config(FinetuneConfig, minimal).evaluates_ema
+    assert load_config(FinetuneConfig, minimal, ["train.ema_decay=0.9"]).evaluates_ema
+    assert not load_config(FinetuneConfig, minimal, ["train.ema_decay=0.9", "eval.ema=false"]).evaluates_ema
 
 
 def test_yaml_numbers_in_scientific_notation_are_numbers(minimal: Path) -> None:
@@ -221,13 +221,13 @@ def test_unknown_keys_in_the_file_name_the_file(minimal: Path) -> None:
         ("nonsense", ["expected key=value"]),
     ],
 )
-def test_wrong_values_are_told_in_one_line_with_the_key(minimal: Path, override: str, parts: list[str]) -> None:
+def test_wrong_values_are_reported_in_one_line_with_the_key(minimal: Path, override: str, parts: list[str]) -> None:
     message = error_of(minimal, override)
     for part in parts:
         assert part in message
 
 
-def test_wrong_files_are_told_in_one_line(tmp_path: Path) -> None:
+def test_wrong_files_are_reported_in_one_line(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
     assert str(missing) in error_of(missing)
     broken = tmp_path / "broken.yaml"

@@ -1,4 +1,4 @@
-"""The schedule as a function of the step, who takes weight decay, and at which share of the rate."""
+"""AdamW's groups: which parameters take weight decay, and at which share of the learning rate."""
 
 import math
 from typing import Literal
@@ -7,31 +7,7 @@ import pytest
 import torch
 
 from fcmae import FCMAE, VARIANTS, ConvNeXtV2
-from fcmae.training.optim import build_adamw, exempt_from_decay, layer_scales, learning_rate
-
-
-def lr(step: int) -> float:
-    return learning_rate(step, peak=2.0, floor=0.5, warmup_steps=10, total_steps=110)
-
-
-def test_the_rate_rises_linearly_from_zero_then_falls_along_half_a_cosine() -> None:
-    assert [lr(step) for step in range(11)] == pytest.approx([0.2 * step for step in range(11)])
-    expected = [0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 100)) for step in range(10, 111)]
-    assert [lr(step) for step in range(10, 111)] == pytest.approx(expected)
-    assert lr(10) == 2.0
-    assert lr(110) == pytest.approx(0.5)
-
-
-def test_the_rate_without_warmup_starts_at_the_peak_and_never_rises() -> None:
-    rates = [learning_rate(s, peak=1.0, floor=0.0, warmup_steps=0, total_steps=50) for s in range(50)]
-    assert rates[0] == 1.0
-    assert rates == sorted(rates, reverse=True)
-    assert all(rate > 0 for rate in rates)
-
-
-def test_a_run_shorter_than_its_warmup_stays_on_the_ramp() -> None:
-    rates = [learning_rate(s, peak=1.0, floor=0.0, warmup_steps=100, total_steps=20) for s in range(20)]
-    assert rates == pytest.approx([s / 100 for s in range(20)])
+from fcmae.training.optim import build_adamw, exempt_from_decay, layer_scales
 
 
 def test_only_matrices_and_kernels_take_weight_decay() -> None:

@@ -8,7 +8,7 @@ from fcmae import FCMAE, patchify, sample_visible_ids
 from fcmae.data import PixelNormalizer
 from fcmae.loss import patch_statistics
 from fcmae.masking import hidden_ids
-from fcmae.visualize import draw_panels, draw_reconstructions, reconstruct
+from fcmae.visualize import draw_confusion, draw_panels, draw_reconstructions, reconstruct
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -60,3 +60,20 @@ def test_drawing_neither_trains_nor_changes_the_model() -> None:
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("number", [1, 2, 30, 31, 51, 1001])
+def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(number: int) -> None:
+    picture = draw_confusion(np.eye(number, dtype=np.int64) * 5, [f"class {i} " + "x" * i for i in range(number)])
+    assert picture.dtype == np.uint8
+    assert picture.shape[2] == 3
+    assert max(picture.shape) < 2100
+    blue = (picture == [8, 48, 107]).all(2)
+    assert blue.any()
+
+
+def test_the_darkest_cell_is_where_the_guesses_are() -> None:
+    picture = draw_confusion(np.array([[0, 4], [1, 0]]), ["a", "b"])
+    rows, columns = np.nonzero((picture == [8, 48, 107]).all(2))
+    upper, lower = rows < rows.mean(), rows > rows.mean()
+    assert columns[upper].min() > columns[lower].max()

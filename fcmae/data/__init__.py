@@ -26,9 +26,10 @@ from fcmae.data.batches import (
     unreadable,
 )
 from fcmae.data.labels import labels_by
-from fcmae.data.sampling import IndexStream, derive_seed, one_pass, reseed, seeded
+from fcmae.data.sampling import IndexStream, one_pass
 from fcmae.data.sources import Source, open_source, overlap, share_of_each_class
 from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
+from fcmae.seeding import derive_seed, reseed, seeded
 
 __all__ = [
     "NOT_COUNTED",

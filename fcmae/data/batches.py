@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.sampling import PADDING, Key, seeded, torch_seeded
+from fcmae.data.sampling import PADDING, Key
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
 from fcmae.errors import UserError
+from fcmae.seeding import seeded, torch_seeded
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""

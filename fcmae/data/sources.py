@@ -11,10 +11,10 @@ from torch import Tensor
 from fcmae.data.arrays import IMAGES, ArraySource
 from fcmae.data.images import PIL_MODES, open_images
 from fcmae.data.labels import Labelled
-from fcmae.data.sampling import derive_seed
 from fcmae.data.shards import INDEX, PLAN, PreparedSource
 from fcmae.data.views import Part
 from fcmae.errors import UserError
+from fcmae.seeding import derive_seed
 
 STREAMED = ("hfids", "wds", "tfds")
 

@@ -7,16 +7,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassStatScores
 from tqdm import tqdm
 
 from fcmae.config import DataSection, ProbeSection
 from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
 from fcmae.data.labels import labels_by
-from fcmae.data.sampling import one_pass, seeded
+from fcmae.data.sampling import one_pass
 from fcmae.data.sources import Source, Subset, open_source, overlap
 from fcmae.data.views import Cover
 from fcmae.errors import UserError
+from fcmae.metrics import accuracies, accuracy
+from fcmae.seeding import seeded
 from fcmae.weights.base import evaluation_crop
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -149,15 +151,13 @@ def extract_features(
     return features
 
 
-def _accuracies(num_classes: int, device: torch.device) -> dict[str, MulticlassAccuracy]:
+def _accuracies(num_classes: int, device: torch.device) -> dict[str, MulticlassStatScores]:
     """Return the metrics top1 and, where it says something, top5; each process keeps its own."""
-    tops = (1, 5) if num_classes > 5 else (1,)
-    kwargs: dict[str, Any] = {"average": "micro", "validate_args": False, "sync_on_compute": False}
-    return {f"top{top}": MulticlassAccuracy(num_classes, top_k=top, **kwargs).to(device) for top in tops}
+    return accuracies(num_classes, device, tops=(1, 5) if num_classes > 5 else (1,), sync=False)
 
 
-def _read(metrics: dict[str, MulticlassAccuracy]) -> Accuracy:
-    values = {name: round(float(metric.compute()), 6) for name, metric in metrics.items()}
+def _read(metrics: dict[str, MulticlassStatScores]) -> Accuracy:
+    values = {name: round(accuracy(metric), 6) for name, metric in metrics.items()}
     return Accuracy(values["top1"], values.get("top5"))
 
 
@@ -186,8 +186,8 @@ def knn_accuracy(
         for k, metric in metrics.items():
             scores = votes.new_zeros(len(values), num_classes)
             scores.scatter_add_(1, classes[:, :k], votes[:, :k])
-            for accuracy in metric.values():
-                accuracy.update(scores, labels)
+            for each in metric.values():
+                each.update(scores, labels)
     return {k: _read(metric) for k, metric in metrics.items()}
 
 

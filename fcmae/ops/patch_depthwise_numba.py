@@ -91,7 +91,10 @@ def _differentiate(x, grad, ids, gh, gw, out):  # pyright: ignore[reportMissingP
 
 def _run(kernel: Any, *args: Any) -> None:
     """Call a kernel with tensors as arrays, on as many threads as torch computes on."""
-    set_num_threads(min(torch.get_num_threads(), config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
+    threads = torch.get_num_threads()
+    set_num_threads(min(threads, config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
+    if torch.get_num_threads() != threads:  # numba's first call sets OpenMP's, which torch shares
+        torch.set_num_threads(threads)
     kernel(*(arg.detach().numpy() if isinstance(arg, Tensor) else arg for arg in args))
 
 

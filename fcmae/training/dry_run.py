@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,15 +11,25 @@ from typing import Any
 import torch
 
 from fcmae.config import RunConfig
-from fcmae.data.batches import PREFETCH_FACTOR
 from fcmae.training.run_folder import checkpoint_bytes
 from fcmae.training.trainer import TrainBatch, Trainer
 
 
-def loading_rate(batches: Iterator[TrainBatch], num_workers: int) -> float:
-    """Return how many images per second a loader gives by itself, once what lay ready in its queues is used up."""
+def peak_memory(device: torch.device) -> str | None:
+    """Describe the most memory that this process has taken so far; None where the system does not say."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+
+
+def loading_rate(batches: Iterator[TrainBatch], num_workers: int, in_queues: int) -> float:
+    """Return how many images per second a loader gives by itself, once the batches in its queues are used up."""
     next(batches)  # by which its workers have started
-    in_queues = PREFETCH_FACTOR * num_workers
     started = time.perf_counter()
     for _ in range(in_queues):
         next(batches)
@@ -48,7 +57,7 @@ def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, num_p
     return f"{slow}: this takes more than {cores} cores, or a faster disk"
 
 
-def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]]) -> str:
+def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int) -> str:
     """Time the update and the loading of data, each by itself, and describe the run that they predict.
 
     Writes nothing.
@@ -56,6 +65,7 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]]) -> str:
     Args:
         trainer: at the beginning of its plan.
         load: called with `num_workers=`, returns batches.
+        queue: batches that each worker has ready, at most.
     """
     accelerator = trainer.accelerator
     device = accelerator.device
@@ -76,14 +86,11 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]]) -> str:
     step_s = timed(1)
     if step_s < 0.5:
         step_s = timed(min(int(1 / step_s), 50))
-    if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    memory = peak_memory(device)
     num_workers = trainer.config.data.num_workers
     step_rate = plan.images_per_step / step_s
-    data_rate = loading_rate(load(num_workers=num_workers), num_workers) * accelerator.num_processes
+    loader = load(num_workers=num_workers)
+    data_rate = loading_rate(loader, num_workers, num_workers * queue) * accelerator.num_processes
     data_s = plan.images_per_step / data_rate
     update_s = max(step_s, data_s) if num_workers else step_s + data_s  # without workers, one after the other
     parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
@@ -101,7 +108,7 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]]) -> str:
             f"data alone     {data_rate:.0f} images/s with data.num_workers={num_workers}",
             f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, accelerator.num_processes)}",
             f"whole run      about {timedelta(seconds=round(update_s * plan.total_steps))}",
-            f"peak memory    {memory} per process",
+            *([f"peak memory    {memory} per process"] if memory else []),
             f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
         ]
     )

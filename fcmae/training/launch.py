@@ -1,4 +1,4 @@
-"""Devices, precision and threads of the processes of a run; knows no model or data."""
+"""The start of a run: devices, precision and threads of its processes, its folder; knows no model or data."""
 
 import ctypes
 import os
@@ -8,11 +8,13 @@ import warnings
 import torch
 from accelerate import Accelerator
 
+from fcmae.config import RunConfig
 from fcmae.errors import UserError
+from fcmae.training.checkpoint import Checkpoint
+from fcmae.training.run_folder import claim_run_folder
 
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where torchrun and the MPI launchers say how many processes there are."""
-
 
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
@@ -55,7 +57,19 @@ def start_accelerator(precision: str) -> Accelerator:
         if accelerator.mixed_precision == "fp16":
             raise UserError("train.precision=fp16: needs a GPU; on CPU use bf16 or no")
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
-        if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what launchers set when not told otherwise
+        if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what launchers set by default
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+def start_run(config: RunConfig, *, dry_run: bool) -> tuple[Accelerator, Checkpoint | None]:
+    """Return this process's Accelerator and the checkpoint to resume from: None for a new run, or a dry one.
+
+    Raises:
+        UserError: as `start_accelerator` and `claim_run_folder`.
+    """
+    accelerator = start_accelerator(config.train.precision)
+    checkpoint = None if dry_run else claim_run_folder(config)
+    accelerator.wait_for_everyone()  # until every process has seen the folder as it was
+    return accelerator, checkpoint

@@ -1,13 +1,13 @@
 """The run's records, `metrics.jsonl` and TensorBoard; knows no models or optimizers."""
 
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+
+from fcmae.files import write_text
+from fcmae.training.run_folder import RunFolder
 
 
 class MetricsLog:
@@ -16,24 +16,14 @@ class MetricsLog:
     Opened at step `start`, it first drops what an interrupted run recorded beyond it; at the start, everything.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            self._keep_until(start or -1)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+    def __init__(self, run: RunFolder, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 
-    def _keep_until(self, step: int) -> None:
-        kept: list[str] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                pass  # the line that a kill cut short
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if run.metrics.exists():
+            lines = run.metrics.read_text(encoding="utf-8").splitlines()
+            write_text(run.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= (start or -1)))
+        self.file = run.metrics.open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else 0)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add one line, and a TensorBoard scalar for each value."""
@@ -52,3 +42,11 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         self.file.close()
         self.tensorboard.close()
+
+
+def _step(line: str) -> float:
+    """Return the step of a record, or infinity for the line that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")

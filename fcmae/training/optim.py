@@ -1,4 +1,4 @@
-"""AdamW's parameter groups and the learning rate as a pure function of the step; knows no config or files."""
+"""AdamW's parameter groups: weight decay and layer-wise learning rates; knows no schedule, config or files."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,15 +73,3 @@ def build_adamw(
         betas=betas,
         fused=True,
     )
-
-
-def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `floor` (official main_pretrain.py).
-
-    Args:
-        step: the update that is about to be made, from 0.
-    """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,4 +1,4 @@
-"""A run folder: what it holds, whether a run may go on in it; the only file that knows its layout."""
+"""A run folder: what lies where in it, whether a run may go on in it, what its model is; the only file to know."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,16 @@ from torch import nn
 from fcmae.config import RunConfig, Section, parse_config
 from fcmae.errors import UserError
 from fcmae.files import free_bytes
-from fcmae.training.checkpoint import EMA, MODEL, STATE, Checkpoint, newest_checkpoint, read_checkpoint, read_state
+from fcmae.training.checkpoint import (
+    BEST,
+    EMA,
+    MODEL,
+    STATE,
+    Checkpoint,
+    complete_checkpoints,
+    read_checkpoint,
+    read_state,
+)
 
 HARMLESS = (
     "output",
@@ -28,22 +37,65 @@ HARMLESS = (
 """Keys, with those below them, that may change while the run stays the same run."""
 
 
+class RunFolder:
+    """Paths of what a run reads and writes; none of them needs to exist."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.checkpoints / BEST
+        self.reconstructions = self.path / "reconstructions"
+        self.encoder = self.path / "encoder"
+        """What pretraining leaves, as timm reads it."""
+        self.model = self.path / "model"
+        """What fine-tuning leaves, as timm reads it."""
+        self.evaluation = self.path / "evaluation.json"
+        self.confusion = self.path / "confusion.png"
+
+    def reconstruction(self, step: int) -> Path:
+        return self.reconstructions / f"step-{step:08d}.png"
+
+    def non_finite(self, step: int) -> Path:
+        """Where the samples are named whose loss was not finite."""
+        return self.path / f"non-finite-step-{step}.json"
+
+    @classmethod
+    def around(cls, path: Path) -> "RunFolder | None":
+        """Return the run that `path` is, or that it is a checkpoint, an exported folder or a file of."""
+        real = path.resolve()
+        runs = map(cls, (real, *real.parents[:3]))
+        return next((run for run in runs if run.config.is_file() and run.checkpoints.is_dir()), None)
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint folder."""
+        return max(complete_checkpoints(self.checkpoints), default=None)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest complete checkpoint folder of a run folder, or None."""
+    return RunFolder(run).newest
+
+
 def claim_run_folder(config: RunConfig) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None for a new run; writes nothing.
 
     Raises:
         UserError: if the folder is in use and `resume` is "never", is no run folder, or holds another model.
     """
-    run = Path(config.output)
-    if run.is_file():
-        raise UserError(f"output={run}: is a file; name a folder")
-    if not run.is_dir() or not any(run.iterdir()):
+    run = RunFolder(config.output)
+    if run.path.is_file():
+        raise UserError(f"output={run.path}: is a file; name a folder")
+    if not run.path.is_dir() or not any(run.path.iterdir()):
         return None
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"output={run}: holds files that are not a run's; name another folder")
+    if not run.config.is_file():
+        raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
     if config.resume == "never":
-        raise UserError(f"output={run}: not empty; go on with resume=auto, or name another folder")
-    newest = newest_checkpoint(run)
+        raise UserError(f"output={run.path}: not empty; go on with resume=auto, or name another folder")
+    newest = run.newest
     if newest is None:
         return None
     checkpoint = read_checkpoint(newest)
@@ -67,23 +119,28 @@ def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator
             yield f"{prefix}{name}: {old} -> {new}"
 
 
-def require_disk(run: Path, model: nn.Module, keep: int, *, ema: bool = False) -> None:
-    """Check that the checkpoints will fit, `keep` + 1 times.
+def require_disk(config: RunConfig, model: nn.Module, *, best: bool = False, ema: bool = False) -> None:
+    """Check that the checkpoints to keep, and the one being written, will fit.
+
+    Args:
+        best: whether the best is kept besides.
+        ema: whether they hold an EMA of the weights.
 
     Raises:
         UserError: if they will not.
     """
-    needed = checkpoint_bytes(model, ema=ema) * (keep + 1)
-    free = free_bytes(run)
+    number = config.checkpoint.keep + best + 1
+    needed = checkpoint_bytes(model, ema=ema) * number
+    free = free_bytes(Path(config.output))
     if free < needed:
         raise UserError(
-            f"output={run}: {free / 1e9:.1f} GB free, but {keep + 1} checkpoints take {needed / 1e9:.1f} GB: "
-            "free some space, lower checkpoint.keep, or name a folder on another disk"
+            f"output={config.output}: {free / 1e9:.1f} GB free, but {number} checkpoints take "
+            f"{needed / 1e9:.1f} GB: free some space, lower checkpoint.keep, or name a folder on another disk"
         )
 
 
 def checkpoint_bytes(model: nn.Module, *, ema: bool = False) -> int:
-    """Size of one checkpoint: the weights, AdamW's two moments of trained ones, and the moving average."""
+    """Size of one checkpoint: the weights, AdamW's two moments of trained ones, and the EMA."""
     return sum(
         (1 + ema + 2 * parameter.requires_grad) * parameter.numel() * parameter.element_size()
         for parameter in model.parameters()
@@ -122,8 +179,8 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
     """
     folder = path.parent if path.is_file() else path
     if not (folder / STATE).is_file():
-        best = path / "checkpoints" / "best"
-        folder = best if (best / STATE).is_file() and not last else newest_checkpoint(path)
+        run = RunFolder(path)
+        folder = run.best if (run.best / STATE).is_file() and not last else run.newest
         if folder is None:
             return None
     elif path.is_file():

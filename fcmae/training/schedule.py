@@ -1,11 +1,22 @@
-"""How many updates a run makes, and the learning rate of each; knows no models, data or files."""
+"""How many updates a run makes and their learning rates, as pure functions; knows no models, data or files."""
 
 import dataclasses
 import math
 from typing import Self
 
 from fcmae.config import RunConfig
-from fcmae.training.optim import learning_rate
+
+
+def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up from 0 to `peak`, then half a cosine down to `floor` (official main_pretrain.py).
+
+    Args:
+        step: the update that is about to be made, from 0.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclasses.dataclass(frozen=True)

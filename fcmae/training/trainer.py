@@ -1,38 +1,32 @@
-"""The training loop: steps, schedule, checkpoints, progress; knows neither the model nor the images."""
+"""The training loop: updates, checkpoints, progress; knows neither the model nor the images."""
 
 import dataclasses
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fcmae import __version__
 from fcmae.config import RunConfig, parse_config, to_yaml
-from fcmae.data.batches import BadImage
-from fcmae.data.sampling import reseed
 from fcmae.errors import UserError
+from fcmae.files import write_json, write_text
+from fcmae.seeding import reseed
 from fcmae.tensors import load_strictly
-from fcmae.training.checkpoint import (
-    Checkpoint,
-    newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from fcmae.training.checkpoint import OPTIMIZER, Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from fcmae.training.log import MetricsLog
-from fcmae.training.run_folder import changed_keys
+from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan
+
+Unreadable = tuple[int, str, str]
+"""A sample that could not be read: its index, what it is called, why."""
 
 
 class TrainBatch(Protocol):
@@ -42,7 +36,7 @@ class TrainBatch(Protocol):
     def indices(self) -> tuple[int, ...]: ...
 
     @property
-    def bad(self) -> tuple[BadImage, ...]: ...
+    def bad(self) -> Sequence[Unreadable]: ...
 
     def to(self, device: torch.device) -> Self: ...
 
@@ -100,8 +94,8 @@ class Trainer:
         compute_loss: (wrapped model, batch) -> scalar loss.
         plan: steps and learning rates.
         config: of the run; written into checkpoints.
-        ema_decay: of a moving average of the weights, kept in `ema`; None for none. While the run is young it is
-            step / (step + 10), so that a short run's average is not of its first weights.
+        ema_decay: of the exponential moving average (EMA) of the weights, kept in `ema`; None for none. While the
+            run is young it is step / (step + 10), so that a short run's EMA is not of its first weights.
         facts: what else belongs into the checkpoints' state.json, such as class names.
     """
 
@@ -122,17 +116,19 @@ class Trainer:
         self.compute_loss = compute_loss
         self.plan = plan
         self.config = config
-        self.run = Path(config.output)
+        self.run = RunFolder(config.output)
         self.step = 0
         """Updates made."""
         self.seen_images = 0
         """By all processes together: where in the stream of images the run stands."""
-        self.bad: dict[int, BadImage] = {}
-        """Images that did not decode, as far as this process knows."""
+        self.bad: dict[int, Unreadable] = {}
+        """Samples that could not be read, by index, as far as this process knows."""
         self.best: Best | None = None
         self.bare_model = model
-        self.ema: ModelEmaV3 | None = None
+        self.ema = None
         if ema_decay is not None:  # copied before the model is wrapped, as copies of wrappers call the original
+            from timm.utils.model_ema import ModelEmaV3
+
             self.ema = ModelEmaV3(model, ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
             self.ema.to(accelerator.device)
         if config.train.compile:
@@ -150,7 +146,9 @@ class Trainer:
             UserError: if it does not fit the model.
         """
         load_strictly(self.bare_model, checkpoint.model, checkpoint.path)
-        restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer)
+        restore_optimizer(
+            self.bare_model, self.optimizer.optimizer, checkpoint.optimizer, checkpoint.path / OPTIMIZER
+        )
         state = checkpoint.state
         self.step = state["step"]
         self.seen_images = state["seen_images"]
@@ -158,7 +156,7 @@ class Trainer:
             load_strictly(self.ema.module, checkpoint.ema or checkpoint.model, checkpoint.path)
         if state.get("best"):
             self.best = Best(**state["best"])
-        self.bad = {bad[0]: BadImage(*bad) for bad in state["bad_images"]}
+        self.bad = {index: (index, name, reason) for index, name, reason in state["bad_images"]}
         self.window.loss_sum.fill_(state["loss_sum"] / self.accelerator.num_processes)
         self.window.num_losses = state["num_losses"]
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -177,7 +175,7 @@ class Trainer:
         bad_images = gather_object(list(self.bad.values()))
         if self.accelerator.is_main_process:
             save_checkpoint(
-                self.run / "checkpoints",
+                self.run.checkpoints,
                 step=self.step,
                 model=self.bare_model.state_dict(),
                 optimizer=optimizer_tensors(self.bare_model, self.optimizer.optimizer),
@@ -200,7 +198,7 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    # Telling
+    # Reports
 
     def say(self, text: str) -> None:
         """Print a line on the main process, above the progress bar."""
@@ -208,11 +206,11 @@ class Trainer:
             tqdm.write(text)
 
     def _check_images(self, batch: TrainBatch) -> None:
-        """Name and remember the images that did not decode."""
-        for bad in batch.bad:
-            if bad.index not in self.bad:
-                self.bad[bad.index] = bad
-                tqdm.write(f"skipped {bad.name}: {bad.reason} (unreadable so far: {len(self.bad)})")
+        """Name and remember the samples that could not be read."""
+        for index, name, reason in batch.bad:
+            if index not in self.bad:
+                self.bad[index] = index, name, reason
+                tqdm.write(f"skipped {name}: {reason} (unreadable so far: {len(self.bad)})")
 
     def check(self) -> float:
         """Return the mean loss since the last record over all processes; stop the run if something is wrong."""
@@ -229,24 +227,23 @@ class Trainer:
 
     def _stop_non_finite(self, step: int) -> None:
         indices = gather_object(self.window.indices.get(step, []))
-        path = self.run / f"non-finite-step-{step + 1}.json"
+        path = self.run.non_finite(step + 1)
         if self.accelerator.is_main_process:
-            self.run.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"step": step + 1, "indices": indices}), encoding="utf-8")
-        newest = newest_checkpoint(self.run)
+            self.run.path.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"step": step + 1, "indices": indices}, indent=None)
         raise UserError(
             f"the loss of step {step + 1} is not finite; the batch's sample indices are in {path}; "
-            f"last good checkpoint: {newest or 'none yet'}; try a lower optim.base_lr, optim.clip_grad=1, "
+            f"last good checkpoint: {self.run.newest or 'none yet'}; try a lower optim.base_lr, optim.clip_grad=1, "
             "or train.precision=bf16 instead of fp16"
         )
 
     def _stop_bad_images(self) -> None:
         everyone = {bad[0]: bad for bad in gather_object(list(self.bad.values()))}
         if len(everyone) > self.config.data.max_bad:
-            first = next(iter(everyone.values()))
+            _, name, reason = next(iter(everyone.values()))
             raise UserError(
                 f"{len(everyone)} images do not decode, more than data.max_bad={self.config.data.max_bad}; "
-                f"the first is {first[1]}: {first[2]}; mend or remove them, or raise data.max_bad"
+                f"the first is {name}: {reason}; fix or remove them, or raise data.max_bad"
             )
 
     def _record(self, log: MetricsLog | None, bar: "tqdm[Any] | None") -> None:
@@ -346,11 +343,13 @@ class Trainer:
             UserError: for a non-finite loss, too many unreadable images, or a full disk.
         """
         main = self.accelerator.is_main_process
+        if self.step == self.plan.total_steps:
+            self.say(f"{self.run.path} is finished already: delete it, or name another output, to run again")
         with ExitStack() as stack:
             log = None
             if main:
-                self.run.mkdir(parents=True, exist_ok=True)
-                (self.run / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                self.run.path.mkdir(parents=True, exist_ok=True)
+                write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
             bar = stack.enter_context(
                 tqdm(
@@ -376,19 +375,18 @@ class Trainer:
                     is_best = False
                     if evaluate and self._due(evaluate_every):
                         self.check()
-                        is_best = self._rate(evaluate(self.step, log))
+                        is_best = self._note(evaluate(self.step, log))
                     # last: a resumed run repeats nothing before
                     if is_best or self._due(self.config.checkpoint.every_steps):
                         self.check()
                         self.save()
             except KeyboardInterrupt:
-                newest = newest_checkpoint(self.run)
-                start = newest or "the start, as there is no checkpoint yet"
+                start = self.run.newest or "the start, as there is no checkpoint yet"
                 self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
                 raise
 
-    def _rate(self, score: float | None) -> bool:
-        """Take note of a score; whether it is the best so far."""
+    def _note(self, score: float | None) -> bool:
+        """Remember a score if it is the best so far; returns whether it is."""
         if score is None or (self.best is not None and score <= self.best.score):
             return False
         self.best = Best(self.step, score)

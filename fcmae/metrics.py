@@ -1,0 +1,48 @@
+"""Top-k accuracy, confusion matrix and per-class scores (torchmetrics); knows no models, images or files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
+
+
+def accuracies(
+    num_classes: int, device: torch.device, *, tops: Sequence[int] = (1, 5), sync: bool = True
+) -> dict[str, MulticlassStatScores]:
+    """Return a metric of top-k accuracy for each k of `tops`, named "topK"; `accuracy` reads it.
+
+    Each is updated with scores (b, num_classes) and labels int64 (b,).
+
+    Args:
+        tops: of more than `num_classes` as many as there are are taken.
+        sync: count the images of all processes; False for those of this one.
+    """
+    kwargs: dict[str, Any] = {"average": "micro", "validate_args": False, "sync_on_compute": sync}
+    return {
+        f"top{k}": MulticlassStatScores(num_classes, top_k=min(k, num_classes), **kwargs).to(device) for k in tops
+    }
+
+
+def accuracy(metric: MulticlassStatScores) -> float:
+    """Return the share of images that were classified correctly, exactly; `metric` has seen at least one."""
+    hits, _, _, _, images = metric.compute().tolist()
+    return hits / images
+
+
+def confusion_matrix(num_classes: int, device: torch.device) -> MulticlassConfusionMatrix:
+    """Return the metric of the number of images by (true class, top class), of all processes together."""
+    return MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+
+
+def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Return images, recall, precision and F1 of each class of a confusion matrix; a ratio over nothing is 0."""
+    hits = confusion.diagonal()
+    images, predicted = confusion.sum(1), confusion.sum(0)
+    return {
+        "images": images,
+        "recall": hits / np.maximum(images, 1),
+        "precision": hits / np.maximum(predicted, 1),
+        "f1": 2 * hits / np.maximum(images + predicted, 1),
+    }
