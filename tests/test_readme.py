@@ -101,7 +101,7 @@ def run_command(line: str, folder: Path) -> tuple[int, str, str]:
         environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(Path.home())}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(
-            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=290, check=False
         )
         return done.returncode, done.stdout, done.stderr
     with chdir(folder), redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as error:
