@@ -9,9 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from fcmae.data import RandomView, Source, labels_by, open_source, overlap, save_arrays, share_of_each_class
+from fcmae.data import (
+    RandomView,
+    Source,
+    labels_by,
+    open_source,
+    overlap,
+    save_arrays,
+    share_of_each_class,
+    unreadable,
+)
 from fcmae.data.sources import Subset
 from fcmae.errors import UserError
+from fcmae.evaluation.inference import Unreadable, read_images
 
 
 def write_images(folder: Path, number: int, size: tuple[int, int] = (40, 32), mode: str = "RGB") -> list[Path]:
@@ -53,6 +63,57 @@ def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "deep.png")
     image = open_source("folder", str(tmp_path), "train", 1).load(0)
     assert np.array_equal(image[0].numpy(), (values >> 8).astype(np.uint8))
+
+
+def write_pages(path: Path, number: int = 3, **options: object) -> Path:
+    pages = [Image.new("RGB", (40, 30), (40 * i, 0, 90)) for i in range(number)]
+    pages[0].save(path, save_all=True, append_images=pages[1:], **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("stack.tif", "3 pages; split it into one file per page"),
+        ("animated.gif", "3 frames, an animation; save the frames that are wanted"),
+        ("animated.png", "3 frames, an animation"),
+        ("animated.webp", "3 frames, an animation"),
+    ],
+)
+def test_images_of_several_pages_are_refused(tmp_path: Path, name: str, line: str) -> None:
+    write_pages(tmp_path / name)
+    source = open_source("folder", str(tmp_path), "train", 3)
+    with pytest.raises(ValueError, match=line):
+        source.load(0)
+    with pytest.raises(ValueError, match=line):
+        source.load_part(0, RandomView((8, 8), (0.2, 1.0), 0.5).part)
+    tried, (bad,) = unreadable(source, 1)
+    assert (tried, bad.name) == (1, str(tmp_path / name))
+    assert bad.reason.startswith(line)
+    (unread,) = read_images([tmp_path], 3)
+    assert isinstance(unread, Unreadable)
+    assert (unread.path, unread.reason) == (tmp_path / name, bad.reason)
+
+
+@pytest.mark.parametrize("name", ["one.tif", "one.gif", "one.png", "one.webp"])
+def test_a_single_page_is_an_image(tmp_path: Path, name: str) -> None:
+    write_pages(tmp_path / name, 1)
+    assert open_source("folder", str(tmp_path), "train", 3).load(0).shape == (3, 30, 40)
+
+
+def test_previews_beside_an_image_are_not_pages(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    photo, preview = Image.fromarray(pixels), Image.new("RGB", (20, 15))
+    options = {"save_all": True, "append_images": [preview.copy()]}
+    photo.copy().save(tmp_path / "a.mpo", quality=100, subsampling=0, **options)
+    preview.encoderinfo = {"tiffinfo": {254: 1}}  # pyright: ignore[reportAttributeAccessIssue]
+    photo.save(tmp_path / "b.tif", save_all=True, append_images=[preview])
+    assert [getattr(Image.open(tmp_path / name), "n_frames", 1) for name in ("a.mpo", "b.tif")] == [2, 2]
+    source = open_source("folder", str(tmp_path), "train", 3)
+    jpeg, tiff = (source.load(i).permute(1, 2, 0).numpy() for i in range(2))
+    assert np.abs(jpeg.astype(int) - pixels).max() < 40  # of a JPEG of noise; the preview is black
+    assert np.array_equal(tiff, pixels)
 
 
 # Splits
@@ -157,18 +218,34 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
 
 def test_sets_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     write_images(tmp_path, 1)
-    assert "use data.name=arrays" in error_of("folder", str(tmp_path), "train", 5)
+    line = error_of("folder", str(tmp_path), "train", 5)
+    assert "save_arrays and use data.name=arrays" in line
     assert "no sample index" in error_of("wds/set", str(tmp_path), "train", 3)
     assert "no sample index" in error_of("hfids/set", str(tmp_path), "train", 3)
     assert "unknown; use folder" in error_of("foldr", str(tmp_path), "train", 3)
     assert "data.root=" in error_of("torch/cifar10", str(tmp_path), "train", 3)
-    assert "images.npy" in error_of("arrays", str(tmp_path), "train", 3)
+    assert "data.name=folder reads" in error_of("arrays", str(tmp_path), "train", 3)
     np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.float32))
     assert "expected uint8" in error_of("arrays", str(tmp_path), "train", 3)
     np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
     assert "have 3 channels, but model.in_chans is 4" in error_of("arrays", str(tmp_path), "train", 4)
     (tmp_path / "images.npy").write_bytes(b"\x93NUMPY\x01\x00junk")
     assert "not a readable .npy" in error_of("arrays", str(tmp_path), "train", 3)
+
+
+def test_files_of_the_other_kind_are_named_with_the_name_that_reads_them(tmp_path: Path) -> None:
+    np.save(tmp_path / "scene.npy", np.zeros((4, 4, 5), np.uint8))
+    line = error_of("folder", str(tmp_path), "train", 3)
+    assert f"no images in it but arrays, such as {tmp_path / 'scene.npy'}" in line
+    assert "data.name=arrays reads what fcmae prepare or fcmae.data.save_arrays wrote" in line
+    assert "from save_arrays" in error_of("arrays", str(tmp_path), "train", 5)
+    save_arrays(tmp_path / "arrays" / "train", np.zeros((2, 4, 4, 3), np.uint8))
+    assert "data.name=arrays reads" in error_of("folder", str(tmp_path / "arrays"), "train", 3)
+    (path,) = write_images(tmp_path / "images", 1)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", "images")
+    for root, file in ((tmp_path / "images", path), (tmp_path / "images.tar", tmp_path / "images.tar")):
+        assert f"such as {file}: data.name=folder reads" in error_of("arrays", str(root), "train", 3)
 
 
 # Arrays

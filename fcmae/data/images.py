@@ -17,6 +17,32 @@ from fcmae.errors import UserError
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode by number of channels."""
 
+NEW_SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4
+"""The tag of a TIFF's page that says what it is, and the bits for a smaller version and for a transparency mask."""
+
+
+def refuse_pages(image: Image.Image) -> None:
+    """Raise an error for a multi-page or animated image: which page is meant, the file does not say.
+
+    The first frame is the image itself in an MPO (a camera's JPEG with a preview, or the left of two views), in a
+    Photoshop file (all layers together) and in a TIFF whose other pages are reduced versions or masks of the first.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    if image.format in ("MPO", "PSD") or not getattr(image, "is_animated", False):
+        return
+    number: int = getattr(image, "n_frames", 1)
+    if image.format != "TIFF":
+        raise ValueError(f"{number} frames, an animation; save the frames that are wanted as files of their own")
+    pages = 0
+    for frame in range(number):
+        image.seek(frame)
+        pages += not getattr(image, "tag_v2", {}).get(NEW_SUBFILE_TYPE, 0) & (REDUCED | MASK)
+    image.seek(0)
+    if pages > 1:
+        raise ValueError(f"{pages} pages; split it into one file per page, as tiffsplit does")
+
 
 def decode(image: Image.Image, channels: int) -> Tensor:
     """Turn a PIL image into uint8 (channels, h, w); 16-bit gray is scaled to 8 bits, not clipped."""
@@ -29,7 +55,11 @@ def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels
     """Turn the part of a PIL image, which need not be loaded, that `choose` takes into uint8 (channels, h, w).
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its sides where that leaves as many pixels as wanted.
+
+    Raises:
+        ValueError: if it has several pages; damaged ones raise whatever Pillow does.
     """
+    refuse_pages(image)
     if image.format not in ("JPEG", "MPO"):
         image.load()  # before its size is asked for, which decoding may change
     full_width, full_height = image.size
@@ -107,6 +137,12 @@ class ImageSource:
         return f"{self.name}[{index}]"
 
 
+def find_image(folder: Path) -> Path | None:
+    """Return an image file below a folder, any of them, or None."""
+    extensions = Image.registered_extensions()
+    return next((path for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file()), None)
+
+
 def open_images(name: str, root: str, split: str | None, channels: int, what: str) -> ImageSource:
     """Open a map-style dataset of timm's `create_dataset`.
 
@@ -130,9 +166,12 @@ def open_images(name: str, root: str, split: str | None, channels: int, what: st
         raise UserError(f"data.name={name}: needs a package that is missing: pip install {package}") from error
     except Exception as error:  # whatever timm, datasets or torchvision raise for what they cannot open
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "Found 0 images" in reason:
-            reason = "no images in it (looked for every file type that Pillow reads)"
-        raise UserError(f"{what}: {reason}") from error
+        if "Found 0 images" not in reason:
+            raise UserError(f"{what}: {reason}") from error
+        length = 0
     if not length:
-        raise UserError(f"{what}: no images in it")
+        array = next(Path(root).rglob("*.npy"), None)
+        hint = f"such as {array}: data.name=arrays reads what fcmae prepare or fcmae.data.save_arrays wrote"
+        looked = "(looked for every file type that Pillow reads)"
+        raise UserError(f"{what}: no images in it " + (f"but arrays, {hint}" if array else looked))
     return ImageSource(dataset, name, channels, Path(root).resolve() if split is None else None)

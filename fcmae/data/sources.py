@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fcmae.data.arrays import IMAGES, ArraySource
-from fcmae.data.images import PIL_MODES, open_images
+from fcmae.data.images import PIL_MODES, find_image, open_images
 from fcmae.data.labels import Labelled
 from fcmae.data.shards import INDEX, PLAN, PreparedSource
 from fcmae.data.views import Part
@@ -112,8 +112,11 @@ def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: 
     if (whole_root or split in (*SYNONYMS[0], ".")) and (holds_images(root) if arrays else not found):
         return root
     lacks = f"no split {split!r} in it"
+    if arrays and not found and (image := Path(root) if os.path.isfile(root) else find_image(Path(root))):
+        raise UserError(f"{what}: no arrays in it, but files such as {image}: data.name=folder reads such")
     if arrays:
-        lacks = f"holds no {split}/{IMAGES} (uint8, n x h x w x c), and nothing that fcmae prepare wrote"
+        array = f"{split}/{IMAGES} (uint8, n x h x w x c, from save_arrays)"
+        lacks = f"holds no {array}, and nothing that fcmae prepare wrote"
     raise UserError(f"{what}: {lacks} (found: {', '.join(found) or 'none'}); {remedy}")
 
 
@@ -150,7 +153,10 @@ def open_source(
             "use a map-style set: folder, a .tar, arrays, or hfds/NAME"
         )
     if not arrays and in_chans not in PIL_MODES:
-        raise UserError(f"model.in_chans={in_chans}: image files have 1, 3 or 4 channels; use data.name=arrays")
+        raise UserError(
+            f"model.in_chans={in_chans}: image files have 1, 3 or 4 channels; arrays have any number: write them "
+            "with fcmae.data.save_arrays and use data.name=arrays"
+        )
     if prefix in ("hfds", "torch"):
         return open_images(name, root, split, in_chans, what)
     if name not in ("folder", "", "arrays"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
-from fcmae.data.images import PIL_MODES, decode
+from fcmae.data.images import PIL_MODES, decode, refuse_pages
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.errors import UserError
@@ -78,6 +78,7 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
         for file in files:
             try:
                 with Image.open(file) as image:
+                    refuse_pages(image)
                     yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
