@@ -60,6 +60,16 @@ def test_every_shipped_config_begins_with_command_hardware_time_and_result(path:
         assert f"\n# {word} " in text
 
 
+@pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in SHIPPED])
+def test_every_recipes_learning_rate_peaks_where_others_do(kind: type[RunConfig], path: Path) -> None:
+    config = load_config(kind, path)
+    processes = 8 if "8 GPUs, as written" in path.read_text() else 1
+    images_per_update = config.data.batch_size * config.optim.accumulate * processes
+    peak = config.optim.base_lr * images_per_update / 256
+    frozen = getattr(config.train, "freeze_encoder", False)
+    assert 5e-4 <= peak <= (2e-2 if frozen else 4e-3)
+
+
 def test_there_is_an_imagenet_recipe_for_each_variant() -> None:
     for name in VARIANTS:
         config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml")

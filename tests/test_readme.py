@@ -1,4 +1,7 @@
-"""The README's commands and snippets run as they stand, from top to bottom, made short by what is appended."""
+"""The README's commands and snippets run as they stand, from top to bottom, made short by what is appended.
+
+Of the other pages the snippets run and the links lead somewhere.
+"""
 
 import json
 import re
@@ -20,16 +23,23 @@ import pytest
 from conftest import ROOT, run_program
 from PIL import Image
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = PAGES[0].read_text()
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Language and text of a page's fenced blocks."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
 COMMANDS = [
     line
-    for language, text in BLOCKS
+    for language, text in blocks(README)
     if language == "bash"
     for line in text.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
-SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+SNIPPETS = [(page, text) for page in PAGES for language, text in blocks(page.read_text()) if language == "python"]
 
 SMALL = "model.variant=[[1,1,1,1],[8,8,16,16]] data.num_workers=0 optim.accumulate=1 train.max_steps=2"
 PRETRAIN = f"{SMALL} model.decoder_dim=16 data.batch_size=2 train.precision=no visualize.num_images=0"
@@ -147,13 +157,16 @@ def test_a_command_of_the_readme_runs(i: int, ran: Callable[[int], Ran]) -> None
         assert any(fnmatch(path, wanted) for path in written), written
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.splitlines()[0])
-def test_a_snippet_of_the_readme_runs(
-    snippet: str, workspace: Path, ran: Callable[[int], Ran], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("page", "snippet"), SNIPPETS, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(SNIPPETS)]
+)
+def test_a_snippet_runs(
+    page: Path, snippet: str, workspace: Path, ran: Callable[[int], Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran(0)  # the quickstart, whose run they open
+    if "runs/quickstart" in snippet:
+        ran(0)
     monkeypatch.chdir(workspace)
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, str(page), "exec"), {})
 
 
 def losses(record: Path) -> list[float]:
@@ -172,6 +185,15 @@ def test_the_readme_and_the_config_say_the_reference_records_result() -> None:
     assert claim in (ROOT / "configs" / "quickstart.yaml").read_text()
 
 
-def test_every_file_the_readme_links_to_exists() -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The names by which links reach a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), f"{target}#{anchor}"
