@@ -1,4 +1,4 @@
-"""Samples and batches: an image, its mask or label, and what could not be read."""
+"""Datasets, samples and batches: an image, its mask or label, what could not be read; knows no model or split."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace

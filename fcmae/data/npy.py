@@ -21,6 +21,6 @@ def map_array(path: Path, remedy: str = "") -> np.ndarray:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write a .npy file so that under its name there is never a part of it."""
+    """Write a .npy file atomically: under its name there is never a part of it."""
     with atomic_file(path) as file:
         np.save(file, values, allow_pickle=False)

@@ -245,7 +245,7 @@ class AugmentedView(View):
 
 
 class PixelNormalizer(nn.Module):
-    """Between uint8 pixels and what the model sees: (pixel / 255 - mean) / std per channel, on any device."""
+    """Normalise uint8 pixels by mean and std per channel, (pixel / 255 - mean) / std, and back; on any device."""
 
     mean: Tensor
     std: Tensor

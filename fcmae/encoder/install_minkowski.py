@@ -1,4 +1,4 @@
-"""Build MinkowskiEngine for the present torch and install it; knows its release, no models.
+"""Build MinkowskiEngine for the installed torch and install it; knows its release, no models.
 
     python -m fcmae.encoder.install_minkowski          (or: make minkowski)
 

@@ -228,7 +228,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
 ) -> Scores:
-    """Score a classifier on all images of a set, spread over the processes, each counted once.
+    """Evaluate a classifier on all images of a set, spread over the processes, each counted once.
 
     Args:
         classify: uint8 pixels (b, c, h, w) on `device` -> logits (b, num_classes).
