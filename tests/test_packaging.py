@@ -42,7 +42,7 @@ def test_versions_agree() -> None:
     import fcmae
 
     assert PYPROJECT["project"]["version"] == fcmae.__version__
-    assert f"version: {fcmae.__version__}" in (ROOT / "docs" / "CITATION.cff").read_text()
+    assert f"version: {fcmae.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {fcmae.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

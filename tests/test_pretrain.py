@@ -151,7 +151,7 @@ def test_the_same_command_gives_the_same_run_to_the_bit(arguments: list[str], tm
 
 
 def test_the_loss_falls(arguments: list[str], tmp_path: Path) -> None:
-    assert run(*arguments, "train.max_steps=200", "log.every_steps=20", "optim.base_lr=0.3") == 0
+    assert run(*arguments, "train.max_steps=200", "log.every_steps=20", "optim.base_lr=0.06") == 0
     history = list(losses(tmp_path / "run").values())
     assert 0.9 < history[0] < 1.1
     assert history[-1] < 0.9 * history[0]
