@@ -65,10 +65,9 @@ def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert np.array_equal(image[0].numpy(), (values >> 8).astype(np.uint8))
 
 
-def write_pages(path: Path, number: int = 3, **options: object) -> Path:
+def write_pages(path: Path, number: int = 3) -> None:
     pages = [Image.new("RGB", (40, 30), (40 * i, 0, 90)) for i in range(number)]
-    pages[0].save(path, save_all=True, append_images=pages[1:], **options)
-    return path
+    pages[0].save(path, save_all=True, append_images=pages[1:])
 
 
 @pytest.mark.parametrize(
