@@ -172,10 +172,12 @@ def test_images_that_do_not_decode_are_left_out_and_named(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = sorted((images / "train").rglob("*.png"))
-    for path in (broken[0], broken[5], broken[-1]):
+    for path in (broken[0], broken[-1]):
         path.write_bytes(path.read_bytes()[:100])
+    Image.new("RGB", (8, 8)).save(broken[5], save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
     assert prepare(images, tmp_path / "out", "--workers", 2) == 0
     printed = capsys.readouterr()
+    assert f"left out {broken[5]}: 2 frames, an animation; save " in printed.err
     assert "74 images, " in printed.out
     assert "3 left out that do not decode" in printed.out
     for path in (broken[0], broken[5], broken[-1]):
