@@ -51,7 +51,7 @@ RULES = (
     # a command that begins so | is run with this appended, | prints this | and leaves this behind; None: nothing
     (r"make quickstart", QUICK, r"tensorboard --logdir runs/quickstart\b", "runs/quickstart/reconstructions/*.png"),
     (r"make ", f"-n {VENV}", r"", None),
-    (r"pip install ", "--help", r"Install Options", None),  # tests/test_packaging.py installs the wheel
+    (r"pip install ", "--help", r"Install Options", None),  # tests/test_wheel.py installs it
     (r"tensorboard ", "--inspect", r"reconstructions", None),
     (r".*(--dry-run|--print-config)", PRETRAIN, r".", None),
     (r".*--evaluate runs/", "", r"(?m)^right +4 ", "runs/*/confusion*.png"),
