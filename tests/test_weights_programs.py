@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, relative_error, small_encoder, smooth_images
 from torch import Tensor
-from weight_files import NAMES, classifier
+from weight_files import MEAN, NAMES, STD, classifier
 
 from fcmae.weights.export import export
 
@@ -25,13 +25,20 @@ def run_program(folder: Path, images: Tensor) -> Tensor:
     return torch.export.load(folder / "model.pt2").module()(images).detach()
 
 
+@pytest.mark.parametrize("stem_stride", [4, 1])
 @pytest.mark.parametrize(("to", "compute"), [("onnx", run_onnx), ("torch-export", run_program)])
-def test_a_program_takes_any_batch_and_size(to: str, compute: Any, tmp_path: Path) -> None:
-    weights = classifier()
+def test_a_program_takes_any_batch_and_size(to: str, compute: Any, stem_stride: int, tmp_path: Path) -> None:
+    weights = classifier(stem_stride=stem_stride)
     export(weights, to, tmp_path / "out")
-    encoder = small_encoder(num_classes=3).float().eval()
+    encoder = small_encoder(num_classes=3, stem_stride=stem_stride).float().eval()
     encoder.load_state_dict(weights.tensors)
-    for shape in ((1, 3, 64, 64), (3, 3, 96, 64), (2, 3, 64, 224), (5, 3, 160, 160)):
+    sizes = [(1, 3, 64, 64), (3, 3, 96, 70), (2, 3, 65, 224), (5, 3, 101, 160)]
+    if stem_stride == 1:
+        sizes.append((1, 3, 36, 44))
+    if to == "onnx":
+        patch = encoder.patch_size
+        sizes += [(1, 3, patch, patch), (2, 3, patch + 3, 3 * patch)]
+    for shape in sizes:
         images = smooth_images(*shape).float()
         with torch.no_grad():
             assert relative_error(compute(tmp_path / "out", images), encoder(images)) <= 1e-4
@@ -39,3 +46,5 @@ def test_a_program_takes_any_batch_and_size(to: str, compute: Any, tmp_path: Pat
     assert described["class_names"] == list(NAMES)
     assert described["network"]["dims"] == list(TINY[1])
     assert (described["interpolation"], described["value_range"]) == ("bicubic", [0, 1])
+    assert (described["image_size"], described["crop_pct"]) == ([64, 64], 0.8)
+    assert (described["mean"], described["std"]) == (list(MEAN), list(STD))

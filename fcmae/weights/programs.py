@@ -15,10 +15,10 @@ ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 def _example(encoder: ConvNeXtV2) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
     """Example inputs of the network, and their axes that may take other sizes."""
     patch = encoder.patch_size
-    # a side of a single patch would be compiled as that, not as any number: two and more are free
-    height, width = (torch.export.Dim(f"grid_{side}", min=2) for side in ("height", "width"))
-    axes = {0: torch.export.Dim("batch", min=1), 2: patch * height, 3: patch * width}
-    return (torch.zeros(2, encoder.in_chans, 3 * patch, 5 * patch),), (axes,)
+    # sides of less than two patches end as one site, which torch would take for a constant
+    height, width = (torch.export.Dim(side, min=2 * patch) for side in ("height", "width"))
+    axes = {0: torch.export.Dim("batch", min=1), 2: height, 3: width}
+    return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),), (axes,)
 
 
 def write_onnx(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
