@@ -134,8 +134,8 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[in
 def covering_size(image: tuple[int, int], around: tuple[int, int]) -> tuple[int, int]:
     """Return the (height, width) to which an image of such a size is resized so that it covers `around`.
 
-    Its shape is kept up to rounding, which is timm's: of a square, torchvision's `Resize` to a short side, truncated;
-    of others timm's `ResizeKeepRatio`, rounded.
+    Its shape is kept up to rounding, which is timm's: for squares torchvision's `Resize` to a short side, which
+    truncates the long one; for others timm's `ResizeKeepRatio`, which rounds.
     """
     height, width = image
     if around[0] == around[1]:
@@ -148,13 +148,12 @@ def covering_size(image: tuple[int, int], around: tuple[int, int]) -> tuple[int,
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
     """Resize uint8 (c, h, w) by Pillow, antialiased, channel by channel: the numbers are those of whole images."""
     resample = Image.Resampling[interpolation.upper()]
-    channels = [Image.fromarray(channel).resize(size[::-1], resample) for channel in image.numpy()]
-    return torch.from_numpy(np.stack(channels))
+    height, width = size
+    channels = [Image.fromarray(channel).resize((width, height), resample) for channel in image.numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 
-def cover(
-    image: Tensor, size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic"
-) -> Tensor:
+def cover(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic") -> Tensor:
     """Resize an image (c, h, w) so that `crop_pct` of it covers `size` (height, width), and crop the centre.
 
     The view of evaluation: the same pixels as `timm.data.create_transform` with PIL images.
