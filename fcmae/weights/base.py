@@ -350,6 +350,11 @@ class Format:
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
+    prepend_preprocessing: Callable[[ConvNeXtV2, Preprocessing, Path], None] | None = None
+    """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
+    probabilities, which is checked; of formats that can.
+
+    Raises ValueError where preprocessing cannot be expressed, or computes something else."""
     kind: str = ""
     """What weights of this format are called, for people; of those that are read."""
     recognises: Callable[[Collection[str]], bool] = lambda names: False

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fcmae.encoder.convnext import ConvNeXtV2, variant_name
-from fcmae.files import write_json
+from fcmae.files import write_json, write_text
 from fcmae.patches import grid_shape
 from fcmae.tensors import write_safetensors
 from fcmae.weights.base import (
