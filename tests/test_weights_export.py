@@ -164,7 +164,7 @@ PHOTOS = sorted((ROOT / "docs" / "photos").glob("*.jpg"))
 def odd_photographs() -> list[Image.Image]:
     photos = [Image.open(path).convert("RGB") for path in PHOTOS]
     return [
-        photo.crop((0, 0, photo.width - 37 * i, photo.height - 23 * (len(photos) - i)))
+        photo.crop((0, 0, photo.width - 7 * i, photo.height - 5 * (len(photos) - i)))
         for i, photo in enumerate(photos)
     ]
 

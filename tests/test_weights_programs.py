@@ -83,7 +83,8 @@ def test_a_model_with_preprocessing_takes_photographs_and_gives_predictions(
     for i, path in enumerate(PHOTOS):
         photo = Image.open(path).convert("RGB")
         photo = photo.crop((0, 0, photo.width - 7 * i, photo.height - 5 * i))  # of odd sizes
-        found, prepared = session.run(None, {"images": np.asarray(photo)[None]})
+        outputs: Any = session.run(None, {"images": np.asarray(photo)[None]})
+        found, prepared = outputs
         levels = PixelNormalizer(MEAN, STD).invert(torch.from_numpy(prepared[0])) * 255
         off = (levels - cover(pil_to_tensor(photo), size, crop_pct)).abs().round()
         assert off.max() <= 2

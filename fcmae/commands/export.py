@@ -35,8 +35,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--with-preprocessing",
         action="store_true",
-        help="of a classifier, to onnx: resizing, cropping, normalising and softmax inside: from images of any size, "
-        "uint8 (b, height, width, channels), to probabilities (default: the network alone)",
+        help="of a classifier to onnx: resize, crop, normalise and softmax inside, so that it takes images of any "
+        "size, uint8 (b, height, width, channels), and gives probabilities (default: the network alone)",
     )
     return parser.parse_args(argv)
 
