@@ -16,7 +16,10 @@ FourSizes = tuple[int, int, int, int]
 Pair = tuple[float, float]
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
+Deviations = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
 
 
 class Section(BaseModel):
@@ -68,7 +71,7 @@ class DataSection(Section):
     max_bad: Annotated[int, Field(ge=0)] = 100
     """Images that may fail to decode before the run ends."""
     mean: Channels = (0.485, 0.456, 0.406)
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.229, 0.224, 0.225)
+    std: Deviations = (0.229, 0.224, 0.225)
     crop_scale: Pair = (0.2, 1.0)
     """Share of the image's area that a random crop covers, least and most."""
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -226,7 +229,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_channels(self) -> Self:
         for key in ("mean", "std"):
-            if len(getattr(self.data, key)) != self.model.in_chans:
+            known = AUTO not in (getattr(self.data, key), self.model.in_chans)
+            if known and len(getattr(self.data, key)) != self.model.in_chans:
                 raise ValueError(
                     f"data.{key} has {len(getattr(self.data, key))} values, but model.in_chans is "
                     f"{self.model.in_chans}: give one value per channel"
@@ -264,7 +268,7 @@ class FinetuneConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_finetuning(self) -> Self:
-        if self.data.auto_augment is not None and self.model.in_chans not in (1, 3):
+        if self.data.auto_augment is not None and self.model.in_chans not in (1, 3, AUTO):
             raise ValueError(
                 f"data.auto_augment={self.data.auto_augment} is for images of 1 or 3 channels, but model.in_chans "
                 f"is {self.model.in_chans}: set data.auto_augment=null"
@@ -274,6 +278,56 @@ class FinetuneConfig(RunConfig):
         if self.eval.ema and self.train.ema_decay is None:
             raise ValueError("eval.ema=true needs an EMA of the weights: set train.ema_decay=0.9999")
         return self
+
+
+class ClassifierRecipe(ClassifierSection):
+    """As `ClassifierSection`; `auto` is what `init_from` has."""
+
+    variant: str | tuple[FourSizes, FourSizes] = AUTO
+    in_chans: Positive | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    stem_stride: Literal[1, 2, 4] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class LabelledDataRecipe(LabelledDataSection):
+    """As `LabelledDataSection`; `auto` is what `init_from` was trained on."""
+
+    image_size: Positive | tuple[Positive, Positive] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    std: Deviations | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class FinetuneRecipe(FinetuneConfig):
+    """What users give `finetune.py`: a `FinetuneConfig` in which `auto` (or nothing) is what `init_from` has."""
+
+    model: ClassifierRecipe = ClassifierRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: LabelledDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def automatic(self) -> list[str]:
+        """The dotted keys that are `auto`."""
+        sections = (("model", self.model), ("data", self.data))
+        return [f"{name}.{key}" for name, section in sections for key, value in section if value == AUTO]
+
+    def resolve(self, known: Mapping[str, Any], source: str) -> FinetuneConfig:
+        """Return the configuration with the values of `known`, by dotted key, in place of `auto`.
+
+        What is not known takes its default.
+
+        Raises:
+            UserError: naming `source`, if they do not fit the rest, or nothing says what network it is.
+        """
+        values = self.model_dump(mode="json")
+        for dotted in self.automatic:
+            section, key = dotted.split(".")
+            del values[section][key]
+            if dotted in known:
+                values[section][key] = known[dotted]
+        if "variant" not in values["model"]:
+            raise UserError(
+                "model.variant=auto: takes the network of init_from, which is null; "
+                "set model.variant, such as model.variant=atto"
+            )
+        return parse_config(FinetuneConfig, values, source)
 
 
 class EvaluateConfig(Section):

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcmae import ConvNeXtV2
-from fcmae.config import FinetuneConfig, load_config, to_yaml
+from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
 from fcmae.errors import UserError, blame, run_script
 from fcmae.files import write_json
-from fcmae.load import load_weights
+from fcmae.load import known_of, load_weights, require_network, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.story import dry_run, training_batches, training_parser
 from fcmae.tasks import classification
@@ -31,7 +31,7 @@ from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
-from fcmae.weights.base import Preprocessing, build_encoder, describe_encoder, encoder_shape, load_network
+from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.timm import write_timm_folder
 
 
@@ -64,15 +64,7 @@ def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> 
     """
     weights = load_weights(source)
     tensors = weights.tensors
-    stem = tensors["downsample_layers.0.0.weight"]
-    found = {"variant": encoder_shape(tensors), "in_chans": stem.shape[1], "stem_stride": stem.shape[2]}
-    wanted = {"variant": (model.depths, model.dims), "in_chans": model.in_chans, "stem_stride": model.stem_stride}
-    for key, value in found.items():
-        if value != wanted[key]:
-            value = describe_encoder(tensors) if key == "variant" else value
-            raise UserError(
-                f"init_from={source}: {weights.kind} weights with {key} {value}; set model.{key} to that"
-            )
+    require_network(model, weights, source)
     classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
     keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
     own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("norm.", "head."))}
@@ -117,16 +109,17 @@ def evaluate_weights(options: argparse.Namespace) -> int:
             raise UserError(
                 f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
             )
-        config = load_config(FinetuneConfig, run.config, options.overrides)
+        recipe = load_config(FinetuneRecipe, run.config, options.overrides)
     else:
-        config = load_config(FinetuneConfig, options.config, options.overrides)
-        run = RunFolder(config.output)
+        recipe = load_config(FinetuneRecipe, options.config, options.overrides)
+        run = RunFolder(recipe.output)
     if options.print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(recipe), end="")
         return 0
-    accelerator = start_accelerator(config.train.precision)
-    ema = config.eval.ema if options.ema is None else options.ema
+    accelerator = start_accelerator(recipe.train.precision)
+    ema = recipe.eval.ema if options.ema is None else options.ema
     weights = load_weights(source, last=options.last, ema=ema)
+    config = recipe.resolve(known_of(weights, recipe.automatic), f"--evaluate {source}")
     model = build_encoder(weights).to(accelerator.device)
     if not model.num_classes:
         raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
@@ -155,10 +148,11 @@ def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     if options.evaluate is not None:
         return evaluate_weights(options)
-    config = load_config(FinetuneConfig, options.config, options.overrides)
+    recipe = load_config(FinetuneRecipe, options.config, options.overrides)
     if options.print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(recipe), end="")
         return 0
+    config, taken = resolve_recipe(recipe)
     accelerator, checkpoint = start_run(config, dry_run=options.dry_run)
 
     # The images: labelled, and augmented by (seed, epoch, index)
@@ -210,6 +204,8 @@ def main(argv: list[str]) -> int:
         facts={"class_names": list(class_names)},
     )
     trainer.say(f"weights          {started}")
+    if taken:
+        trainer.say(f"auto             {taken}")
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)

@@ -1,18 +1,29 @@
-"""The model that a path stands for: a run's, or a file's of any format; joins `training` and `weights`."""
+"""The model that a path stands for, a run's or a file's of any format, and its configuration; joins rooms."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fcmae.config import PretrainConfig, parse_config
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, parse_config
+from fcmae.encoder.convnext import ConvNeXtV2, variant_name
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
 from fcmae.tensors import read_safetensors
 from fcmae.training.checkpoint import STATE
 from fcmae.training.run_folder import StoredModel, stored_model
-from fcmae.weights.base import Preprocessing, Weights, build_encoder, load_network, report_damage
+from fcmae.weights.base import (
+    Preprocessing,
+    Weights,
+    build_encoder,
+    build_untrained,
+    count_classes,
+    describe_encoder,
+    load_network,
+    report_damage,
+)
 from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
 
 
@@ -73,6 +84,79 @@ def load_encoder(
     """
     weights = load_weights(path, last=last, ema=ema)
     return build_encoder(weights, num_classes=num_classes, drop_path=drop_path)
+
+
+def network_of(encoder: ConvNeXtV2) -> dict[str, Any]:
+    """Return what a configuration's section `model` says of an encoder."""
+    shape = encoder.depths, encoder.dims
+    return {
+        "variant": variant_name(*shape) or shape,
+        "in_chans": encoder.in_chans,
+        "stem_stride": encoder.stem_stride,
+    }
+
+
+def _shape_of(weights: Weights) -> ConvNeXtV2:
+    """Return the network of weights without its tensors."""
+    with torch.device("meta"):
+        return build_untrained(weights.tensors, num_classes=count_classes(weights.tensors))
+
+
+def require_network(encoder: ConvNeXtV2, weights: Weights, source: str | Path) -> None:
+    """Check that weights are those of such an encoder.
+
+    Raises:
+        UserError: naming `source`, the value of init_from, and the key that differs.
+    """
+    for key, value in network_of(_shape_of(weights)).items():
+        if value != network_of(encoder)[key]:
+            shown = describe_encoder(weights.tensors) if key == "variant" else value
+            raise UserError(
+                f"init_from={source}: {weights.kind} weights with {key} {shown}; set model.{key} to that"
+            )
+
+
+def known_of(weights: Weights, keys: Collection[str]) -> dict[str, Any]:
+    """Return what weights say of the network and its images, by dotted key of a configuration.
+
+    Args:
+        keys: those that are asked for.
+
+    Raises:
+        UserError: if mean or std are asked for but unknown, for other than 3 channels.
+    """
+    network, images = _shape_of(weights), weights.preprocessing
+    if "data.mean" in keys or "data.std" in keys:
+        with blame(str(weights.path)):
+            images = images.completed(network)
+    known = {f"model.{key}": value for key, value in network_of(network).items()}
+    known |= {f"data.{key}": value for key, value in images._asdict().items() if value is not None}
+    return {key: known[key] for key in keys if key in known}
+
+
+def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
+    """Replace `auto` by what the run that is to be resumed has, or else `init_from`.
+
+    Returns:
+        The configuration, and in a line what was taken from where: empty where nothing was.
+
+    Raises:
+        UserError: if there is nothing to take it from, or it does not fit.
+    """
+    keys, source, known = recipe.automatic, "the configuration", {}
+    stored = _stored_model(Path(recipe.output), True, None) if keys and recipe.resume == "auto" else None
+    if stored is not None:
+        source = recipe.output
+        with report_damage(stored.file.with_name(STATE)):
+            sections = stored.state["config"]
+            known = {key: sections[section][name] for key in keys for section, name in [key.split(".")]}
+    elif keys and recipe.init_from is not None:
+        source = recipe.init_from
+        known = known_of(load_weights(source), keys)
+    config = recipe.resolve(known, source)
+    values = config.model_dump(mode="json")
+    taken = (f"{key}={values[section][name]}" for key in known for section, name in [key.split(".")])
+    return config, f"{', '.join(taken)} (from {source})" if known else ""
 
 
 def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:

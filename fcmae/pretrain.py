@@ -5,7 +5,6 @@ accelerate launch pretrain.py --config configs/pretrain/atto.yaml data.root=IMAG
 
 import functools
 import sys
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -22,9 +21,9 @@ from fcmae.data import (
     open_source,
     prefetch,
 )
-from fcmae.errors import blame, run_script
+from fcmae.errors import UserError, blame, run_script
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
-from fcmae.load import load_tensors, load_weights
+from fcmae.load import load_tensors, load_weights, require_network
 from fcmae.masking import count_visible
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
@@ -40,15 +39,31 @@ from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.timm import write_timm_folder
 
 
-def start_from(model: FCMAE, source: Path) -> None:
-    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder."""
-    file, tensors = load_tensors(source)
-    if any(name.startswith("decoder.pred.") for name in tensors):
-        load_network(model, tensors, file)
-    else:
-        tensors = load_weights(source).tensors
-        encoder = {n: tensor for n, tensor in tensors.items() if not n.startswith(("norm.", "head."))}
-        load_network(model.encoder, encoder, file)
+def start_from(model: FCMAE, source: str) -> str:
+    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder; returns what was done.
+
+    Raises:
+        UserError: if the weights are another network's.
+    """
+    weights, (_, tensors) = load_weights(source), load_tensors(source)
+    require_network(model.encoder, weights, source)
+    found = f"{weights.path} ({weights.description})"
+    if not any(name.startswith("decoder.pred.") for name in tensors):
+        encoder = {n: tensor for n, tensor in weights.tensors.items() if not n.startswith(("norm.", "head."))}
+        load_network(model.encoder, encoder, weights.path)
+        return f"{found}, with a new decoder"
+    own = model.decoder.state_dict()
+    wanted = {"decoder_dim": len(own["proj.bias"]), "decoder_depth": len(model.decoder.decoder)}
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("decoder.decoder.")}
+    has = {"decoder_dim": len(tensors["decoder.proj.bias"]), "decoder_depth": len(blocks)}
+    for key, value in has.items():
+        if value != wanted[key]:
+            raise UserError(
+                f"init_from={source}: {weights.kind} weights with {key} {value}; set model.{key} to that, or "
+                "name the run's encoder/ to start with a new decoder"
+            )
+    load_network(model, tensors, weights.path)
+    return f"{found}, with its decoder"
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +84,7 @@ def main(argv: list[str]) -> int:
         count_visible(grid[0] * grid[1], config.model.mask_ratio)
     model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
-        start_from(model, Path(config.init_from))
+        accelerator.print(f"weights          {start_from(model, config.init_from)}")
     require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)

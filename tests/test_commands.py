@@ -437,7 +437,7 @@ def test_an_export_says_what_it_wrote_and_how_to_load_it(
     code, out, err = command("export", pretrained, "--to", "timm", "--output", folder)
     assert code == 0
     assert [line.split("  ")[0] for line in out.splitlines()] == [
-        str(folder / name) for name in ("config.json", "model.safetensors")
+        str(folder / name) for name in ("README.md", "config.json", "model.safetensors")
     ]
     assert "FCMAE run, step 3" in err
     assert "checked on random images in float64" in err

@@ -6,12 +6,12 @@ import pytest
 import yaml
 
 from fcmae import VARIANTS
-from fcmae.config import FinetuneConfig, PretrainConfig, RunConfig, Section, load_config, to_yaml
+from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, RunConfig, Section, load_config, to_yaml
 from fcmae.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-SHIPPED_KINDS = [(FinetuneConfig if path.parent.name == "finetune" else PretrainConfig, path) for path in SHIPPED]
+SHIPPED_KINDS = [(FinetuneRecipe if path.parent.name == "finetune" else PretrainConfig, path) for path in SHIPPED]
 MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"
 
 
@@ -97,7 +97,9 @@ FINETUNING = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -> None:
-    config = load_config(FinetuneConfig, ROOT / "configs" / "finetune" / f"{name}.yaml")
+    recipe = load_config(FinetuneRecipe, ROOT / "configs" / "finetune" / f"{name}.yaml")
+    config = recipe.resolve({}, "a test")
+    assert (config.data.size, config.model.in_chans, config.model.stem_stride) == ((224, 224), 3, 4)
     data, optim, train = config.data, config.optim, config.train
     assert (
         optim.base_lr,
@@ -139,9 +141,31 @@ def test_wrong_values_of_finetuning_are_reported_in_one_line(
     minimal: Path, overrides: list[str], parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(FinetuneConfig, minimal, overrides)
+        load_config(FinetuneRecipe, minimal, overrides)
     assert "\n" not in str(caught.value)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_auto_stands_for_what_is_known_else_for_the_default_and_values_given_win(minimal: Path) -> None:
+    given = ["model.variant=auto", "model.stem_stride=auto", "data.std=[0.5]", "model.in_chans=1"]
+    recipe = load_config(FinetuneRecipe, minimal, [*given, "data.mean=auto"])
+    known = {"model.variant": "pico", "model.in_chans": 2, "data.mean": (0.3,), "data.std": (9.0,)}
+    config = recipe.resolve(known, "a test")
+    assert type(config) is FinetuneConfig
+    assert (config.model.variant, config.model.in_chans, config.model.stem_stride) == ("pico", 1, 4)
+    assert (config.data.mean, config.data.std, config.data.size) == ((0.3,), (0.5,), (224, 224))
+    assert recipe.automatic == ["model.variant", "model.stem_stride", "data.image_size", "data.mean"]
+    assert load_config(FinetuneRecipe, minimal, given).model_dump() == recipe.model_dump()
+
+
+def test_auto_without_anything_to_start_from_is_reported(minimal: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.variant=auto: .* init_from, which is null; set model\.variant"):
+        load_config(FinetuneRecipe, minimal, ["model.variant=auto"]).resolve({}, "a test")
+    with pytest.raises(UserError, match="^somewhere: data.mean has 3 values, but model.in_chans is 1"):
+        load_config(FinetuneRecipe, minimal, ["model.in_chans=1"]).resolve({}, "somewhere")
+    for override in ("model.in_chans=some", "data.mean=automatic", "model.stem_stride=3"):
+        with pytest.raises(UserError, match=f"^argument {override.partition('=')[0]}: "):
+            load_config(FinetuneRecipe, minimal, [override])
 
 
 def test_the_ema_counts_where_there_is_one_unless_the_config_says_otherwise(minimal: Path) -> None:

@@ -206,10 +206,9 @@ def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None
     [
         ((2, 1, 64, 64), r"\(b, 3, height, width\), got \(2, 1, 64, 64\)"),
         ((3, 64, 64), r"\(b, 3, height, width\)"),
-        ((2, 3, 70, 64), "height 70 .* 32: the nearest sizes that are: 64 and 96"),
-        ((2, 3, 64, 100), "width 100 .* 32: the nearest sizes that are: 96 and 128"),
-        ((2, 3, 16, 64), "height 16 .* 32: the nearest sizes that are: 32 and 64"),
-        ((2, 3, 0, 64), "height 0"),
+        ((2, 3, 31, 64), "31 x 64 pixels are smaller than a patch, 32"),
+        ((2, 3, 64, 16), "64 x 16 pixels are smaller than a patch, 32"),
+        ((2, 3, 0, 64), "0 x 64 pixels"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
@@ -217,6 +216,20 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str
     for call in (encoder, encoder.features, encoder.pyramid):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((70, 64), "height 70 .* 32: the nearest sizes that are: 64 and 96"),
+        ((64, 100), "width 100 .* 32: the nearest sizes that are: 96 and 128"),
+        ((16, 64), "height 16 .* 32: the nearest sizes that are: 32 and 64"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["masked", "packed"])
+def test_masked_images_are_whole_patches(layout: Layout, size: tuple[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ConvNeXtV2(TINY).features(torch.zeros(2, 3, *size), torch.zeros(2, 1, dtype=torch.int64), layout)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -456,11 +457,42 @@ def test_weights_of_another_network_are_refused_with_the_key_to_change(
     assert "set model.variant" in line
     assert "set model.stem_stride" in failure(capsys, *start, "model.stem_stride=2")
 
+
     part = {name: value for name, value in weights(tmp_path / "run").items() if "pwconv1" not in name}
     save_file(part | {"stages.9.bias": torch.zeros(1)}, tmp_path / "part.safetensors")
     line = failure(capsys, *arguments, f"output={tmp_path / 'next'}", f"init_from={tmp_path / 'part.safetensors'}")
     assert "stages" in line
     assert not (tmp_path / "next").exists()
+
+
+def test_auto_is_taken_from_init_from_said_and_kept_for_the_resumed_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "train.max_steps=1", "data.mean=[0.4,0.5,0.6]") == 0
+    keys = ["model.variant", "model.in_chans", "model.stem_stride", "data.image_size", "data.mean"]
+    auto = [*arguments, *(f"{key}=auto" for key in keys), "data.std=[0.3,0.3,0.3]", f"output={tmp_path / 'next'}"]
+    assert "set model.variant" in failure(capsys, *auto)
+    capsys.readouterr()
+    assert run(*auto, f"init_from={tmp_path / 'run'}", "train.max_steps=1") == 0
+    out = capsys.readouterr().out
+    assert (
+        "auto             model.variant=[[1, 1, 2, 1], [8, 16, 24, 32]], model.in_chans=3, model.stem_stride=1"
+        in out
+    )
+    assert f"data.image_size=[32, 32], data.mean=[0.4, 0.5, 0.6] (from {tmp_path / 'run'})" in out
+    config = yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())
+    assert (config["model"]["stem_stride"], config["data"]["mean"]) == (1, [0.4, 0.5, 0.6])
+    assert config["data"]["std"] == [0.3, 0.3, 0.3]
+    state = json.loads((tmp_path / "next" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["config"] == config
+
+    assert run(*auto, "resume=auto", "train.max_steps=2") == 0
+    assert f"(from {tmp_path / 'next'})" in capsys.readouterr().out
+    assert list(losses(tmp_path / "next")) == [1, 2]
+    assert run("--evaluate", str(tmp_path / "next")) == 0
+    assert run("--evaluate", str(tmp_path / "run" / "model"), *auto, f"output={tmp_path / 'other'}") == 0
+    assert run(*auto, "--print-config") == 0
+    assert "mean: auto" in capsys.readouterr().out
 
 
 def test_what_has_no_classifier_cannot_be_evaluated(

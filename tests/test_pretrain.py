@@ -386,11 +386,14 @@ def test_a_run_resumed_with_another_batch_goes_on_with_the_next_image(
     assert [record["seen_images"] for record in records(tmp_path / "run")] == [8, 16, 24, 32, 40, 44, 48]
 
 
-def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_can_start_from_anothers_weights_or_encoder(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*arguments) == 0
     start = [*arguments, "train.max_steps=2", "train.seed=7", "optim.base_lr=0"]
     assert run(*start, f"output={tmp_path / 'whole'}", f"init_from={tmp_path / 'run'}") == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert "model.safetensors (FCMAE run, step 6, raw weights), with its decoder" in capsys.readouterr().out
 
     encoder = {n.removeprefix("encoder."): v for n, v in weights(tmp_path / "run").items() if "encoder." in n}
     save_file(encoder, tmp_path / "encoder.safetensors")
@@ -402,6 +405,8 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(arguments: list[str], 
         assert not torch.equal(
             weights(only)["decoder.pred.weight"], weights(tmp_path / "run")["decoder.pred.weight"]
         )
+        kind = "official dense" if name.startswith("encoder") else "timm"
+        assert f"{name} ({kind}), with a new decoder" in capsys.readouterr().out
 
 
 # k-NN on the way
@@ -551,7 +556,13 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert "model.variant=atto is asked for" in line
     assert f"has model.variant={((1, 1, 1, 1), (8, 8, 16, 16))}" in line
     other = [*arguments, f"output={tmp_path / 'other'}", f"init_from={tmp_path / 'run'}", "model.variant=atto"]
-    assert "does not fit the model (atto)" in failure(capsys, *other)
+    line = failure(capsys, *other)
+    assert f"init_from={tmp_path / 'run'}: FCMAE run weights with variant depths [1, 1, 1, 1]" in line
+    assert "set model.variant to that" in line
+    for key in ("stem_stride", "decoder_dim", "decoder_depth"):
+        line = failure(capsys, *other[:-1], f"model.{key}=2")
+        assert f"weights with {key} " in line
+        assert f"set model.{key} to that" in line
 
 
 def test_too_little_disk_is_reported_before_anything_is_trained(

@@ -210,6 +210,16 @@ def test_the_evaluation_crop_keeps_its_share_of_the_middle() -> None:
     assert (cover(image, (64, 64), 0.5) == 255).all()
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_each_channel_is_resized_as_pillow_resizes_it(channels: int) -> None:
+    image = torch.randint(0, 256, (channels, 61, 47), dtype=torch.uint8)
+    resized = cover(image, (40, 24))
+    assert resized.shape == (channels, 40, 24)
+    for channel, found in zip(image.numpy(), resized.numpy(), strict=True):
+        wanted = Image.fromarray(channel).resize((31, 40), Image.Resampling.BICUBIC).crop((4, 0, 28, 40))
+        assert np.array_equal(np.asarray(wanted), found)
+
+
 def test_pixel_normalisation_inverts() -> None:
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     normalize = PixelNormalizer((0.1, 0.5, 0.9), (0.3, 0.2, 0.1))

@@ -2,20 +2,31 @@
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
+import timm
 import torch
-from conftest import TINY, small_encoder
+import transformers
+from conftest import ROOT, TINY, randomise, small_encoder
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from torchvision.transforms.v2.functional import pil_to_tensor
 from weight_files import MEAN, NAMES, STD, classifier, same, weights_of
 
 from fcmae import load_encoder
+from fcmae.data import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.errors import UserError
+from fcmae.evaluation.inference import Picture, classify
+from fcmae.weights.base import Weights, build_encoder
 from fcmae.weights.export import FORMATS, export
 from fcmae.weights.read import read_weights
 
@@ -143,3 +154,86 @@ def test_the_interpolation_travels(to: str, tmp_path: Path) -> None:
     weights = weights_of(small_encoder(), interpolation="bilinear")
     export(weights, to, tmp_path / "out")
     assert read_weights(tmp_path / "out").preprocessing.interpolation == "bilinear"
+
+
+# The pixels that each client sees, from photographs of odd sizes
+
+PHOTOS = sorted((ROOT / "docs" / "photos").glob("*.jpg"))
+
+
+def odd_photographs() -> list[Image.Image]:
+    photos = [Image.open(path).convert("RGB") for path in PHOTOS]
+    return [
+        photo.crop((0, 0, photo.width - 7 * i, photo.height - 5 * (len(photos) - i)))
+        for i, photo in enumerate(photos)
+    ]
+
+
+def predicted(weights: Weights, photo: Image.Image) -> torch.Tensor:
+    """The probabilities that `fcmae predict` prints, by class."""
+    network = build_encoder(weights).eval()
+    pictures = [Picture(Path("photo"), pil_to_tensor(photo))]
+    preprocessing = weights.preprocessing.completed(network)
+    (found,) = classify(network, pictures, preprocessing=preprocessing, top=network.num_classes)
+    return torch.tensor([e.probability for e in sorted(found.top_classes, key=lambda entry: entry.index)])
+
+
+def gentle_classifier(size: tuple[int, int], crop_pct: float) -> Weights:
+    encoder = randomise(ConvNeXtV2(TINY, num_classes=3), std=0.1)
+    return weights_of(encoder, class_names=NAMES, image_size=size, crop_pct=crop_pct)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("size", "crop_pct"), [((64, 64), 0.8), ((96, 96), 0.875), ((64, 96), 0.9), ((64, 64), 1.0)]
+)
+def test_timm_predicts_what_we_predict(
+    size: tuple[int, int], crop_pct: float, interpolation: str, tmp_path: Path
+) -> None:
+    weights = gentle_classifier(size, crop_pct)
+    weights = weights._replace(preprocessing=weights.preprocessing._replace(interpolation=interpolation))
+    export(weights, "timm", tmp_path / "out")
+    model: Any = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    transform: Any = create_transform(**resolve_model_data_config(model))
+    for photo in odd_photographs():
+        theirs = transform(photo)
+        ours = PixelNormalizer(MEAN, STD)(cover(pil_to_tensor(photo), size, crop_pct, interpolation))
+        assert (theirs - ours).abs().max() <= 1e-6
+        with torch.no_grad():
+            assert (model(theirs[None]).softmax(1)[0] - predicted(weights, photo)).abs().max() <= 1e-6
+
+
+def test_transformers_predicts_what_we_predict_where_it_crops_the_same(tmp_path: Path) -> None:
+    weights = gentle_classifier((64, 64), 0.8)
+    export(weights, "transformers", tmp_path / "out")
+    model: Any = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    compared = 0
+    for photo in odd_photographs():
+        long = int(80 * max(photo.size) / min(photo.size))
+        if (long - 64) % 4 == 3:  # transformers truncates half a pixel of the margin, torchvision and timm round it
+            continue
+        compared += 1
+        images = processor(photo, return_tensors="pt")["pixel_values"]
+        ours = PixelNormalizer(MEAN, STD)(cover(pil_to_tensor(photo), (64, 64), 0.8))
+        assert (images[0] - ours).abs().max() <= 1e-6
+        with torch.no_grad():
+            assert (model(images).logits.softmax(1)[0] - predicted(weights, photo)).abs().max() <= 1e-6
+    assert compared >= len(PHOTOS) // 2
+
+
+def test_a_client_of_onnx_that_follows_config_json_predicts_what_we_predict(tmp_path: Path) -> None:
+    weights = gentle_classifier((64, 64), 0.8)
+    export(weights, "onnx", tmp_path / "out")
+    use = json.loads((tmp_path / "out" / "config.json").read_text())
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    low, high = use["value_range"]
+    for photo in odd_photographs():
+        short = math.floor(min(use["image_size"]) / use["crop_pct"])
+        width, height = (int(short * side / min(photo.size)) for side in photo.size)
+        resized = photo.resize((width, height), Image.Resampling[use["interpolation"].upper()])
+        left, top = (round((side - 64) / 2) for side in (width, height))
+        pixels = np.asarray(resized.crop((left, top, left + 64, top + 64)), np.float32) / 255 * (high - low) + low
+        images = ((pixels - use["mean"]) / use["std"]).transpose(2, 0, 1)[None].astype(np.float32)
+        logits = torch.from_numpy(session.run(None, {"images": images})[0])
+        assert (logits.softmax(1)[0] - predicted(weights, photo)).abs().max() <= 1e-6

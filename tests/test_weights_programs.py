@@ -4,13 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY, relative_error, small_encoder, smooth_images
+from conftest import ROOT, TINY, relative_error, small_encoder, smooth_images
+from PIL import Image
 from torch import Tensor
-from weight_files import NAMES, classifier
+from torchvision.transforms.v2.functional import pil_to_tensor
+from weight_files import MEAN, NAMES, STD, classifier, weights_of
 
+from fcmae.data import PixelNormalizer, cover
+from fcmae.errors import UserError
+from fcmae.evaluation.inference import Picture, classify
+from fcmae.weights.base import build_encoder
 from fcmae.weights.export import export
 
 
@@ -25,13 +33,20 @@ def run_program(folder: Path, images: Tensor) -> Tensor:
     return torch.export.load(folder / "model.pt2").module()(images).detach()
 
 
+@pytest.mark.parametrize("stem_stride", [4, 1])
 @pytest.mark.parametrize(("to", "compute"), [("onnx", run_onnx), ("torch-export", run_program)])
-def test_a_program_takes_any_batch_and_size(to: str, compute: Any, tmp_path: Path) -> None:
-    weights = classifier()
+def test_a_program_takes_any_batch_and_size(to: str, compute: Any, stem_stride: int, tmp_path: Path) -> None:
+    weights = classifier(stem_stride=stem_stride)
     export(weights, to, tmp_path / "out")
-    encoder = small_encoder(num_classes=3).float().eval()
+    encoder = small_encoder(num_classes=3, stem_stride=stem_stride).float().eval()
     encoder.load_state_dict(weights.tensors)
-    for shape in ((1, 3, 64, 64), (3, 3, 96, 64), (2, 3, 64, 224), (5, 3, 160, 160)):
+    sizes = [(1, 3, 64, 64), (3, 3, 96, 70), (2, 3, 65, 224), (5, 3, 101, 160)]
+    if stem_stride == 1:
+        sizes.append((1, 3, 36, 44))
+    if to == "onnx":
+        patch = encoder.patch_size
+        sizes += [(1, 3, patch, patch), (2, 3, patch + 3, 3 * patch)]
+    for shape in sizes:
         images = smooth_images(*shape).float()
         with torch.no_grad():
             assert relative_error(compute(tmp_path / "out", images), encoder(images)) <= 1e-4
@@ -39,3 +54,54 @@ def test_a_program_takes_any_batch_and_size(to: str, compute: Any, tmp_path: Pat
     assert described["class_names"] == list(NAMES)
     assert described["network"]["dims"] == list(TINY[1])
     assert (described["interpolation"], described["value_range"]) == ("bicubic", [0, 1])
+    assert (described["image_size"], described["crop_pct"]) == ([64, 64], 0.8)
+    assert (described["mean"], described["std"]) == (list(MEAN), list(STD))
+
+
+# With preprocessing inside
+
+PHOTOS = sorted((ROOT / "docs" / "photos").glob("*.jpg"))
+
+
+@pytest.mark.parametrize(("size", "crop_pct"), [((64, 64), 0.8), ((64, 96), 1.0)])
+def test_a_model_with_preprocessing_takes_photographs_and_gives_predictions(
+    size: tuple[int, int], crop_pct: float, tmp_path: Path
+) -> None:
+    weights = classifier()
+    weights = weights._replace(preprocessing=weights.preprocessing._replace(image_size=size, crop_pct=crop_pct))
+    export(weights, "onnx", tmp_path / "out", with_preprocessing=True)
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    (given,), (result,) = model.graph.input, model.graph.output
+    assert (given.name, given.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
+    assert result.name == "probabilities"
+    model.graph.output.append(onnx.helper.make_tensor_value_info("prepared", onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == list(NAMES)
+    network = build_encoder(weights).eval()
+    preprocessing = weights.preprocessing.completed(network)
+    for i, path in enumerate(PHOTOS):
+        photo = Image.open(path).convert("RGB")
+        photo = photo.crop((0, 0, photo.width - 7 * i, photo.height - 5 * i))  # of odd sizes
+        outputs: Any = session.run(None, {"images": np.asarray(photo)[None]})
+        found, prepared = outputs
+        levels = PixelNormalizer(MEAN, STD).invert(torch.from_numpy(prepared[0])) * 255
+        off = (levels - cover(pil_to_tensor(photo), size, crop_pct)).abs().round()
+        assert off.max() <= 2
+        assert off.count_nonzero() < 0.01 * off.numel()
+        pictures = [Picture(path, pil_to_tensor(photo))]
+        (prediction,) = classify(network, pictures, preprocessing=preprocessing, top=3)
+        wanted = {entry.index: entry.probability for entry in prediction.top_classes}
+        assert max(abs(found[0][i] - wanted[i]) for i in range(3)) <= 1e-2  # of random weights, which amplify
+
+
+def test_what_cannot_have_preprocessing_inside_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--with-preprocessing: not for --to plain, only for onnx"):
+        export(classifier(), "plain", tmp_path / "out", with_preprocessing=True)
+    with pytest.raises(UserError, match="--with-preprocessing is for classifiers"):
+        export(weights_of(small_encoder()), "onnx", tmp_path / "out", with_preprocessing=True)
+    weights = classifier()
+    weights = weights._replace(preprocessing=weights.preprocessing._replace(interpolation="lanczos"))
+    with pytest.raises(UserError, match="ONNX resizes bicubic or bilinear, not lanczos"):
+        export(weights, "onnx", tmp_path / "out", with_preprocessing=True)
+    assert not list(tmp_path.iterdir())

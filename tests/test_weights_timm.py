@@ -30,9 +30,10 @@ def test_timm_gives_the_same_logits(variant: str) -> None:
     theirs = timm_model(f"convnextv2_{variant}", num_classes=10, dtype=torch.float64).eval()
     state = ours.state_dict()
     theirs.load_state_dict(to_timm(state), strict=True)
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    with torch.no_grad():
-        assert relative_error(ours(images), theirs(images)) <= 1e-10
+    for size in ((64, 64), (70, 101)):  # also where windows of the stem and the downsampling are not filled
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        with torch.no_grad():
+            assert relative_error(ours(images), theirs(images)) <= 1e-10
     assert same(from_timm(to_timm(state)), state)
     assert same(to_timm(from_timm(theirs.state_dict())), theirs.state_dict())
 
@@ -116,7 +117,7 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
     in_chans, patch = encoder.in_chans, encoder.patch_size
     height, width = 2 * patch, 3 * patch
     write_timm_folder(encoder, Preprocessing((0.5,) * in_chans, (0.25,) * in_chans, (height, width)), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
     theirs = timm_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
     assert theirs.num_classes == encoder.num_classes
@@ -181,6 +182,19 @@ def test_preprocessing_that_does_not_fit_the_network_is_refused() -> None:
         timm_config(small_encoder(num_classes=3), Preprocessing(MEAN, STD, (64, 64), class_names=("a", "b")))
 
 
+def test_every_folder_has_a_card_which_warns_of_a_network_for_enlarged_images(tmp_path: Path) -> None:
+    preprocessing = Preprocessing(MEAN, STD, (64, 96))
+    for stem_stride in (4, 2):
+        folder = tmp_path / str(stem_stride)
+        write_timm_folder(small_encoder(stem_stride=stem_stride).float(), preprocessing, folder)
+        card = (folder / "README.md").read_text()
+        assert "timm.create_model(" in card
+        assert f"mean, std | {list(MEAN)}, {list(STD)}" in card
+        factor = 4 // stem_stride
+        assert f"3 channels, {64 * factor} x {96 * factor} pixels" in card
+        assert ("**For images enlarged 2 times.** It was trained at 64 x 96" in card) == (stem_stride == 2)
+
+
 def test_an_enlarged_stem_sees_on_enlarged_images_what_the_stem_sees() -> None:
     weight, images = torch.randn(4, 3, 2, 2).double(), torch.randn(2, 3, 8, 12).double()
     enlarged = F.conv2d(F.interpolate(images, scale_factor=2, mode="nearest"), enlarge_stem(weight, 2), stride=4)
@@ -228,6 +242,6 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: py
         patch.setattr("fcmae.tensors.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             write_timm_folder(small_encoder().float(), Preprocessing(MEAN, STD, (96, 96)), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert same(read_weights(tmp_path).tensors, encoder.state_dict())
     assert read_weights(tmp_path).preprocessing.image_size == (64, 64)

@@ -23,13 +23,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "export",
         "Write the network of any weights in another format. What was written is loaded again and must compute "
         "the same on random images before it gets its name.",
-        examples="fcmae export runs/mine --to timm --output exported",
+        examples="fcmae export runs/mine --to timm --output exported\n"
+        "fcmae export runs/classifier --to onnx --with-preprocessing --output exported",
         notes="formats:\n" + "\n".join(f"  {name:16}{what}" for name, what in FORMATS.items()),
     )
     add_source(parser)
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="see below")
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="a folder that does not exist yet, or is empty"
+    )
+    parser.add_argument(
+        "--with-preprocessing",
+        action="store_true",
+        help="of a classifier to onnx: resize, crop, normalise and softmax inside, so that it takes images of any "
+        "size, uint8 (b, height, width, channels), and gives probabilities (default: the network alone)",
     )
     return parser.parse_args(argv)
 
@@ -42,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     weights = load_source(options)
     report_source(weights)
-    written = export(weights, options.to, options.output)
+    written = export(weights, options.to, options.output, with_preprocessing=options.with_preprocessing)
     for file in written.files:
         print(f"{file}  {file.stat().st_size:,} bytes")
     precision = str(WRITERS[options.to].dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import posterize
@@ -130,13 +131,36 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[in
     return torch.cat(done)
 
 
-def cover(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
-    """Resize an image (c, h, w) so that `crop_pct` of it covers `size` (height, width), and crop the centre."""
-    around = [math.floor(side / crop_pct) for side in size]
-    scale = max(around[0] / image.shape[-2], around[1] / image.shape[-1])
-    resized = [max(side, math.ceil(scale * old)) for side, old in zip(around, image.shape[-2:], strict=True)]
-    image = v2.functional.resize(image, resized, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.functional.center_crop(image, list(size))
+def covering_size(image: tuple[int, int], around: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) to which an image of such a size is resized so that it covers `around`.
+
+    Its shape is kept up to rounding, which is timm's: for squares torchvision's `Resize` to a short side, which
+    truncates the long one; for others timm's `ResizeKeepRatio`, which rounds.
+    """
+    height, width = image
+    if around[0] == around[1]:
+        short, long = around[0], int(around[0] * max(image) / min(image))
+        return (short, long) if height <= width else (long, short)
+    ratio = min(height / around[0], width / around[1])
+    return round(height / ratio), round(width / ratio)
+
+
+def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """Resize uint8 (c, h, w) by Pillow, antialiased, channel by channel: the numbers are those of whole images."""
+    resample = Image.Resampling[interpolation.upper()]
+    height, width = size
+    channels = [Image.fromarray(channel).resize((width, height), resample) for channel in image.numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+
+
+def cover(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic") -> Tensor:
+    """Resize an image (c, h, w) so that `crop_pct` of it covers `size` (height, width), and crop the centre.
+
+    The view of evaluation: the same pixels as `timm.data.create_transform` with PIL images.
+    """
+    around = math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
+    resized = resize(image, covering_size((image.shape[1], image.shape[2]), around), interpolation)
+    return v2.functional.center_crop(resized, list(size))
 
 
 class Cover(v2.Transform):

@@ -224,13 +224,16 @@ class ConvNeXtV2(nn.Module):
                 f"images must be (b, {self.in_chans}, height, width), got {tuple(images.shape)}: "
                 "in_chans and the data must agree"
             )
-        grid = grid_shape((images.shape[2], images.shape[3]), self.patch_size)
+        height, width = images.shape[2], images.shape[3]
         if layout == "auto":
             layout = "dense" if visible_ids is None else "packed"
         if layout == "dense":
             if visible_ids is not None:
                 raise ValueError("layout 'dense' has no hidden patches: drop visible_ids or choose 'packed'")
-            return DenseSites((grid[0] * SITES_PER_PATCH, grid[1] * SITES_PER_PATCH))
+            if height < self.patch_size or width < self.patch_size:
+                raise ValueError(f"images of {height} x {width} pixels are smaller than a patch, {self.patch_size}")
+            return DenseSites((height // self.stem_stride, width // self.stem_stride))
+        grid = grid_shape((height, width), self.patch_size)
         require_layout(layout)
         if visible_ids is None:
             raise ValueError(f"layout {layout!r} needs visible_ids")
@@ -274,7 +277,9 @@ class ConvNeXtV2(nn.Module):
         """Return the last map (b, h, w, c), one site per patch, before the final norm; exact zeros where hidden.
 
         Args:
-            images: (b, in_chans, H, W), sides multiples of the patch size; hidden pixels are never read.
+            images: (b, in_chans, H, W); hidden pixels are never read. With `visible_ids` the sides are multiples of
+                the patch size. Without, any of a patch and more will do: as in timm, each strided convolution
+                leaves out what does not fill its last window.
             visible_ids: int64 (b, p), without repeats, or None for all visible.
             layout: how to compute it; all layouts give the same numbers.
 

@@ -110,10 +110,8 @@ def classify(
     device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std).to(device)
     names = preprocessing.class_names or tuple(str(i) for i in range(network.num_classes))
-    views = (
-        image._replace(pixels=cover(image.pixels, preprocessing.image_size, preprocessing.crop_pct))
-        for image in images
-    )
+    use = preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation
+    views = (image._replace(pixels=cover(image.pixels, *use)) for image in images)
     while batch := list(islice(views, BATCH)):
         pixels = torch.stack([view.pixels for view in batch])
         topk = network(normalize(pixels.to(device))).softmax(1).topk(min(top, network.num_classes))

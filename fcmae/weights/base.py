@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.encoder.convnext import ConvNeXtV2, variant_name
@@ -83,10 +84,15 @@ class Preprocessing(NamedTuple):
         Only class names may stay unknown.
 
         Raises:
-            ValueError: if mean, std or class names do not fit `encoder`, or are unknown for other than 3 channels.
+            ValueError: if mean, std or class names do not fit `encoder`, or are unknown for other than 3 channels,
+                or Pillow has no such interpolation.
         """
         low, high = self.value_range or IMAGENET.value_range
         mean, std, size = IMAGENET.mean, IMAGENET.std, self.image_size or IMAGENET.image_size
+        interpolation = self.interpolation or IMAGENET.interpolation
+        if interpolation.upper() not in Image.Resampling.__members__:
+            known = ", ".join(Image.Resampling.__members__).lower()
+            raise ValueError(f"no interpolation is called {interpolation!r}; known are {known}")
         if self.mean:
             mean = tuple((value - low) / (high - low) for value in self.mean)
         if self.std:
@@ -104,7 +110,7 @@ class Preprocessing(NamedTuple):
             std,
             size,
             crop_pct=self.crop_pct or evaluation_crop(size),
-            interpolation=self.interpolation or IMAGENET.interpolation,
+            interpolation=interpolation,
             value_range=IMAGENET.value_range,
             class_names=self.class_names,
         )
@@ -344,6 +350,11 @@ class Format:
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
+    prepend_preprocessing: Callable[[ConvNeXtV2, Preprocessing, Path], None] | None = None
+    """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
+    probabilities, which is checked; of formats that can.
+
+    Raises ValueError where preprocessing cannot be expressed, or computes something else."""
     kind: str = ""
     """What weights of this format are called, for people; of those that are read."""
     recognises: Callable[[Collection[str]], bool] = lambda names: False

@@ -20,8 +20,14 @@ class Exported(NamedTuple):
     """To load it."""
 
 
-def export(weights: Weights, to: str, output: Path) -> Exported:
+def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:
     """Write the network of `weights` as a folder of format `to`, after checking that it computes the same.
+
+    Args:
+        weights: of any origin.
+        to: a name of `FORMATS`.
+        output: a folder that does not exist yet, or is empty.
+        with_preprocessing: let what is written take images as they are, and give probabilities.
 
     Raises:
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
@@ -30,6 +36,9 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
     form = FORMATS[to]
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; name another folder")
+    if with_preprocessing and form.prepend_preprocessing is None:
+        able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)
+        raise UserError(f"--with-preprocessing: not for --to {to}, only for {able}")
     encoder = build_encoder(weights).eval()
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(encoder)
@@ -47,6 +56,9 @@ def export(weights: Weights, to: str, output: Path) -> Exported:
                     f"--to {to}: what was written differs from the network by {difference:.1e}, more than "
                     f"{form.tolerance:.0e}, so it was deleted; are the weights finite?"
                 )
+            if with_preprocessing and form.prepend_preprocessing:
+                with blame(f"--to {to}"):
+                    form.prepend_preprocessing(encoder, preprocessing, folder)
     except ImportError as error:
         raise UserError(f"--to {to}: {error.name or error} is missing: pip install 'fcmae[export]'") from error
     except OSError as error:

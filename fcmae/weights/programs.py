@@ -1,10 +1,14 @@
 """The network as a program with its weights, ONNX or torch.export, for any batch and size; only written."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop
 
 from fcmae.encoder.convnext import ConvNeXtV2
 from fcmae.weights.base import Format, Preprocessing, write_description
@@ -15,10 +19,10 @@ ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 def _example(encoder: ConvNeXtV2) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
     """Example inputs of the network, and their axes that may take other sizes."""
     patch = encoder.patch_size
-    # a side of a single patch would be compiled as that, not as any number: two and more are free
-    height, width = (torch.export.Dim(f"grid_{side}", min=2) for side in ("height", "width"))
-    axes = {0: torch.export.Dim("batch", min=1), 2: patch * height, 3: patch * width}
-    return (torch.zeros(2, encoder.in_chans, 3 * patch, 5 * patch),), (axes,)
+    # sides of less than two patches end as one site, which torch would take for a constant
+    height, width = (torch.export.Dim(side, min=2 * patch) for side in ("height", "width"))
+    axes = {0: torch.export.Dim("batch", min=1), 2: height, 3: width}
+    return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),), (axes,)
 
 
 def write_onnx(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
@@ -41,6 +45,102 @@ def compute_onnx(folder: Path, images: Tensor) -> Tensor:
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+CUBIC = {"mode": "cubic", "cubic_coeff_a": -0.5, "exclude_outside": 1}
+RESIZING = {"bicubic": CUBIC, "bilinear": {"mode": "linear"}}
+"""Attributes of ONNX's Resize that compute, with antialias, what Pillow does, by interpolation."""
+
+
+def _preparing(use: Preprocessing) -> list[Any]:
+    """Return ONNX nodes from `images`, uint8 (b, h, w, c), to `prepared`, float32 (b, c, *image_size).
+
+    The steps are those of timm's evaluation: resize until `image_size` / crop_pct is covered, crop the centre.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes: list[Any] = []
+
+    def constant(value: Any, dtype: Any) -> str:
+        name = f"prepare/constant_{len(nodes)}"
+        tensor = numpy_helper.from_array(np.array(value, dtype), name)
+        nodes.append(helper.make_node("Constant", [], [name], value=tensor))
+        return name
+
+    def compute(kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        name = name or f"prepare/{kind}_{len(nodes)}"
+        nodes.append(helper.make_node(kind, inputs, [name], **attributes))
+        return name
+
+    def half_even(numbers: str) -> str:
+        return compute("Cast", compute("Round", numbers), to=TensorProto.INT64)
+
+    around = [math.floor(side / use.crop_pct) for side in use.image_size]
+    wanted = constant(use.image_size, np.int64)
+    channels_first = compute("Transpose", "images", perm=[0, 3, 1, 2])
+    outer = compute("Shape", channels_first, end=2)
+    size = compute("Shape", channels_first, start=2)
+    if around[0] == around[1]:
+        short = compute("ReduceMin", size, keepdims=1)
+        resized = compute("Div", compute("Mul", size, constant(around[:1], np.int64)), short)
+    else:
+        precise = compute("Cast", size, to=TensorProto.DOUBLE)
+        ratio = compute("ReduceMin", compute("Div", precise, constant(around, np.float64)), keepdims=1)
+        resized = half_even(compute("Div", precise, ratio))
+    sizes = compute("Concat", outer, resized, axis=0)
+    image = compute("Resize", channels_first, "", "", sizes, antialias=1, **RESIZING[use.interpolation])
+    spare = compute("Cast", compute("Sub", resized, wanted), to=TensorProto.DOUBLE)
+    start = half_even(compute("Mul", spare, constant([0.5], np.float64)))
+    image = compute("Slice", image, start, compute("Add", start, wanted), constant([2, 3], np.int64))
+    pixels = compute("Cast", image, to=TensorProto.FLOAT)
+    scaled = compute("Div", pixels, constant(255, np.float32))
+    mean, std = (constant(np.reshape(values, (-1, 1, 1)), np.float32) for values in (use.mean, use.std))
+    compute("Div", compute("Sub", scaled, mean), std, name="prepared")
+    return nodes
+
+
+def prepend_preprocessing(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+    """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give probabilities.
+
+    Raises:
+        ValueError: if there is no classifier, ONNX lacks the interpolation, or the result is not the network's.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    use = preprocessing.completed(encoder)
+    if not encoder.num_classes:
+        raise ValueError("--with-preprocessing is for classifiers: this network has none")
+    if use.interpolation not in RESIZING:
+        raise ValueError(f"--with-preprocessing: ONNX resizes {' or '.join(RESIZING)}, not {use.interpolation}")
+    model = onnx.load(folder / ONNX_FILE, load_external_data=False)
+    graph = model.graph
+    network = [*graph.node, helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1)]
+    for node in network:
+        for i, name in enumerate(node.input):
+            if name == "images":
+                node.input[i] = "prepared"
+    for part in (graph.node, graph.input, graph.output, graph.value_info):
+        del part[:]  # the names of sizes are the network's
+    graph.node.extend([*_preparing(use), *network])
+    sides = ["batch", "image_height", "image_width", encoder.in_chans]
+    graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, sides))
+    classes = ["batch", encoder.num_classes]
+    graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, classes))
+    if use.class_names is not None:
+        helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
+    onnx.save_model(model, folder / ONNX_FILE)
+
+    # images that need no resizing, whose preprocessing is exact
+    height, width = (math.floor(side / use.crop_pct) for side in use.image_size)
+    images = torch.randint(0, 256, (2, height, width, encoder.in_chans), dtype=torch.uint8)
+    pixels = center_crop(images.permute(0, 3, 1, 2), list(use.image_size)).float() / 255
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (use.mean, use.std))
+    with torch.no_grad():
+        wanted = encoder.float()((pixels - mean) / std).softmax(1)
+    difference = float((compute_onnx(folder, images) - wanted).abs().max())
+    if not difference <= 1e-4:
+        raise ValueError(f"--with-preprocessing: probabilities differ from the network's by {difference:.1e}")
+
+
 def write_program(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
     images, axes = _example(encoder)
     torch.export.save(torch.export.export(encoder, images, dynamic_shapes=axes), folder / PROGRAM_FILE)
@@ -55,6 +155,7 @@ ONNX = Format(
     name="onnx",
     write=write_onnx,
     compute=compute_onnx,
+    prepend_preprocessing=prepend_preprocessing,
     how=lambda encoder, folder: f'onnxruntime.InferenceSession("{folder / ONNX_FILE}")',
     dtype=torch.float32,
     tolerance=1e-4,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fcmae.encoder.convnext import ConvNeXtV2, variant_name
-from fcmae.files import write_json
+from fcmae.files import write_json, write_text
 from fcmae.patches import grid_shape
 from fcmae.tensors import write_safetensors
 from fcmae.weights.base import (
@@ -40,6 +40,9 @@ NAMES: Names = {
 
 CONV_MLP = ("atto", "femto", "pico", "nano")
 """The variants whose pwconv1 and pwconv2 timm holds as 1x1 convolutions (out, in, 1, 1)."""
+
+CARD = "README.md"
+"""What the Hugging Face Hub shows of a folder."""
 
 STEM_ENLARGEMENT = {4: 1, 2: 2, 1: 1}
 """How much larger timm has to see the images, by our stem_stride.
@@ -165,8 +168,43 @@ def timm_config(encoder: ConvNeXtV2, preprocessing: Preprocessing) -> dict[str, 
     }
 
 
+def model_card(encoder: ConvNeXtV2, config: Mapping[str, Any]) -> str:
+    """Return what the folder of a network says of itself to people, as Markdown; `config` is its `timm_config`."""
+    use = config["pretrained_cfg"]
+    name = variant_name(encoder.depths, encoder.dims)
+    what = f"{encoder.num_classes} classes" if encoder.num_classes else "features, without classifier"
+    channels, height, width = use["input_size"]
+    enlargement = STEM_ENLARGEMENT[encoder.stem_stride]
+    warning = f"""
+**For images enlarged {enlargement} times.** It was trained at {height // enlargement} x {width // enlargement} with
+stem_stride {encoder.stem_stride}, which timm lacks. Its stem is rewritten here: timm takes the image at {height} x
+{width}, {enlargement} times as large, and then computes the same (exactly, where the enlargement repeats pixels; nearly,
+where it interpolates). Images of the original size give other, worse features.
+`fcmae.load_encoder` undoes this, and takes images of the original size.
+"""
+    return f"""# ConvNeXt V2 {name.capitalize() if name else f"{encoder.depths}, {encoder.dims}"}: {what}
+{warning if enlargement != 1 else ""}
+| | |
+|---|---|
+| images | {channels} channels, {height} x {width} pixels |
+| mean, std | {use["mean"]}, {use["std"]}, of pixels in [0, 1] |
+| resizing | {use["interpolation"]}, the centre {use["crop_pct"]:g} of the side cropped out |
+| total stride | {encoder.patch_size * enlargement} |
+
+```python
+import timm
+from timm.data import create_transform, resolve_model_data_config
+
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
+transform = create_transform(**resolve_model_data_config(model))
+```
+
+Trained with fcmae (arXiv 2301.00808).
+"""
+
+
 def write_timm_folder(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+    """Write `config.json`, `model.safetensors` and README.md, for `timm.create_model("local-dir:FOLDER", ...)`.
 
     With stem_stride 2 timm's model takes images enlarged twice (see `STEM_ENLARGEMENT`).
 
@@ -179,6 +217,7 @@ def write_timm_folder(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder:
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / MODEL, state)
     write_json(folder / CONFIG, config, indent=2)
+    write_text(folder / CARD, model_card(encoder, config))
 
 
 def write_same_size(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:

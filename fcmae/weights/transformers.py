@@ -109,15 +109,12 @@ def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> No
     """Write the configuration, weights and image processor, for `AutoModel...from_pretrained(FOLDER)`.
 
     Raises:
-        ValueError: if preprocessing does not fit the encoder, or transformers has no such interpolation.
+        ValueError: if preprocessing does not fit the encoder.
     """
     import transformers
 
     use = preprocessing.completed(encoder)
     height, width = use.image_size
-    resample = Image.Resampling.__members__.get(use.interpolation.upper())
-    if resample is None:
-        raise ValueError(f"transformers has no interpolation {use.interpolation!r}")
     transformers.utils.logging.disable_progress_bar()
     names = use.class_names or tuple(f"LABEL_{i}" for i in range(encoder.num_classes))
     config = transformers.ConvNextV2Config(
@@ -138,7 +135,7 @@ def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> No
     transformers.BitImageProcessor(
         size={"shortest_edge": int(max(height, width) / use.crop_pct)},
         crop_size={"height": height, "width": width},
-        resample=resample,
+        resample=Image.Resampling[use.interpolation.upper()],
         image_mean=list(use.mean),
         image_std=list(use.std),
         do_convert_rgb=encoder.in_chans == 3,
