@@ -4,6 +4,7 @@ accelerate launch pretrain.py --config configs/pretrain/atto.yaml data.root=IMAG
 """
 
 import functools
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk
 from fcmae.training.schedule import Plan
+from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
@@ -49,6 +51,12 @@ def start_from(model: FCMAE, source: Path) -> None:
         tensors = load_weights(source).tensors
         encoder = {n: tensor for n, tensor in tensors.items() if not n.startswith(("norm.", "head."))}
         load_network(model.encoder, encoder, file)
+
+
+def finetuning_recipe(config: PretrainConfig) -> str:
+    """Return the shipped configuration that fine-tunes what was pretrained so."""
+    named = isinstance(config.model.variant, str) and config.model.stem_stride == 4
+    return f"finetune/{config.model.variant}" if named else "finetune/small-images"
 
 
 def main(argv: list[str]) -> int:
@@ -73,6 +81,7 @@ def main(argv: list[str]) -> int:
     require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
+    accelerator.print(f"opening          {config.data.root}", flush=True)
     source = open_source(config.data.name, config.data.root, config.data.split, config.model.in_chans)
     splits = None
     if config.eval.knn_every_epochs is not None:
@@ -161,9 +170,18 @@ def main(argv: list[str]) -> int:
         folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
         write_timm_folder(model.encoder, preprocessing, folder.encoder)
-        print(f"encoder          {folder.encoder}")
-        print(f"reconstructions  {folder.reconstructions}")
-        print(f"curves           tensorboard --logdir {config.output}")
+        places = {"encoder": folder.encoder, "run": folder.path}
+        if len(pixels):
+            places["reconstructions"] = folder.reconstructions
+        path, recipe = shlex.quote(str(folder.path)), finetuning_recipe(config)
+        commands = [
+            f"tensorboard --logdir {path}",
+            f"fcmae reconstruct {path} IMAGES --output {path}/panels",
+            f"fcmae evaluate {path} --knn --linear --baseline data.root=LABELLED",
+            f"fcmae finetune --config {recipe} init_from={path} data.root=LABELLED output={path}-finetuned",
+        ]
+        scores = {"k-NN top-1": "knn_top1"}
+        trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
     accelerator.end_training()
     return 0
 
