@@ -248,7 +248,7 @@ def main(argv: list[str]) -> int:
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
         write_timm_folder(model, preprocessing, folder.model)
-        places = {"model": f"{folder.model} ({final.description})", "run": folder.path}
+        places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
             places["best"] = f"{folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})"
         path = shlex.quote(str(folder.path))

@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
         folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
         write_timm_folder(model.encoder, preprocessing, folder.encoder)
-        places = {"encoder": folder.encoder, "run": folder.path}
+        places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions
         path, recipe = shlex.quote(str(folder.path)), finetuning_recipe(config)

@@ -14,8 +14,8 @@ from fcmae.training.progress import duration
 from fcmae.training.run_folder import checkpoint_bytes
 from fcmae.training.trainer import TrainBatch, Trainer
 
-SLOW_S = 10.0
-"""A micro-batch that takes longer is not repeated: what its first pass takes besides is little."""
+SLOW_S = 60.0
+"""A first micro-batch that takes longer is not repeated, so what it takes to compile kernels is counted."""
 
 
 def peak_memory(device: torch.device) -> str | None:
@@ -77,11 +77,11 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
     device = accelerator.device
     plan = trainer.plan
     micro_batches = trainer.config.optim.accumulate
+    trainer.warn()
     trainer.say(
         f"dry run: computing {trainer.config.data.batch_size} of the {plan.images_per_step} images of an update, "
         "then loading some; about a minute where that is slow"
     )
-    trainer.warn()
     batches = itertools.repeat(next(load(num_workers=0)))
 
     def timed(call: Callable[[], None], times: int = 1) -> float:
@@ -99,7 +99,8 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
     micro_s = timed(micro_batch)  # kernels are compiled
     loss = trainer.check(write=False)
     apply_s = timed(trainer.apply)  # the optimizer's state is made
-    if micro_s < SLOW_S:
+    slow = micro_s > SLOW_S
+    if not slow:
         micro_s = timed(micro_batch)
         if micro_s < 0.5:
             micro_s = timed(micro_batch, min(int(1 / micro_s), 50))
@@ -124,10 +125,12 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
             f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
             f"first loss     {loss:.4f}",
             f"step alone     {step_s:.2f} s an update, {step_rate:.0f} images/s"
-            + (f", from one of its {micro_batches} micro-batches" if micro_batches > 1 else ""),
+            + (f", from one of its {micro_batches} micro-batches" if micro_batches > 1 else "")
+            + (", compilation of kernels included" if slow else ""),
             f"data alone     {data_rate:.0f} images/s with data.num_workers={num_workers}",
             f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, accelerator.num_processes)}",
-            f"whole run      about {duration(update_s * plan.total_steps)}, without evaluation, pictures and checkpoints",
+            f"whole run      about {duration(update_s * plan.total_steps)}, "
+            "without evaluation, pictures and checkpoints",
             *([f"peak memory    {memory} per process"] if memory else []),
             f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
         ]

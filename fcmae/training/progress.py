@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal, a bar or lines, by updates and by time; knows no training, devices or files."""
+"""Progress of a run on the terminal, a bar or lines, by updates and by time; knows no training or devices."""
 
 import dataclasses
 import os
@@ -45,8 +45,8 @@ class Occasion:
 class Progress:
     """A progress bar (tqdm) on standard error, or lines on standard output where that is no terminal.
 
-    A thread says where the run stands when nothing has been printed for `QUIET_S`, whatever else computes meanwhile:
-    it knows only the clock and what it was told, so it waits for no device and no other process.
+    A thread says where the run stands when nothing has been printed for `QUIET_S`, whatever is computed meanwhile:
+    it knows only the clock and what `reach` was given, so it waits for no device and no other process.
 
     Args:
         total: updates of the whole run.

@@ -93,8 +93,8 @@ class Plan:
     def concerns(self, config: RunConfig) -> list[str]:
         """Say, a line each, what of a plan is far from what recipes have, with the values that would do.
 
-        Bounds: a tenth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune to
-        three times the highest, and ten times that for the classifier alone.
+        Bounds: a tenth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune
+        to three times the highest, and ten times that for the classifier alone.
         """
         finetuning = isinstance(config, FinetuneConfig)
         images = self.images_per_step
@@ -108,20 +108,20 @@ class Plan:
         if not low <= self.peak_lr <= high and self.peak_lr > 0:
             found.append(
                 f"optim.base_lr={config.optim.base_lr:g} * {images} images / 256 is a peak learning rate of "
-                f"{self.peak_lr:.2g}, {'low' if self.peak_lr < low else 'high'} for {images} images per update; "
+                f"{self.peak_lr:.3g}, {'low' if self.peak_lr < low else 'high'} for {images} images per update; "
                 f"optim.base_lr={usual * 256 / images:.2g} would give {usual:.2g}"
             )
         if self.total_steps < few:
-            epochs = f"{few * images / self.num_samples:.3g}"
+            epochs = math.ceil(few * images / self.num_samples * 10) / 10
             capped = config.train.max_steps is not None and config.train.max_steps < few
-            remedy = f"train.max_steps={few}" if capped else f"train.epochs={epochs}"
+            remedy = f"train.max_steps={few}" if capped else f"train.epochs={epochs:g}"
             found.append(
                 f"{self.total_steps} updates are few to learn from; {remedy} would make {few}"
                 + ("" if capped else ", and so would fewer images per update (data.batch_size, optim.accumulate)")
             )
         if self.warmup_steps >= self.total_steps:
             found.append(
-                f"the warm-up of {self.warmup_steps} updates takes the whole run of {self.total_steps}, so the peak "
+                f"the warm-up of {self.warmup_steps} updates takes the whole run of {self.total_steps}, whose peak "
                 f"rate is not reached; optim.warmup_epochs={self.total_epochs / 20:.2g} would be a twentieth of it"
             )
         return found
