@@ -53,10 +53,11 @@ def start_from(model: FCMAE, source: Path) -> None:
         load_network(model.encoder, encoder, file)
 
 
-def finetuning_recipe(config: PretrainConfig) -> str:
-    """Return the shipped configuration that fine-tunes what was pretrained so."""
-    named = isinstance(config.model.variant, str) and config.model.stem_stride == 4
-    return f"finetune/{config.model.variant}" if named else "finetune/small-images"
+def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:
+    """Return the name of the shipped configuration to fine-tune with after such a pretraining."""
+    if isinstance(config.model.variant, str) and config.model.stem_stride == 4 and num_images > 100_000:
+        return f"finetune/{config.model.variant}"
+    return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
 def main(argv: list[str]) -> int:
@@ -173,7 +174,8 @@ def main(argv: list[str]) -> int:
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions
-        path, recipe = shlex.quote(str(folder.path)), finetuning_recipe(config)
+        path = shlex.quote(str(folder.path))
+        recipe = finetuning_recipe(config, len(source), accelerator.device)
         commands = [
             f"tensorboard --logdir {path}",
             f"fcmae reconstruct {path} IMAGES --output {path}/panels",
