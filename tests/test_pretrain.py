@@ -446,7 +446,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert run(*arguments, "resume=auto") == 0
     out = capsys.readouterr().out
     assert "finished already" in out
-    assert list(summary(out)[0])[0] == "loss"
+    assert next(iter(summary(out)[0])) == "loss"
     assert losses(tmp_path / "run") == before
 
 
