@@ -5,6 +5,7 @@ accelerate launch finetune.py --evaluate RUN
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw, layer_scales
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
+from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
@@ -156,6 +158,7 @@ def main(argv: list[str]) -> int:
     accelerator, checkpoint = start_run(config, dry_run=options.dry_run)
 
     # The images: labelled, and augmented by (seed, epoch, index)
+    accelerator.print(f"opening          {config.data.root}", flush=True)
     source, class_names = training_source(config)
     dataset = training_set(config, source)
     validation = None
@@ -241,10 +244,18 @@ def main(argv: list[str]) -> int:
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
         write_timm_folder(model, preprocessing, folder.model)
-        print(f"model            {folder.model} ({final.description})")
+        places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
-            print(f"best             {folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})")
-        print(f"curves           tensorboard --logdir {config.output}")
+            places["best"] = f"{folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})"
+        path = shlex.quote(str(folder.path))
+        commands = [
+            f"tensorboard --logdir {path}",
+            *([f"fcmae finetune --evaluate {path}"] if validation else []),
+            f"fcmae predict {path} IMAGES",
+            f"fcmae export {path} --to onnx --output {path}-onnx",
+        ]
+        scores = {"top-1": "val_top1", "top-1 of the EMA": "ema_top1"}
+        trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
     accelerator.end_training()
     return 0
 

@@ -4,6 +4,7 @@ accelerate launch pretrain.py --config configs/pretrain/atto.yaml data.root=IMAG
 """
 
 import functools
+import shlex
 import sys
 
 import torch
@@ -33,6 +34,7 @@ from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk
 from fcmae.training.schedule import Plan
+from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
@@ -66,6 +68,13 @@ def start_from(model: FCMAE, source: str) -> str:
     return f"{found}, with its decoder"
 
 
+def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:
+    """Return the name of the shipped configuration to fine-tune with after such a pretraining."""
+    if isinstance(config.model.variant, str) and config.model.stem_stride == 4 and num_images > 100_000:
+        return f"finetune/{config.model.variant}"
+    return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
+
+
 def main(argv: list[str]) -> int:
     parser = training_parser("pretrain", "Pretrain FCMAE on images without labels.")
     options = parser.parse_intermixed_args(argv)
@@ -88,6 +97,7 @@ def main(argv: list[str]) -> int:
     require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
+    accelerator.print(f"opening          {config.data.root}", flush=True)
     source = open_source(config.data.name, config.data.root, config.data.split, config.model.in_chans)
     splits = None
     if config.eval.knn_every_epochs is not None:
@@ -176,9 +186,19 @@ def main(argv: list[str]) -> int:
         folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
         write_timm_folder(model.encoder, preprocessing, folder.encoder)
-        print(f"encoder          {folder.encoder}")
-        print(f"reconstructions  {folder.reconstructions}")
-        print(f"curves           tensorboard --logdir {config.output}")
+        places = {"run folder": folder.path, "encoder": folder.encoder}
+        if len(pixels):
+            places["reconstructions"] = folder.reconstructions
+        path = shlex.quote(str(folder.path))
+        recipe = finetuning_recipe(config, len(source), accelerator.device)
+        commands = [
+            f"tensorboard --logdir {path}",
+            f"fcmae reconstruct {path} IMAGES --output {path}/panels",
+            f"fcmae evaluate {path} --knn --linear --baseline data.root=LABELLED",
+            f"fcmae finetune --config {recipe} init_from={path} data.root=LABELLED output={path}-finetuned",
+        ]
+        scores = {"k-NN top-1": "knn_top1"}
+        trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
     accelerator.end_training()
     return 0
 

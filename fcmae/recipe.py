@@ -13,6 +13,7 @@ from fcmae.config import PretrainConfig, override_config
 from fcmae.data import Source, open_source
 from fcmae.data.views import Part
 from fcmae.errors import UserError
+from fcmae.training.schedule import peak_rate
 
 SAMPLED = 32
 """Images whose size and colours are looked at."""
@@ -108,15 +109,6 @@ def suitable_output(root: Path, runs: Path = Path("runs")) -> Path:
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             pass
         number += 1
-
-
-def peak_rate(images_per_update: int) -> float:
-    """Return a peak learning rate for so many images per update.
-
-    Between what served at 8 (8e-4, configs/quickstart.yaml), 128 (2e-3, configs/pretrain/cifar10-cpu.yaml) and
-    4096 (2.4e-3, the paper): it grows with the cube root, up to the paper's.
-    """
-    return min(8e-4 * (images_per_update / 8) ** (1 / 3), 2.4e-3)
 
 
 def choose(images: Images, machine: Machine) -> list[Choice]:

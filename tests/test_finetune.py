@@ -14,6 +14,7 @@ from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fcmae.__main__
 from fcmae import finetune, pretrain
 from fcmae.data import save_arrays
 
@@ -120,6 +121,9 @@ def test_a_run_leaves_what_the_design_promises(
     assert (folder / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
     assert f"step {best}, top-1 {scores[best]:.2%}" in out
     assert f"model            {folder / 'model'} (step {best}, EMA)" in out
+    assert f"top-1 of the EMA {scores[5]:.2%} -> {scores[12]:.2%}" in out
+    assert f"\n  fcmae predict {folder} IMAGES\n" in out
+    assert f"\n  fcmae finetune --evaluate {folder}\n" in out
 
 
 def test_timm_loads_the_best_ema_classifier_with_its_class_names(arguments: list[str], tmp_path: Path) -> None:
@@ -278,6 +282,42 @@ def test_evaluate_counts_what_a_plain_loop_counts(
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+def test_every_command_takes_the_same_model_of_a_run(
+    arguments: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*arguments) == 0
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.load(data / "val" / "images.npy")[0]).save(photo)
+
+    def predicted(source: Path, *options: str) -> tuple[dict[str, float], str]:
+        capsys.readouterr()
+        assert fcmae.__main__.run(["predict", str(source), str(photo), "--json", *options]) == 0
+        printed = capsys.readouterr()
+        classes = json.loads(printed.out)[0]["classes"]
+        return {entry["name"]: entry["probability"] for entry in classes}, printed.err
+
+    best = json.loads((folder / "checkpoints" / "best" / "state.json").read_text())["step"]
+    expected, said = predicted(folder)
+    assert f"step {best}, EMA" in said
+    assert run("--evaluate", str(folder)) == 0
+    assert f"step {best}, EMA" in capsys.readouterr().out
+    command = ["export", str(folder), "--to", "plain", "--output", str(tmp_path / "plain")]
+    assert fcmae.__main__.run(command) == 0
+    assert f"step {best}, EMA" in capsys.readouterr().err
+    for same in (folder / "model", tmp_path / "plain", folder / "checkpoints" / "best" / "ema.safetensors"):
+        assert predicted(same)[0] == pytest.approx(expected, abs=1e-6), same
+    for options, description in (
+        (["--last"], "step 12, EMA"),
+        (["--raw"], f"step {best}, raw weights"),
+        (["--last", "--raw"], "step 12, raw weights"),
+        (["--ema"], f"step {best}, EMA"),
+    ):
+        found, said = predicted(folder, *options)
+        assert description in said
+        assert (found == pytest.approx(expected, abs=1e-6)) == (description == f"step {best}, EMA")
+
+
 def test_images_that_do_not_decode_are_left_out_of_the_count_and_named(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +344,7 @@ def test_two_processes_count_and_train_as_one(
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one == pytest.approx(two, abs=1e-4)
     first, second = evaluations(tmp_path / "one"), evaluations(tmp_path / "two")
-    assert list(first) == list(second) == [5, 6]
+    assert list(first) == list(second) == [6]
     for step, values in first.items():
         assert values == pytest.approx(second[step], abs=1e-4)
         assert round(values["val_top1"] * 37) == pytest.approx(values["val_top1"] * 37, abs=1e-9)

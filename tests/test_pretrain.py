@@ -25,13 +25,16 @@ from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fcmae.__main__
 import fcmae.training.trainer
 from fcmae import pretrain
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.training import dry_run
 from fcmae.training.checkpoint import save_checkpoint
 from fcmae.training.dry_run import loading_rate, name_bottleneck
+from fcmae.training.trainer import Trainer
 from fcmae.weights.timm import to_timm
 
 TINY = "[[1,1,1,1],[8,8,16,16]]"
@@ -94,8 +97,8 @@ def test_a_run_leaves_what_the_design_promises(
     assert run(*arguments) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "run"
-    assert f"tensorboard --logdir {folder}" in out
-    assert str(folder / "reconstructions") in out
+    assert out.startswith("opening          "), "at once, not after what takes long"
+    assert "updates          1 to 12 with 8 of 40 images each; the first takes longer" in out
     assert re.search(r"step 12/12 · epoch 2\.40 · loss \d\.\d+ · lr \S+ · \d+ images/s · data wait \d+% · ", out)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
@@ -117,6 +120,54 @@ def test_a_run_leaves_what_the_design_promises(
     assert records(folder)[-1]["seen_images"] == 96
     assert records(folder)[0]["lr"] == 0.0
     assert timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True).num_features == 16
+
+
+def summary(out: str) -> tuple[dict[str, str], list[str]]:
+    """The rows of the summary at the end of a run, and the commands below them."""
+    rows, commands = out[out.rindex("\nloss  ") :].split("\nnext:\n")
+    return {line[:17].strip(): line[17:] for line in rows.splitlines() if line}, commands.splitlines()
+
+
+def test_a_run_ends_with_a_summary_and_commands_that_work(
+    arguments: list[str], labelled: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*arguments, *labelled) == 0
+    rows, commands = summary(capsys.readouterr().out)
+    first, *_, last = losses(folder).values()
+    assert rows["loss"] == f"{first:.4f} -> {last:.4f}"
+    top1 = knn(folder)
+    assert rows["k-NN top-1"].startswith(f"{top1[0]:.2%} -> {top1[12]:.2%}")
+    assert rows["updates"] == "12 (2.4 epochs, 96 images)"
+    assert re.fullmatch(
+        r"0:\d\d:\d\d at \d+ images/s, and 0:\d\d:\d\d for pictures, evaluation, checkpoint", rows["duration"]
+    )
+    for place in ("run folder", "encoder", "reconstructions"):
+        assert Path(rows[place]).is_dir()
+    assert commands == [
+        f"  tensorboard --logdir {folder}",
+        f"  fcmae reconstruct {folder} IMAGES --output {folder}/panels",
+        f"  fcmae evaluate {folder} --knn --linear --baseline data.root=LABELLED",
+        f"  fcmae finetune --config finetune/small-folder-cpu init_from={folder} data.root=LABELLED "
+        f"output={folder}-finetuned",
+    ]
+    photo = str(ROOT / "docs" / "photos" / "bird.jpg")
+    for command in commands[1:3]:
+        _, *words = command.replace("IMAGES", photo).replace("=LABELLED", f"={tmp_path / 'labelled'}").split()
+        assert fcmae.__main__.run([*words, *(["data.name=arrays"] if words[0] == "evaluate" else [])]) == 0
+    assert (folder / "panels" / "bird.png").is_file()
+
+
+def test_the_summary_of_a_resumed_run_is_of_the_whole_run(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "train.max_steps=5") == 0
+    capsys.readouterr()
+    assert run(*arguments, "resume=auto") == 0
+    rows, _ = summary(capsys.readouterr().out)
+    first, *_, last = losses(tmp_path / "run").values()
+    assert rows["loss"] == f"{first:.4f} -> {last:.4f}"
+    assert rows["updates"] == "12 (2.4 epochs, 96 images)"
 
 
 def test_tensorboard_holds_the_scalars_and_the_panels(arguments: list[str], tmp_path: Path) -> None:
@@ -203,6 +254,8 @@ def test_two_processes_see_together_what_one_sees(
     done = launch(command, environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step 6/6") == 1
+    assert done.stdout.count("\nnext:\n") == done.stdout.count("updates          1 to 6") == 1
+    assert done.stdout.count("warning: 6 updates are few") == done.stdout.count("opening ") == 1
     assert "strides" not in done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one[1] == pytest.approx(two[1], abs=1e-6)
@@ -313,13 +366,42 @@ def test_a_dry_run_reports_size_time_and_memory_and_writes_nothing(
         "step alone",
         "data alone",
         "bottleneck",
-        "whole run",
+        "whole run      about 0:00:",
+        "without evaluation, pictures and checkpoints",
         "peak memory",
         "checkpoint",
     ):
         assert word in out
     assert "40 of 40 images tried, 0 unreadable" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_computes_micro_batches_not_whole_updates(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "SLOW_S", 0)  # as on a machine on which it takes long
+    computed: list[int] = []
+    accumulate = Trainer.accumulate
+
+    def count(self: Trainer, batches: Iterator[Any], micro: int) -> None:
+        computed.append(micro)
+        accumulate(self, batches, micro)
+
+    monkeypatch.setattr(Trainer, "accumulate", count)
+    assert run(*arguments, "--dry-run", "data.batch_size=2", "optim.accumulate=1000") == 0
+    out = capsys.readouterr().out
+    assert computed == [999]
+    assert "computing 2 of the 2000 images of an update" in out
+    assert "from one of its 1000 micro-batches, compilation of kernels included" in out
+
+
+def test_a_dry_run_whose_loss_is_not_finite_says_so_and_writes_nothing(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain.PixelNormalizer, "forward", lambda _, pixels: pixels * float("nan"))
+    line = failure(capsys, *arguments, "--dry-run")
+    assert "the loss of step 1 is not finite; try a lower optim.base_lr" in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -362,7 +444,9 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert run(*arguments) == 0
     before = losses(tmp_path / "run")
     assert run(*arguments, "resume=auto") == 0
-    assert "finished already" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "finished already" in out
+    assert next(iter(summary(out)[0])) == "loss"
     assert losses(tmp_path / "run") == before
 
 

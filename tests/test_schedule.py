@@ -1,12 +1,14 @@
 """The schedule: the learning rate as a function of the step, and how many updates a run makes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
-from fcmae.config import PretrainConfig, parse_config
-from fcmae.training.schedule import Plan, learning_rate
+from fcmae.config import FinetuneConfig, PretrainConfig, load_config, parse_config
+from fcmae.training.schedule import Plan, is_due, learning_rate, times_due
 
 
 def lr(step: int) -> float:
@@ -54,3 +56,80 @@ def test_max_steps_ends_a_plan_and_its_schedule() -> None:
     found = plan(optim={"warmup_epochs": 0, "min_lr": 0.25}, train={"epochs": 10, "max_steps": 7})
     assert found.total_steps == 7
     assert found.lr(7) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("every", "total", "expected"),
+    [
+        (31, 250, [31, 62, 93, 124, 155, 186, 217, 250]),  # 248 would be the end's twice
+        (5, 12, [5, 10, 12]),
+        (4, 12, [4, 8, 12]),
+        (8, 10, [8, 10]),
+        (9, 10, [10]),
+        (20, 10, [10]),
+        (1, 3, [1, 2, 3]),
+    ],
+)
+def test_an_interval_that_ends_just_before_the_end_is_left_out(every: int, total: int, expected: list[int]) -> None:
+    assert [step for step in range(1, total + 1) if is_due(step, every, total)] == expected
+    for step in range(total + 1):
+        assert times_due(step, every, total) == sum(due > step for due in expected)
+
+
+# What is far from recipes
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+IMAGES = {"cifar10": 50_000, "few-labels": 10_000, "quickstart": 13, "small": 2_000}
+"""How many images a configuration is for, by a part of its name; ImageNet's for others."""
+
+
+def configuration(path: Path, *overrides: str) -> PretrainConfig | FinetuneConfig:
+    finetuning = "val_split" in path.read_text().split("optim:")[0]
+    return load_config(FinetuneConfig if finetuning else PretrainConfig, path, ["data.root=images", *overrides])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_shipped_configuration_is_warned_of_on_its_own_hardware(path: Path) -> None:
+    config = configuration(path)
+    images = next((number for part, number in IMAGES.items() if part in path.stem), 1_281_167)
+    processes = 8 if "8 GPUs" in path.read_text() else 1
+    assert Plan.of(config, images, processes).concerns(config) == []
+
+
+def test_a_rate_far_from_those_of_recipes_is_warned_of_with_one_that_would_do() -> None:
+    def concerns(*overrides: str) -> str:
+        config = configuration(ROOT / "configs/pretrain/atto.yaml", "optim.accumulate=1", *overrides)
+        return "\n".join(Plan.of(config, 1_281_167, 1).concerns(config))
+
+    found = concerns()  # the paper's base_lr at 64 images per update
+    assert "a peak learning rate of 3.75e-05, low for 64 images per update; " in found
+    assert "optim.base_lr=0.0064 would give 0.0016" in found
+    assert concerns("optim.base_lr=0.0064") == ""
+    assert "high for 64 images" in concerns("optim.base_lr=0.1")
+    assert concerns("optim.base_lr=0") == "", "which is nobody's mistake"
+
+
+def test_fine_tuning_has_bounds_of_its_own() -> None:
+    def concerns(name: str, *overrides: str) -> str:
+        config = configuration(ROOT / "configs" / "finetune" / f"{name}.yaml", *overrides)
+        return "\n".join(Plan.of(config, 50_000, 1).concerns(config))
+
+    assert concerns("tiny") == ""
+    assert "would give 0.001" in concerns("tiny", "optim.base_lr=1e-5")
+    assert "high" in concerns("tiny", "optim.base_lr=0.03")
+    assert "high" not in concerns("tiny", "optim.base_lr=0.03", "train.freeze_encoder=true")
+
+
+def test_few_updates_and_a_warmup_without_end_are_warned_of_with_the_remedy() -> None:
+    def concerns(images: int, *overrides: str) -> list[str]:
+        config = configuration(ROOT / "configs/pretrain/cifar10.yaml", *overrides)
+        return Plan.of(config, images, 1).concerns(config)
+
+    (few,) = concerns(100)
+    assert "79 updates are few to learn from; train.epochs=1536 would make 300" in few
+    assert (
+        "train.max_steps=300 would make 300" in concerns(50_000, "train.max_steps=40", "optim.warmup_epochs=0")[0]
+    )
+    (warmup,) = concerns(50_000, "train.epochs=10")
+    assert "optim.warmup_epochs=0.5 would be a twentieth" in warmup

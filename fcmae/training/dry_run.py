@@ -1,18 +1,21 @@
-"""A dry run: times the update and the loading of data, each by itself, and describes the run they predict."""
+"""A dry run: times a micro-batch and the loading of data, each by itself, and describes the run they predict."""
 
 import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
 
 from fcmae.config import RunConfig
+from fcmae.training.progress import duration
 from fcmae.training.run_folder import checkpoint_bytes
 from fcmae.training.trainer import TrainBatch, Trainer
+
+SLOW_S = 60.0
+"""A first micro-batch that takes longer is not repeated, so what it takes to compile kernels is counted."""
 
 
 def peak_memory(device: torch.device) -> str | None:
@@ -58,7 +61,7 @@ def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, num_p
 
 
 def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int) -> str:
-    """Time the update and the loading of data, each by itself, and describe the run that they predict.
+    """Time a micro-batch and the loading of data, each by itself, and describe the run that they predict.
 
     Writes nothing.
 
@@ -66,26 +69,43 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
         trainer: at the beginning of its plan.
         load: called with `num_workers=`, returns batches.
         queue: batches that each worker has ready, at most.
+
+    Raises:
+        UserError: if the first loss is not finite.
     """
     accelerator = trainer.accelerator
     device = accelerator.device
     plan = trainer.plan
+    micro_batches = trainer.config.optim.accumulate
+    trainer.warn()
+    trainer.say(
+        f"dry run: computing {trainer.config.data.batch_size} of the {plan.images_per_step} images of an update, "
+        "then loading some; about a minute where that is slow"
+    )
     batches = itertools.repeat(next(load(num_workers=0)))
 
-    def timed(updates: int) -> float:
+    def timed(call: Callable[[], None], times: int = 1) -> float:
         started = time.perf_counter()
-        for _ in range(updates):
-            trainer.update(batches)
+        for _ in range(times):
+            call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        mean = torch.tensor((time.perf_counter() - started) / updates, device=device)
+        mean = torch.tensor((time.perf_counter() - started) / times, device=device)
         return float(accelerator.gather(mean[None]).max())  # pyright: ignore[reportAttributeAccessIssue]
 
-    timed(1)
-    loss = trainer.check()
-    step_s = timed(1)
-    if step_s < 0.5:
-        step_s = timed(min(int(1 / step_s), 50))
+    def micro_batch() -> None:
+        trainer.accumulate(batches, micro_batches - 1)
+
+    micro_s = timed(micro_batch)  # kernels are compiled
+    loss = trainer.check(write=False)
+    apply_s = timed(trainer.apply)  # the optimizer's state is made
+    slow = micro_s > SLOW_S
+    if not slow:
+        micro_s = timed(micro_batch)
+        if micro_s < 0.5:
+            micro_s = timed(micro_batch, min(int(1 / micro_s), 50))
+        apply_s = timed(trainer.apply)
+    step_s = micro_s * micro_batches + apply_s
     memory = peak_memory(device)
     num_workers = trainer.config.data.num_workers
     step_rate = plan.images_per_step / step_s
@@ -104,10 +124,13 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
             f"updates        {plan.total_steps:,} ({plan.total_epochs:.1f} epochs, "
             f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
             f"first loss     {loss:.4f}",
-            f"step alone     {step_s:.2f} s an update, {step_rate:.0f} images/s",
+            f"step alone     {step_s:.2f} s an update, {step_rate:.0f} images/s"
+            + (f", from one of its {micro_batches} micro-batches" if micro_batches > 1 else "")
+            + (", compilation of kernels included" if slow else ""),
             f"data alone     {data_rate:.0f} images/s with data.num_workers={num_workers}",
             f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, accelerator.num_processes)}",
-            f"whole run      about {timedelta(seconds=round(update_s * plan.total_steps))}",
+            f"whole run      about {duration(update_s * plan.total_steps)}, "
+            "without evaluation, pictures and checkpoints",
             *([f"peak memory    {memory} per process"] if memory else []),
             f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
         ]

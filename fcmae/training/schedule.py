@@ -1,10 +1,10 @@
-"""How many updates a run makes and their learning rates, as pure functions; knows no models, data or files."""
+"""How many updates a run makes, their learning rates, what happens between them; knows no models, data or files."""
 
 import dataclasses
 import math
 from typing import Self
 
-from fcmae.config import RunConfig
+from fcmae.config import FinetuneConfig, RunConfig
 
 
 def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
@@ -17,6 +17,32 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, to
         return peak * step / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def peak_rate(images_per_update: int) -> float:
+    """Return a peak learning rate that suits pretraining with so many images per update.
+
+    Between what served at 8 (8e-4, configs/quickstart.yaml), 64 and 512 (2e-3, configs/pretrain/cifar10*.yaml) and
+    4096 (2.4e-3, the paper): it grows with the cube root, up to the paper's.
+    """
+    return min(8e-4 * (images_per_update / 8) ** (1 / 3), 2.4e-3)
+
+
+def is_due(step: int, every: int, total_steps: int) -> bool:
+    """Whether what takes place every so many updates, and at the end, does so after update `step`.
+
+    An interval that ends less than a quarter of itself before the end is left out: the end takes its place.
+    """
+    left = total_steps - step
+    return left == 0 or (step % every == 0 and 4 * left >= every)
+
+
+def times_due(step: int, every: int, total_steps: int) -> int:
+    """Return how many updates after `step` are due: `is_due`, counted."""
+    last = total_steps - 1  # what is due before the end, without those just before it
+    last -= last % every
+    last -= every * (4 * (total_steps - last) < every)
+    return max(0, last // every - step // every) + (step < total_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,3 +89,39 @@ class Plan:
     def total_epochs(self) -> float:
         """Epochs of the whole run."""
         return self.total_steps * self.images_per_step / self.num_samples
+
+    def concerns(self, config: RunConfig) -> list[str]:
+        """Say, a line each, what of a plan is far from what recipes have, with the values that would do.
+
+        Bounds: a tenth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune
+        to three times the highest, and ten times that for the classifier alone.
+        """
+        finetuning = isinstance(config, FinetuneConfig)
+        images = self.images_per_step
+        if finetuning:
+            scale = 10 if config.train.freeze_encoder else 1
+            usual, low, high, few = 1e-3 * scale, 5e-5 * scale, 1e-2 * scale, 50
+        else:
+            usual = peak_rate(images)
+            low, high, few = usual / 10, usual * 5, 300
+        found: list[str] = []
+        if not low <= self.peak_lr <= high and self.peak_lr > 0:
+            found.append(
+                f"optim.base_lr={config.optim.base_lr:g} * {images} images / 256 is a peak learning rate of "
+                f"{self.peak_lr:.3g}, {'low' if self.peak_lr < low else 'high'} for {images} images per update; "
+                f"optim.base_lr={usual * 256 / images:.2g} would give {usual:.2g}"
+            )
+        if self.total_steps < few:
+            epochs = math.ceil(few * images / self.num_samples * 10) / 10
+            capped = config.train.max_steps is not None and config.train.max_steps < few
+            remedy = f"train.max_steps={few}" if capped else f"train.epochs={epochs:g}"
+            found.append(
+                f"{self.total_steps} updates are few to learn from; {remedy} would make {few}"
+                + ("" if capped else ", and so would fewer images per update (data.batch_size, optim.accumulate)")
+            )
+        if self.warmup_steps >= self.total_steps:
+            found.append(
+                f"the warm-up of {self.warmup_steps} updates takes the whole run of {self.total_steps}, whose peak "
+                f"rate is not reached; optim.warmup_epochs={self.total_epochs / 20:.2g} would be a twentieth of it"
+            )
+        return found

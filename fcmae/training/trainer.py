@@ -1,11 +1,9 @@
-"""The training loop: updates, checkpoints, progress; knows neither the model nor the images."""
+"""The training loop: updates, evaluation, checkpoints; knows neither the model nor the images."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from datetime import datetime, timedelta
 from typing import Any, Protocol, Self
 
 import torch
@@ -22,8 +20,9 @@ from fcmae.seeding import reseed
 from fcmae.tensors import load_strictly
 from fcmae.training.checkpoint import OPTIMIZER, Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from fcmae.training.log import MetricsLog
+from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
-from fcmae.training.schedule import Plan
+from fcmae.training.schedule import Plan, is_due
 
 Unreadable = tuple[int, str, str]
 """A sample that could not be read: its index, what it is called, why."""
@@ -117,6 +116,7 @@ class Trainer:
         self.plan = plan
         self.config = config
         self.run = RunFolder(config.output)
+        self.progress = Progress(plan.total_steps, shown=accelerator.is_main_process)
         self.step = 0
         """Updates made."""
         self.seen_images = 0
@@ -202,8 +202,12 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """Print a line on the main process, above the progress bar."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
+        self.progress.say(text)
+
+    def warn(self) -> None:
+        """Print what of the plan is far from what recipes have."""
+        for concern in self.plan.concerns(self.config):
+            self.say(f"warning: {concern}")
 
     def _check_images(self, batch: TrainBatch) -> None:
         """Name and remember the samples that could not be read."""
@@ -212,30 +216,35 @@ class Trainer:
                 self.bad[index] = index, name, reason
                 tqdm.write(f"skipped {name}: {reason} (unreadable so far: {len(self.bad)})")
 
-    def check(self) -> float:
-        """Return the mean loss since the last record over all processes; stop the run if something is wrong."""
+    def check(self, *, write: bool = True) -> float:
+        """Return the mean loss since the last record over all processes; stop the run if something is wrong.
+
+        Args:
+            write: name the samples of a non-finite loss in a file.
+        """
         w = self.window
         counts = w.first_bad_step.to(w.loss_sum.dtype), w.loss_sum.new_tensor(float(len(self.bad)))
         local = torch.stack([w.loss_sum, *counts])
         everyone = self.accelerator.gather(local[None]).tolist()  # pyright: ignore[reportAttributeAccessIssue]
         bad_steps = [int(row[1]) for row in everyone if row[1] >= 0]
         if bad_steps:
-            self._stop_non_finite(min(bad_steps))
+            self._stop_non_finite(min(bad_steps), write=write)
         if sum(row[2] for row in everyone) > self.config.data.max_bad:
             self._stop_bad_images()
         return sum(row[0] for row in everyone) / (max(w.num_losses, 1) * self.accelerator.num_processes)
 
-    def _stop_non_finite(self, step: int) -> None:
+    def _stop_non_finite(self, step: int, *, write: bool) -> None:
         indices = gather_object(self.window.indices.get(step, []))
-        path = self.run.non_finite(step + 1)
-        if self.accelerator.is_main_process:
-            self.run.path.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"step": step + 1, "indices": indices}, indent=None)
-        raise UserError(
-            f"the loss of step {step + 1} is not finite; the batch's sample indices are in {path}; "
-            f"last good checkpoint: {self.run.newest or 'none yet'}; try a lower optim.base_lr, optim.clip_grad=1, "
-            "or train.precision=bf16 instead of fp16"
-        )
+        parts = [f"the loss of step {step + 1} is not finite"]
+        if write:
+            path = self.run.non_finite(step + 1)
+            if self.accelerator.is_main_process:
+                self.run.path.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"step": step + 1, "indices": indices}, indent=None)
+            parts.append(f"the batch's sample indices are in {path}")
+            parts.append(f"last good checkpoint: {self.run.newest or 'none yet'}")
+        parts.append("try a lower optim.base_lr, optim.clip_grad=1, or train.precision=bf16 instead of fp16")
+        raise UserError("; ".join(parts))
 
     def _stop_bad_images(self) -> None:
         everyone = {bad[0]: bad for bad in gather_object(list(self.bad.values()))}
@@ -246,14 +255,14 @@ class Trainer:
                 f"the first is {name}: {reason}; fix or remove them, or raise data.max_bad"
             )
 
-    def _record(self, log: MetricsLog | None, bar: "tqdm[Any] | None") -> None:
+    def _record(self, log: MetricsLog | None) -> None:
         loss = self.check()
         w = self.window
         rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
         wait = w.waiting_s / max(w.busy_s, 1e-9)
         lr = self.plan.lr(self.step - 1)
         self.window = Window.new(self.accelerator.device)
-        if log is None or bar is None:
+        if log is None:
             return
         epoch = self.seen_images / self.plan.num_samples
         log.record(
@@ -268,54 +277,54 @@ class Trainer:
                 "time": time.time(),
             },
         )
-        left_s = (self.plan.total_steps - self.step) * self.plan.images_per_step / max(rate, 1e-9)
-        done = datetime.now() + timedelta(seconds=left_s)
-        clock = done.strftime("%H:%M" if left_s < 80_000 else "%a %d %b %H:%M")
-        parts = [
-            f"loss {loss:.4f}",
-            f"lr {lr:.2e}",
-            f"{rate:.0f} images/s",
-            f"data wait {wait:.0%}",
-            f"{timedelta(seconds=round(left_s))} left",
-            f"done {clock}",
-        ]
-        if bar.disable:
-            place = [f"step {self.step}/{self.plan.total_steps}", f"epoch {epoch:.2f}"]
-            print(" · ".join(place + parts), flush=True)
-        else:
-            bar.set_description_str(" ".join(parts), refresh=False)
+        self.progress.record(
+            [f"step {self.step}/{self.plan.total_steps}", f"epoch {epoch:.2f}"],
+            [f"loss {loss:.4f}", f"lr {lr:.2e}", f"{rate:.0f} images/s", f"data wait {wait:.0%}"],
+        )
 
     # Training
 
-    def update(self, batches: Iterator[Any]) -> None:
-        """Make one update of `accumulate` micro-batches."""
-        started = time.perf_counter()
+    def accumulate(self, batches: Iterator[Any], micro: int) -> None:
+        """Add the gradient of the update's micro-batch number `micro`, from 0."""
         accelerator = self.accelerator
+        micro_batches = self.config.optim.accumulate
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.window.waiting_s += time.perf_counter() - asked
+        # after the batch: a loader's first one draws from the same generator
+        reseed(self.config.train.seed, self.step, micro, accelerator.process_index)
+        self._check_images(batch)
+        batch = batch.to(accelerator.device)
+        last = micro == micro_batches - 1
+        with nullcontext() if last else accelerator.no_sync(self.model):
+            loss = self.compute_loss(self.model, batch)
+            accelerator.backward(loss / micro_batches)
+        self.window.add(loss.detach(), self.step, batch.indices)
+
+    def apply(self) -> None:
+        """Update the weights, and their EMA, by the gradients."""
         step_lr = self.plan.lr(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = step_lr * group["lr_scale"]
-        micro_batches = self.config.optim.accumulate
-        for micro in range(micro_batches):
-            asked = time.perf_counter()
-            batch = next(batches)
-            self.window.waiting_s += time.perf_counter() - asked
-            # after the batch: a loader's first one draws from the same generator
-            reseed(self.config.train.seed, self.step, micro, accelerator.process_index)
-            self._check_images(batch)
-            batch = batch.to(accelerator.device)
-            last = micro == micro_batches - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                loss = self.compute_loss(self.model, batch)
-                accelerator.backward(loss / micro_batches)
-            self.window.add(loss.detach(), self.step, batch.indices)
         if self.config.optim.clip_grad is not None:
-            accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.bare_model, self.step)
         self.seen_images += self.plan.images_per_step
+
+    def update(self, batches: Iterator[Any]) -> None:
+        """Make one update of `accumulate` micro-batches."""
+        started = time.perf_counter()
+        micro_batches = self.config.optim.accumulate
+        for micro in range(micro_batches):
+            self.accumulate(batches, micro)
+            if micro < micro_batches - 1:
+                self.progress.reach(self.step + (micro + 1) / micro_batches)
+        self.apply()
+        self.progress.reach(self.step)
         self.window.busy_s += time.perf_counter() - started
 
     def fit(
@@ -332,54 +341,58 @@ class Trainer:
 
         Args:
             batches: this process's batches, from the present step on.
-            show: called on the main process with (step, log) before the first step, every `show_every` steps and
-                at the end.
-            evaluate: called on all processes with (step, log; None but on the main process) every `evaluate_every`
-                steps and at the end; returns a score, the same on all, whose highest makes the best checkpoint,
+            show: called on the main process with (step, log) before the first step, and when `is_due` every
+                `show_every` steps.
+            evaluate: called on all processes with (step, log; None but on the main process) when `is_due` every
+                `evaluate_every` steps; returns a score, the same on all, whose highest makes the best checkpoint,
                 or None for no best.
             evaluate_first: evaluate before the first step, too.
 
         Raises:
             UserError: for a non-finite loss, too many unreadable images, or a full disk.
         """
-        main = self.accelerator.is_main_process
-        if self.step == self.plan.total_steps:
+        progress, total = self.progress, self.plan.total_steps
+        save_every = self.config.checkpoint.every_steps
+        progress.begin(self.step)
+        if self.step == total:
             self.say(f"{self.run.path} is finished already: delete it, or name another output, to run again")
+        else:
+            self.warn()
+            images = f"{self.plan.images_per_step} of {self.plan.num_samples:,} images"
+            first = "the first takes longer, as kernels are compiled and workers started"
+            self.say(f"updates          {self.step + 1} to {total:,} with {images} each; {first}")
         with ExitStack() as stack:
             log = None
-            if main:
+            if self.accelerator.is_main_process:
                 self.run.path.mkdir(parents=True, exist_ok=True)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
-            bar = stack.enter_context(
-                tqdm(
-                    total=self.plan.total_steps,
-                    initial=self.step,
-                    bar_format="{desc} |{bar}|{n_fmt}/{total_fmt}",
-                    dynamic_ncols=True,
-                    disable=not main or not sys.stderr.isatty(),
-                )
-            )
+            stack.enter_context(progress)
             if show and log and self.step == 0:
-                show(0, log)
+                with progress.between("pictures", show_every):
+                    show(0, log)
             if evaluate and evaluate_first and self.step == 0:
-                evaluate(0, log)
+                with progress.between("evaluation", evaluate_every):
+                    evaluate(0, log)
             try:
-                while self.step < self.plan.total_steps:
+                while self.step < total:
                     self.update(batches)
-                    bar.update()
-                    if self._due(self.config.log.every_steps):
-                        self._record(log, bar)
-                    if show and log and self._due(show_every):
-                        show(self.step, log)
+                    progress.advance_bar()
+                    if self.step % self.config.log.every_steps == 0 or self.step == total:
+                        self._record(log)
+                    if show and log and is_due(self.step, show_every, total):
+                        with progress.between("pictures", show_every):
+                            show(self.step, log)
                     is_best = False
-                    if evaluate and self._due(evaluate_every):
+                    if evaluate and is_due(self.step, evaluate_every, total):
                         self.check()
-                        is_best = self._note(evaluate(self.step, log))
+                        with progress.between("evaluation", evaluate_every):
+                            is_best = self._note(evaluate(self.step, log))
                     # last: a resumed run repeats nothing before
-                    if is_best or self._due(self.config.checkpoint.every_steps):
+                    if is_best or self.step % save_every == 0 or self.step == total:
                         self.check()
-                        self.save()
+                        with progress.between("checkpoint", save_every):
+                            self.save()
             except KeyboardInterrupt:
                 start = self.run.newest or "the start, as there is no checkpoint yet"
                 self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
@@ -391,6 +404,3 @@ class Trainer:
             return False
         self.best = Best(self.step, score)
         return True
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.plan.total_steps

@@ -1,0 +1,65 @@
+"""What a run has come to, from its records, as a few lines; knows no models, images or commands."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fcmae.training.progress import duration
+from fcmae.training.trainer import Trainer
+
+WIDTH = 17
+"""Of the column of names."""
+
+
+def read_records(text: str) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl, but for one that a kill cut short."""
+    records: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def updates_s(records: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds that all updates took together, those before an interruption too."""
+    seconds, seen = 0.0, 0
+    for record in records:
+        if "loss" in record:
+            seconds += (record["seen_images"] - seen) / max(record["images_per_s"], 1e-9)
+            seen = record["seen_images"]
+    return seconds
+
+
+def summarize(
+    trainer: Trainer, *, scores: Mapping[str, str], places: Mapping[str, object], commands: Sequence[str]
+) -> str:
+    """Describe a run that has ended: how far its loss fell, its scores, how long it took, where what is, what next.
+
+    All of the run counts, what was before an interruption too, but for the time between updates.
+
+    Args:
+        scores: name to show -> name in metrics.jsonl of shares of images that were classified correctly.
+        places: name -> what lies where.
+        commands: to type next.
+    """
+    run, plan = trainer.run, trainer.plan
+    records = read_records(run.metrics.read_text(encoding="utf-8"))
+    rows: dict[str, object] = {}
+    if losses := [record["loss"] for record in records if "loss" in record]:
+        rows["loss"] = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+    for name, key in scores.items():
+        if values := [record[key] for record in records if key in record]:
+            best = f" (best {max(values):.2%})" if max(values) > values[-1] else ""
+            rows[name] = f"{values[0]:.2%} -> {values[-1]:.2%}{best}"
+    seconds = updates_s(records)
+    epochs = trainer.seen_images / plan.num_samples
+    rows["updates"] = f"{trainer.step:,} ({epochs:.1f} epochs, {trainer.seen_images:,} images)"
+    between = sum(occasion.seconds for occasion in trainer.progress.occasions.values())
+    rows["duration"] = f"{duration(seconds)} at {trainer.seen_images / max(seconds, 1e-9):.0f} images/s, and " + (
+        f"{duration(between)} for {', '.join(trainer.progress.occasions)}" if between else "nothing else"
+    )
+    rows |= places
+    lines = [f"{name:{WIDTH}}{value}" for name, value in rows.items()]
+    return "\n".join(["", *lines, "", "next:", *(f"  {command}" for command in commands)])
