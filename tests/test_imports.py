@@ -29,6 +29,8 @@ LEVELS = (
     {"visualize"},
     {"tasks", "evaluation"},
     {"story"},
+    {"recipe"},
+    {"arguments"},
     {"pretrain", "finetune"},
     {"commands"},
     {"__main__", "__init__"},  # __init__ has the public names, for others: modules import from where a name lives
@@ -60,8 +62,7 @@ ONLY_IN = {
     "argparse": {
         "encoder.install_minkowski",
         "weights.*",
-        "story",
-        "pretrain",
+        "arguments",
         "finetune",
         "commands*",
         "__main__",
