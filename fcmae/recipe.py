@@ -231,7 +231,7 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
 
     workers = min(machine.cores, 16) if machine.gpu else min(machine.cores // 2, 2)
     pick("data.num_workers", workers, f"{machine.cores} cores")
-    pick("visualize.every_steps", max(updates // 15, 1), "15 pictures, and one before the first update")
+    pick("visualize.every_steps", max(updates // 15, 50), "and a picture before the first update")
     pick("checkpoint.every_steps", 1_000 if machine.gpu else 100, "updates; a power cut costs no more")
     named = {choice.key for choice in choices}
     choices += [Choice(key, value, "as given") for key, value in given.items() if key not in named]
