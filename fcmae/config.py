@@ -429,7 +429,8 @@ def find_shipped(name: str, task: str | None = None) -> Path:
         if other in fitting:
             return shipped[other]
     if name in shipped:
-        raise UserError(f"--config {name}: is not for fcmae {task}, but for fcmae {name.partition('/')[0]}")
+        other = "pretrain" if task == "finetune" else "finetune"
+        raise UserError(f"--config {name}: is not for fcmae {task}, but for fcmae {other}")
     words = {word for other in fitting for word in (other, other.rpartition("/")[2])}
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     near = difflib.get_close_matches(wanted, sorted(words), n=3, cutoff=0.6)
