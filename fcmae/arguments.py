@@ -193,6 +193,11 @@ def mention_other_gpus(name: str, argv: Sequence[str]) -> None:
         print(f"this uses one of {number} GPUs; all of them: {launch} {shlex.join(argv)}", flush=True)
 
 
+def story(name: str) -> Any:
+    """Import a story, and torch with it, by its name: as it lies above this module, when it is about to run."""
+    return import_module(f"fcmae.{name}")
+
+
 def pretrain(argv: list[str], *, prog: str | None = None) -> int:
     """Pretrain as asked for on the command line; returns the exit code."""
     parser = pretrain_parser(prog)
@@ -216,9 +221,9 @@ def pretrain(argv: list[str], *, prog: str | None = None) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
-    story = import_module("fcmae.pretrain")
+    run = story("pretrain").pretrain
     mention_other_gpus("pretrain", argv)
-    return story.pretrain(config, dry_run=options.dry_run)
+    return run(config, dry_run=options.dry_run)
 
 
 def finetune(argv: list[str], *, prog: str | None = None) -> int:
@@ -231,7 +236,7 @@ def finetune(argv: list[str], *, prog: str | None = None) -> int:
     if options.evaluate is not None:
         if not options.print_config:
             announce(f"evaluating {options.evaluate}")
-        return import_module("fcmae.finetune").evaluate_weights(options)
+        return story("finetune").evaluate_weights(options)
     if options.config is None:
         parser.error("one of --config and --evaluate is needed")
     config = load_config(FinetuneConfig, options.config, options.overrides)
@@ -239,9 +244,9 @@ def finetune(argv: list[str], *, prog: str | None = None) -> int:
         print(to_yaml(config), end="")
         return 0
     announce_run(config, "fine-tuning", options.config)
-    story = import_module("fcmae.finetune")
+    run = story("finetune").finetune
     mention_other_gpus("finetune", argv)
-    return story.finetune(config, dry_run=options.dry_run)
+    return run(config, dry_run=options.dry_run)
 
 
 def run(name: str) -> None:

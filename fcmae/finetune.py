@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae import ConvNeXtV2
 from fcmae.config import FinetuneConfig, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
+from fcmae.encoder import ConvNeXtV2
 from fcmae.errors import UserError, blame
 from fcmae.files import write_json
 from fcmae.load import load_weights

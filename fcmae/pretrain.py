@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig
 from fcmae.data import (
     MaskedBatch,
@@ -30,7 +29,8 @@ from fcmae.data import (
 from fcmae.errors import blame
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights
-from fcmae.masking import count_visible
+from fcmae.masking import count_visible, sample_visible_ids
+from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
 from fcmae.story import training_batches, try_run

@@ -78,7 +78,9 @@ def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeyp
     for kind, task in ((PretrainConfig, "pretrain"), (FinetuneConfig, "finetune")):
         for name in ("atto", f"{task}/atto"):
             assert load_config(kind, name) == load_config(kind, ROOT / "configs" / task / "atto.yaml")
-    assert load_config(PretrainConfig, "quickstart") == load_config(PretrainConfig, ROOT / "configs/quickstart.yaml")
+    assert load_config(PretrainConfig, "quickstart") == load_config(
+        PretrainConfig, ROOT / "configs/quickstart.yaml"
+    )
 
 
 def test_a_file_comes_before_a_shipped_config_of_its_name(

@@ -47,7 +47,7 @@ def test_every_package_is_named_and_the_configurations_lie_in_it() -> None:
 
 MISSING_ELSEWHERE = """
 import os, sys
-import accelerate, numba, safetensors.torch, timm, torch.utils.tensorboard, torchmetrics, torchvision  # as they please
+import accelerate, numba, safetensors.torch, timm, torch.utils.tensorboard, torchmetrics, torchvision
 for name in ("resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "syslog", "posix"):
     sys.modules[name] = None
 for name in ("pread", "pwrite", "preadv", "posix_fadvise", "posix_fallocate", "sched_getaffinity", "fork", "getuid",
@@ -55,7 +55,7 @@ for name in ("pread", "pwrite", "preadv", "posix_fadvise", "posix_fallocate", "s
     if hasattr(os, name):
         delattr(os, name)
 """
-"""What Windows, or macOS, lacks, taken away."""
+"""Other packages imported as they are; then what Windows, or macOS, lacks taken away."""
 
 
 def test_every_module_is_imported_where_only_linux_has_what_is_missing() -> None:
@@ -75,7 +75,7 @@ def test_versions_agree() -> None:
     import fcmae
 
     assert PYPROJECT["project"]["version"] == fcmae.__version__
-    assert f"version: {fcmae.__version__}" in (ROOT / "docs" / "CITATION.cff").read_text()
+    assert f"version: {fcmae.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {fcmae.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -67,7 +67,9 @@ def test_choices_are_a_run_of_whole_patches_at_a_rate_that_recipes_have(
 
 
 def test_processes_share_an_update() -> None:
-    one, eight = (Plan.of(chosen(images_of(20_000, 375), m), 20_000, m.processes) for m in (GPU, MACHINES["8 gpus"]))
+    one, eight = (
+        Plan.of(chosen(images_of(20_000, 375), m), 20_000, m.processes) for m in (GPU, MACHINES["8 gpus"])
+    )
     assert one.images_per_step == eight.images_per_step
     assert one.peak_lr == pytest.approx(eight.peak_lr)
 
@@ -224,7 +226,7 @@ def test_what_is_given_is_read_before_anything_is_looked_at() -> None:
         "data.image_size": (64, 96),
         "model.in_chans": 5,
     }
-    with pytest.raises(UserError, match="data.mean has 3 values"):
+    with pytest.raises(UserError, match=r"data\.mean has 3 values"):
         read_given(["model.in_chans=5", "data.mean=[0,0,0]"])
 
 

@@ -1,5 +1,6 @@
 """Samples and batches: an image, its mask or label, and what could not be read."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
@@ -311,14 +312,16 @@ def load_batches(
     Raises:
         UserError: if nearly nothing decodes.
     """
-    loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
-        dataset,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=dataset.collate,
-        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
-    )
+    with warnings.catch_warnings():  # of more workers than cores: the story says it in the words of the configuration
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
+            dataset,
+            batch_sampler=keys,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=dataset.collate,
+            prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+        )
     try:
         yield from loader
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
