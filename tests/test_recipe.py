@@ -4,15 +4,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT, error_line, launch, run_main
 from PIL import Image
 
-from fcmae import pretrain
+from fcmae import pretrain, story
 from fcmae.arguments import read_given
 from fcmae.config import PretrainConfig, override_config
 from fcmae.data import open_source, save_arrays
@@ -230,6 +232,21 @@ def test_what_is_given_is_read_before_anything_is_looked_at() -> None:
         read_given(["model.in_chans=5", "data.mean=[0,0,0]"])
 
 
+@pytest.mark.parametrize(("workers", "says"), [(2, []), (3, ["data.num_workers=3: more than the 2 cores"])])
+def test_more_workers_than_cores_are_mentioned(
+    workers: int, says: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(story, "count_cores", lambda: 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    said: list[str] = []
+    config = chosen(images_of(13, 320), CPU, f"data.num_workers={workers}")
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(accelerator=accelerator, config=config, seen_images=0, say=said.append)
+    dataset: Any = range(13)
+    story.training_batches(trainer, dataset)
+    assert [line.partition(" of each")[0] for line in said] == says
+
+
 def test_all_processes_train_with_what_the_main_one_chose(tmp_path: Path, environment: dict[str, str]) -> None:
     os.symlink(PHOTOS, tmp_path / "photos")
     torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
@@ -245,3 +262,19 @@ def test_all_processes_train_with_what_the_main_one_chose(tmp_path: Path, enviro
     none = launch([*torchrun, "-m", "fcmae.pretrain", str(tmp_path / "run" / "encoder")], environment)
     assert none.returncode != 0
     assert none.stderr.count("no images in it") == 1
+
+
+def test_accelerate_launches_the_module_as_it_launches_the_script(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [str(PHOTOS), "--config", "quickstart", "visualize.num_images=0", *QUICK]
+    outputs = []
+    for i, program in enumerate((["-m", "fcmae.pretrain"], [str(ROOT / "pretrain.py")])):
+        arguments = [*program, *words, f"output={tmp_path / str(i)}"]
+        done = launch(["accelerate.commands.launch", *options, *arguments], environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("fcmae "), done.stdout
+        outputs.append((tmp_path / str(i) / "metrics.jsonl").read_text())
+    first, second = ([json.loads(line)["loss"] for line in lines.splitlines()] for lines in outputs)
+    assert first == pytest.approx(second)

@@ -312,7 +312,7 @@ def load_batches(
     Raises:
         UserError: if nearly nothing decodes.
     """
-    with warnings.catch_warnings():  # of more workers than cores: the story says it in the words of the configuration
+    with warnings.catch_warnings():  # of more workers than cores, which the story says in words of its own
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
             dataset,
@@ -322,8 +322,9 @@ def load_batches(
             collate_fn=dataset.collate,
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
         )
+        batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
         line = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         raise UserError(line, everywhere=False) from error
