@@ -26,8 +26,7 @@ help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show where the pictures are
-	@$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 \
-	  --mixed_precision no --dynamo_backend no pretrain.py --config configs/quickstart.yaml $(ARGS)
+	@$(BIN)/python -m fcmae pretrain --config quickstart $(ARGS)
 
 minkowski: $(READY)  ## build and install MinkowskiEngine, for model.layout=minkowski
 	@$(BIN)/python -m fcmae.encoder.install_minkowski $(ARGS)

@@ -1,6 +1,6 @@
-"""Launcher of `fcmae.finetune`: accelerate launch finetune.py --config FILE key=value ..."""
+"""Launcher of `fcmae.finetune`: accelerate launch finetune.py --config NAME key=value ..."""
 
-from fcmae.finetune import run
+from fcmae.arguments import run
 
 if __name__ == "__main__":
-    run()
+    run("finetune")

@@ -1,6 +1,6 @@
-"""Launcher of `fcmae.pretrain`: accelerate launch pretrain.py --config FILE key=value ..."""
+"""Launcher of `fcmae.pretrain`: accelerate launch pretrain.py --config NAME key=value ..."""
 
-from fcmae.pretrain import run
+from fcmae.arguments import run
 
 if __name__ == "__main__":
-    run()
+    run("pretrain")

@@ -383,8 +383,15 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+ELSEWHERE = {"lr": "optim.base_lr", "blr": "optim.base_lr", "learning_rate": "optim.base_lr"}
+"""What other projects call our keys."""
+
+
 def _suggest(key: str, known: Sequence[str]) -> str:
     """The known dotted key most like `key`, as a question; empty when nothing is near."""
+    meant = ELSEWHERE.get(key.rsplit(".", 1)[-1])
+    if meant in known:
+        return f": did you mean '{meant}'?"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:
         leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
@@ -392,18 +399,18 @@ def _suggest(key: str, known: Sequence[str]) -> str:
     return f": did you mean '{near[0]}'?" if near else f": known are {', '.join(k for k in known if '.' not in k)}"
 
 
-def _override(values: dict[str, Any], override: str) -> str:
+def override(values: dict[str, Any], assignment: str) -> str:
     """Put `key=value` into the nested `values`; returns the dotted key."""
-    key, equals, text = override.partition("=")
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise UserError(f"argument {override!r}: expected key=value, such as optim.base_lr=3e-4")
+        raise UserError(f"argument {assignment!r}: expected key=value, such as optim.base_lr=3e-4")
     *sections, leaf = key.split(".")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise UserError(f"argument {override!r}: {section!r} is a value, not a section")
-    target[leaf] = _parse_yaml(text, f"argument {override!r}")
+            raise UserError(f"argument {assignment!r}: {section!r} is a value, not a section")
+    target[leaf] = _parse_yaml(text, f"argument {assignment!r}")
     return key
 
 
@@ -453,21 +460,63 @@ def override_config(kind: type[Config], values: Mapping[str, Any], overrides: Se
         UserError: as `parse_config`.
     """
     values = copy.deepcopy(dict(values))
-    overridden = [_override(values, override) for override in overrides]
+    overridden = [override(values, assignment) for assignment in overrides]
     return parse_config(kind, values, source, overridden)
 
 
-def load_config(kind: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and `key=value` overrides, which win, into a configuration of `kind`.
+def shipped_configs() -> dict[str, Path]:
+    """Return the configurations that come with the package, by name, such as quickstart and pretrain/atto."""
+    inside = Path(__file__).parent / "configs"  # where a wheel has them; in a clone they lie beside the package
+    folder = inside if inside.is_dir() else inside.parent.parent / "configs"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_shipped(name: str, task: str | None = None) -> Path:
+    """Return a shipped configuration by its name, in which "TASK/" may be left out.
+
+    Raises:
+        UserError: if there is none, with names like it.
+    """
+    shipped = shipped_configs()
+    fitting = [other for other in shipped if task is None or other.startswith("finetune/") == (task == "finetune")]
+    for other in (name, f"{task}/{name}"):
+        if other in fitting:
+            return shipped[other]
+    if name in shipped:
+        other = "pretrain" if task == "finetune" else "finetune"
+        raise UserError(f"--config {name}: is not for fcmae {task}, but for fcmae {other}")
+    words = {word for other in fitting for word in (other, other.rpartition("/")[2])}
+    wanted = name.removesuffix(".yaml").removeprefix("configs/")
+    near = difflib.get_close_matches(wanted, sorted(words), n=3, cutoff=0.6)
+    meant = dict.fromkeys(other for word in near for other in fitting if word in (other, other.rpartition("/")[2]))
+    question = f": did you mean {' or '.join(meant)}?" if meant else ";"
+    option = "--config " if task else ""
+    raise UserError(f"{option}{name}: no file, nor a shipped configuration{question} 'fcmae configs' lists them")
+
+
+def find_config(kind: type[Section], name: str | Path) -> Path:
+    """Return the file that `--config NAME` means: the file of that path, else a shipped one for this kind of run.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    if (path := Path(name)).is_file():
+        return path
+    return find_shipped(str(name), "finetune" if issubclass(kind, FinetuneConfig) else "pretrain")
+
+
+def load_config(kind: type[Config], name: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, or a shipped one by its name, and `key=value` overrides, which win.
 
     Raises:
         UserError: if the file cannot be read, or as `parse_config`.
     """
+    path = find_config(kind, name)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"--config {path}: {reason}; the shipped ones are in configs/") from error
+        raise UserError(f"--config {path}: {reason}; 'fcmae configs' lists the shipped ones") from error
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections of 'key: value' lines, found a {type(values).__name__}")

@@ -1,27 +1,32 @@
 """Fine-tune a ConvNeXt V2 to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
 
-accelerate launch finetune.py --config configs/finetune/atto.yaml init_from=runs/atto data.root=IMAGES
-accelerate launch finetune.py --evaluate RUN
+fcmae finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
+fcmae finetune --evaluate runs/classifier
+accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
 """
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
+
+from fcmae import arguments
+
+if __name__ == "__main__":  # before torch is imported, so that the first line, or help, comes at once
+    arguments.run("finetune")
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae import ConvNeXtV2
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
-from fcmae.errors import UserError, blame, run_script
+from fcmae.encoder import ConvNeXtV2
+from fcmae.errors import UserError, blame
 from fcmae.files import write_json
 from fcmae.load import known_of, load_weights, require_network, resolve_recipe
 from fcmae.patches import grid_shape
-from fcmae.story import dry_run, training_batches, training_parser
+from fcmae.story import training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
 from fcmae.tensors import read_safetensors
@@ -35,27 +40,6 @@ from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.timm import write_timm_folder
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = training_parser(
-        "finetune", "Fine-tune a ConvNeXt V2 to classify labelled images.", config_required=False
-    )
-    parser.add_argument(
-        "--evaluate",
-        metavar="SOURCE",
-        help="score a run (its best checkpoint), a checkpoint, or with --config any classifier's weights, and stop",
-    )
-    parser.add_argument("--last", action="store_true", help="evaluate the run's newest checkpoint, not the best")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--ema", action="store_true", default=None, help="evaluate the EMA weights")
-    kind.add_argument("--raw", action="store_false", dest="ema", help="evaluate the raw weights, not the EMA")
-    options = parser.parse_intermixed_args(argv)
-    if options.config is None and options.evaluate is None:
-        parser.error("one of --config and --evaluate is needed")
-    if options.evaluate is None and (options.last or options.ema is not None):
-        parser.error("--last, --ema and --raw choose among what --evaluate takes")
-    return options
 
 
 def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> str:
@@ -146,16 +130,10 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
-    if options.evaluate is not None:
-        return evaluate_weights(options)
-    recipe = load_config(FinetuneRecipe, options.config, options.overrides)
-    if options.print_config:
-        print(to_yaml(recipe), end="")
-        return 0
+def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
+    """Fine-tune as configured, or only try everything out; returns the exit code."""
     config, taken = resolve_recipe(recipe)
-    accelerator, checkpoint = start_run(config, dry_run=options.dry_run)
+    accelerator, checkpoint = start_run(config, dry_run=dry_run)
 
     # The images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
@@ -212,9 +190,9 @@ def main(argv: list[str]) -> int:
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
-    if options.dry_run:
+    if dry_run:
         sources = {"data": source, **({"validation": validation.source} if validation else {})}
-        dry_run(trainer, load, sources, classes=len(class_names))
+        try_run(trainer, load, sources, classes=len(class_names))
         return 0
 
     # The evaluation: the weights and their EMA, side by side
@@ -260,10 +238,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run() -> None:
-    """Entry point of the script and of `python -m`."""
-    sys.exit(run_script(main))
-
-
-if __name__ == "__main__":
-    run()
+def main(argv: list[str]) -> int:
+    """Fine-tune or evaluate as the command line asks."""
+    return arguments.finetune(argv)

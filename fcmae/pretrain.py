@@ -1,18 +1,22 @@
 """Pretrain FCMAE on images without labels (arXiv 2301.00808, section 3).
 
-accelerate launch pretrain.py --config configs/pretrain/atto.yaml data.root=IMAGES output=runs/atto
+fcmae pretrain --config atto data.root=IMAGES output=runs/atto
+accelerate launch -m fcmae.pretrain --config atto data.root=IMAGES output=runs/atto
 """
 
 import functools
 import shlex
-import sys
+
+from fcmae import arguments
+
+if __name__ == "__main__":  # before torch is imported, so that the first line, or help, comes at once
+    arguments.run("pretrain")
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae import FCMAE, sample_visible_ids
-from fcmae.config import PretrainConfig, load_config, to_yaml
+from fcmae.config import PretrainConfig
 from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
@@ -22,13 +26,14 @@ from fcmae.data import (
     open_source,
     prefetch,
 )
-from fcmae.errors import UserError, blame, run_script
+from fcmae.errors import UserError, blame
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights, require_network
-from fcmae.masking import count_visible
+from fcmae.masking import count_visible, sample_visible_ids
+from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
-from fcmae.story import dry_run, training_batches, training_parser
+from fcmae.story import training_batches, try_run
 from fcmae.training.launch import start_run
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
@@ -75,14 +80,9 @@ def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.dev
     return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
-def main(argv: list[str]) -> int:
-    parser = training_parser("pretrain", "Pretrain FCMAE on images without labels.")
-    options = parser.parse_intermixed_args(argv)
-    config = load_config(PretrainConfig, options.config, options.overrides)
-    if options.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    accelerator, checkpoint = start_run(config, dry_run=options.dry_run)
+def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
+    """Pretrain as configured, or only try everything out; returns the exit code."""
+    accelerator, checkpoint = start_run(config, dry_run=dry_run)
 
     # The network: a sparse ConvNeXt V2 encoder and a light decoder
     torch.manual_seed(config.train.seed)
@@ -127,8 +127,8 @@ def main(argv: list[str]) -> int:
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
-    if options.dry_run:
-        dry_run(trainer, load, {"data": source})
+    if dry_run:
+        try_run(trainer, load, {"data": source})
         return 0
 
     # The features, evaluated: labelled images, whose labels training never sees, classified by k-NN
@@ -203,10 +203,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run() -> None:
-    """Entry point of the script and of `python -m`."""
-    sys.exit(run_script(main))
-
-
-if __name__ == "__main__":
-    run()
+def main(argv: list[str]) -> int:
+    """Pretrain as the command line asks."""
+    return arguments.pretrain(argv)

@@ -1,35 +1,51 @@
-"""A pretraining configuration chosen for a folder of images and a machine; knows no training, only what suits it."""
+"""A pretraining configuration chosen for a set of images and a machine; knows no training, only what suits it."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import yaml
+from torch import Tensor
 
-from fcmae.config import PretrainConfig, override_config
+from fcmae.config import PretrainConfig, load_config, override_config
 from fcmae.data import Source, open_source
+from fcmae.data.arrays import IMAGES
+from fcmae.data.batches import spread
+from fcmae.data.shards import INDEX
+from fcmae.data.sources import SYNONYMS
 from fcmae.data.views import Part
+from fcmae.encoder import VARIANTS
 from fcmae.errors import UserError
+from fcmae.story import count_cores
+from fcmae.training.launch import decide_once
+from fcmae.training.run_folder import RunFolder
 from fcmae.training.schedule import peak_rate
 
 SAMPLED = 32
-"""Images whose size and colours are looked at."""
+"""Images that are looked at."""
 GRAY = (0.449,), (0.226,)
 """Mean and standard deviation of ImageNet's images in gray."""
+KEPT = 16
+"""Values that a block keeps for its gradient, for each channel of each visible site."""
 
 
 class Machine(NamedTuple):
     """What a run is to be computed on."""
 
     name: str
-    gpu_gb: float | None
-    """Memory of a GPU; None on CPU."""
+    gpu: bool
+    memory: int
+    """Bytes of the GPU, else of the computer."""
     bf16: bool
     """Whether bf16 is computed by instructions of its own."""
     cores: int
+    """Of the processor, for each process."""
+    processes: int = 1
+    """Of the run."""
+    precision: str | None = None
+    """What the launcher was asked for."""
 
 
 class Images(NamedTuple):
@@ -38,8 +54,11 @@ class Images(NamedTuple):
     number: int
     short_side: int
     """Median over a sample, in pixels."""
-    gray: bool
-    """Whether all of a sample have no colours."""
+    channels: int
+    """1 where all of a sample have no colours."""
+    mean: tuple[float, ...]
+    """Of the sample, one for each channel, pixels being from 0 to 1; and the standard deviation."""
+    std: tuple[float, ...]
 
 
 class Choice(NamedTuple):
@@ -50,14 +69,24 @@ class Choice(NamedTuple):
     reason: str
 
 
+# What there is
+
+
 def this_machine() -> Machine:
-    """Describe the GPU of this process where there is one, else the CPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Describe the GPU of this process where there is one, else the computer."""
+    processes, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    cores = max(1, count_cores() // local)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = None if precision == "no" else precision
     if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        return Machine(gpu.name, gpu.total_memory / 2**30, torch.cuda.is_bf16_supported(False), cores)
-    bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return Machine(f"CPU with {cores} cores", None, bf16, cores)
+        gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+        bf16 = gpu.major >= 8 or torch.version.hip is not None
+        return Machine(gpu.name, True, gpu.total_memory, bf16, cores, processes, asked)
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which not every torch can tell
+    bf16 = any(getattr(torch.cpu, name, bool)() for name in instructions)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
+    name = f"a CPU of {cores} core" + "s" * (cores > 1)
+    return Machine(name, False, pages // local, bf16, cores, processes, asked)
 
 
 def look_at(source: Source) -> Images:
@@ -67,14 +96,16 @@ def look_at(source: Source) -> Images:
         UserError: if none of them decodes.
     """
     sides: list[int] = []
+    moments: list[Tensor] = []  # (2, c): means of an image's channels and of their squares
     gray = True
+    reason = ""
 
     def small(height: int, width: int) -> Part:
         sides.append(min(height, width))
         return Part(0, 0, height, width, (32, 32))
 
-    reason = ""
-    for index in sorted({i * len(source) // SAMPLED for i in range(SAMPLED)}):
+    indices = spread(len(source), SAMPLED)
+    for index in indices:
         seen = len(sides)
         try:
             pixels = source.load_part(index, small)
@@ -83,84 +114,120 @@ def look_at(source: Source) -> Images:
             reason = f"{source.describe(index)}: {error}"
             continue
         gray = gray and bool((pixels == pixels[:1]).all())
+        values = pixels.flatten(1) / 255
+        moments.append(torch.stack([values.mean(1), values.square().mean(1)]))
     if not sides:
-        raise UserError(f"none of {SAMPLED} images tried can be read, such as {reason}")
-    return Images(len(source), int(np.median(sides)), gray)
+        raise UserError(f"none of {len(indices)} images tried can be read, such as {reason}")
+    mean, square = torch.stack(moments).mean(0)
+    if gray and len(mean) == 3:
+        mean, square = mean[:1], square[:1]
+    std = (square - mean.square()).clamp_min(1e-4).sqrt()
+    rounded = (tuple(round(x, 3) for x in values.tolist()) for values in (mean, std))
+    return Images(len(source), sorted(sides)[len(sides) // 2], len(mean), *rounded)
 
 
-def is_arrays(root: Path) -> bool:
-    """Whether a folder holds arrays (`fcmae prepare`, images.npy) rather than image files."""
-    places = (root, root / "train")
-    return any((place / name).is_file() for place in places for name in ("index.json", "images.npy"))
+def holds_arrays(root: Path, split: str) -> bool:
+    """Whether a folder holds arrays (of `fcmae prepare`, or images.npy) rather than image files."""
+    places = (root, *(root / name for name in (split, *SYNONYMS[0])))
+    return any((place / name).is_file() for place in places for name in (INDEX, IMAGES))
 
 
-def suitable_output(root: Path, runs: Path = Path("runs")) -> Path:
-    """Return RUNS/NAME for images in a folder NAME, with a number where that is a run on other images."""
-    name = root.resolve().stem or "images"
-    number = 1
-    while True:
-        output = runs / (name if number == 1 else f"{name}-{number}")
-        if not output.exists():
-            return output
-        try:
-            stored = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-            if Path(stored["data"]["root"]).resolve() == root.resolve():
-                return output  # the same command goes on
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-            pass
-        number += 1
+# What suits it
 
 
-def choose(images: Images, machine: Machine) -> list[Choice]:
-    """Choose what depends on the images and the machine; what is not named keeps its default."""
-    on_gpu = machine.gpu_gb is not None
+def fitting_batch(variant: Any, size: tuple[int, int], stem_stride: int, machine: Machine, *, bf16: bool) -> int:
+    """Return a power of two of images, up to 256, whose features fit into less than half of the memory."""
+    depths, dims = VARIANTS.get(variant, VARIANTS["huge"]) if isinstance(variant, str) else variant
+    visible = 0.4 * size[0] * size[1] / stem_stride**2
+    features = sum(
+        depth * dim * visible / 4**stage for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True))
+    )
+    images = 0.4 * machine.memory / (features * KEPT * (2 if bf16 else 4))
+    return 2 ** int(min(max(math.log2(images), 0), 8))
+
+
+def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = None) -> list[Choice]:
+    """Choose what depends on the images and the machine, around what is given; all else keeps its default."""
+    given = given or {}
+    choices: list[Choice] = []
+
+    def pick(key: str, value: Any, reason: str) -> Any:
+        choices.append(Choice(key, given[key], "as given") if key in given else Choice(key, value, reason))
+        return choices[-1].value
+
     n, side = images.number, images.short_side
-    stem_stride = 1 if side < 64 else 2 if side < 160 or not on_gpu else 4
-    patch = 8 * stem_stride
-    size = max(min(side, 224 if on_gpu else 96) // patch, 3) * patch
-    if not on_gpu:
-        variant, why = "atto", "the smallest, for a CPU"
+    small_set = n < 200
+    # The network: larger for more images; a CPU is quick with small ones
+    if not machine.gpu:
+        variant = pick("model.variant", "atto", "the smallest, for a CPU")
     else:
-        large = n >= 500_000 and machine.gpu_gb > 30
-        variant = "atto" if n < 2_000 else "nano" if n < 20_000 else "base" if large else "tiny"
-        why = f"for {n:,} images and a GPU of {machine.gpu_gb:.0f} GB"
+        large = n >= 500_000 and machine.memory > 30e9
+        suitable = "atto" if n < 2_000 else "nano" if n < 20_000 else "base" if large else "tiny"
+        variant = pick("model.variant", suitable, f"for {n:,} images and {machine.memory / 1e9:.0f} GB on the GPU")
+    size = given.get("data.image_size")
+    sides = None if size is None else (size, size) if isinstance(size, int) else size
+    shown = min(sides) if sides else side
+    stride = 1 if shown < 64 else 2 if shown < 160 or not machine.gpu else 4
+    if sides:  # whole patches, if any make it up
+        stride = next((s for s in (4, 2, 1) if s <= stride and not any(x % (8 * s) for x in sides)), stride)
+    stride = pick("model.stem_stride", stride, f"patches of {8 * stride} pixels, for images of {shown}")
+    patch = 8 * stride
+    most = 224 if machine.gpu else 96
+    size = pick(
+        "data.image_size",
+        max(min(side, most) // patch, 3) * patch,
+        f"the images' short side is {side} pixels"
+        + ("" if machine.gpu or side <= most else "; a CPU is quick with small ones"),
+    )
+    sides = (size, size) if isinstance(size, int) else size
+    channels = given.get("model.in_chans", images.channels)
+    if channels != 3 or "model.in_chans" in given:
+        pick("model.in_chans", channels, "the images are gray" if channels == 1 else "as the arrays have")
+    if channels != 3:
+        mean, std, whose = (
+            (*GRAY, "of gray photographs") if channels == 1 else (images.mean, images.std, "of a sample")
+        )
+        pick("data.mean", mean, whose)
+        pick("data.std", std, whose)
+    if small_set:
+        pick("data.crop_scale", (0.05, 1.0), f"of {n:,} images, more that differ")
 
-    # small sets are served better by many small updates than by few large ones (docs/lab-notes.md)
-    together = 8 if n < 200 else 16 if not on_gpu else 64 if n < 5_000 else 256 if n < 200_000 else 1024
-    batch = min(together, 256 if on_gpu and machine.gpu_gb > 40 else 64)
-    updates = int(min(max(800 * n / together, 20_000), 250_000)) if on_gpu else 1_500
-    epochs = float(f"{updates * together / n:.3g}")
-    rate = peak_rate(together)
-    minutes = "" if on_gpu else f", minutes on {machine.cores} cores"
+    # The update: small sets are served better by many small ones than by few large ones
+    auto = machine.precision is not None
+    why = "as launched" if auto else f"{machine.name} {'has' if machine.bf16 else 'lacks'} bf16"
+    precision = pick("train.precision", "auto" if auto else "bf16" if machine.bf16 else "no", why)
+    half = precision in ("bf16", "fp16") or auto
+    wanted = 8 if small_set else 16 if not machine.gpu else 64 if n < 5_000 else 256 if n < 200_000 else 1024
+    fits = fitting_batch(variant, sides, stride, machine, bf16=half)
+    share = max(1, wanted // machine.processes)
+    batch = pick(
+        "data.batch_size", min(share, fits), "small updates for small sets" if share <= fits else "fits the memory"
+    )
+    accumulate = pick("optim.accumulate", max(1, share // batch), "micro-batches in an update")
+    together = batch * accumulate * machine.processes
 
-    choices = [
-        Choice("model.variant", variant, why),
-        Choice("model.stem_stride", stem_stride, f"patches of {patch} pixels"),
-        Choice(
-            "data.image_size",
-            size,
-            f"the images' short side is {side} pixels" + ("; a CPU is quick with small ones" if size < side else ""),
-        ),
-        Choice("data.batch_size", batch, "small updates suit small sets" if n < 5_000 else "fits the memory"),
-        Choice("optim.accumulate", together // batch, f"{together} images an update"),
-        Choice("optim.base_lr", float(f"{rate * 256 / together:.3g}"), f"a peak rate of {rate:.1e} at {together} images"),
-        Choice("optim.warmup_epochs", float(f"{epochs / 20:.3g}"), "a twentieth of the run"),
-        Choice("train.epochs", epochs, f"{updates:,} updates{minutes}"),
-        Choice("train.precision", "bf16" if machine.bf16 else "no", f"{machine.name} {'has' if machine.bf16 else 'lacks'} bf16"),
-        Choice("data.num_workers", min(machine.cores, 16) if on_gpu else min(machine.cores // 2, 2), f"{machine.cores} cores"),
-        Choice("visualize.every_steps", max(updates // 15, 1), "15 pictures, and one before training"),
-        Choice("checkpoint.every_steps", 1_000 if on_gpu else 100, "at most so much is lost in a power cut"),
-    ]
-    if images.gray:
-        choices += [
-            Choice("model.in_chans", 1, "the images are gray"),
-            Choice("data.mean", list(GRAY[0]), "of gray photographs"),
-            Choice("data.std", list(GRAY[1]), "of gray photographs"),
-        ]
+    # The run: until a GPU has seen enough, or a CPU has something to show
+    least, most = (20_000, 250_000) if machine.gpu else (1_500, 20_000)
+    updates = round(min(max((800 if machine.gpu else 2) * n / together, least), most))
+    if "train.epochs" in given:
+        updates = math.ceil(given["train.epochs"] * n / together)
+    pick("train.epochs", float(f"{updates * together / n:.4g}"), f"{updates:,} updates of {together} images")
+    if given.get("train.max_steps"):
+        updates = min(updates, pick("train.max_steps", None, ""))
+    rate = peak_rate(together, variant)
+    pick("optim.base_lr", float(f"{rate * 256 / together:.3g}"), f"a peak rate of {rate:.1e} for {together} images")
+    pick("optim.warmup_epochs", float(f"{updates * together / n / 20:.3g}"), "a twentieth of the run")
+
+    workers = min(machine.cores, 16) if machine.gpu else min(machine.cores // 2, 2)
+    pick("data.num_workers", workers, f"{machine.cores} cores")
+    pick("visualize.every_steps", max(updates // 15, 50), "and a picture before the first update")
+    pick("checkpoint.every_steps", 1_000 if machine.gpu else 100, "updates; a power cut costs no more")
+    named = {choice.key for choice in choices}
+    choices += [Choice(key, value, "as given") for key, value in given.items() if key not in named]
     return choices
 
 
-def nested(choices: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def assignments(choices: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Turn dotted keys and values into nested sections."""
     values: dict[str, Any] = {}
     for key, value in choices:
@@ -172,8 +239,86 @@ def nested(choices: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def table(choices: Sequence[Choice], overridden: Mapping[str, Any]) -> str:
-    """Draw the choices, a line each; what the command line gives is said to be given there."""
-    rows = [(c.key, str(overridden.get(c.key, c.value)), "as given" if c.key in overridden else c.reason) for c in choices]
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    return "\n".join(f"  {key:{widths[0]}}  {value:{widths[1]}}  {reason}" for key, value, reason in rows)
+def table(choices: Sequence[Choice]) -> str:
+    """Draw the choices, a line each."""
+    rows = [(f"{key}={show(value)}", reason) for key, value, reason in choices]
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"  {setting:{width}}  {reason}" for setting, reason in rows)
+
+
+def show(value: Any) -> str:
+    """Write a value as the command line takes it."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(show, value))}]"
+    return (
+        {True: "true", False: "false", None: "null"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
+
+
+# Where it goes
+
+
+def run_on(output: Path, root: Path, split: str) -> PretrainConfig | None:
+    """Return the configuration of the pretraining run in a folder, if it is one on these images."""
+    try:
+        stored = load_config(PretrainConfig, RunFolder(output).config)
+    except UserError:  # there is none, or another kind of run
+        return None
+    same = Path(stored.data.root).resolve() == root.resolve() and stored.data.split == split
+    return stored if same else None
+
+
+def suitable_output(root: Path, split: str, runs: Path = Path("runs")) -> Path:
+    """Return RUNS/NAME for images in NAME, with a number after it where that is taken by anything else."""
+    name = root.resolve().name.removesuffix(".tar") or "images"
+    number = 1
+    while True:
+        output = runs / (name if number == 1 else f"{name}-{number}")
+        if not output.exists() or run_on(output, root, split):
+            return output
+        number += 1
+
+
+def recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainConfig, str]:
+    """Choose a complete configuration for `data.root` and this machine, the same in all processes; and say why.
+
+    The same command again goes on with its run, as it was chosen then.
+
+    Args:
+        given: values of what `overrides` give, by dotted key; `data.root` is among them.
+        overrides: KEY=VALUE of the command line, which win.
+
+    Raises:
+        UserError: if there are no images, or what is given does not fit.
+    """
+    return decide_once(lambda: _recommend(given, overrides))
+
+
+def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainConfig, str]:
+    root, split = Path(given["data.root"]), given.get("data.split", "train")
+    output = Path(given["output"]) if "output" in given else suitable_output(root, split)
+    stored = run_on(output, root, split)
+    if stored is not None and RunFolder(output).newest is not None:
+        values = stored.model_dump(mode="json") | {"resume": "auto"}
+        config = override_config(PretrainConfig, values, overrides, str(RunFolder(output).config))
+        return config, f"going on with {output}, as chosen then; to begin anew, delete it or give output=FOLDER"
+    name = given.get("data.name", "arrays" if holds_arrays(root, split) else "folder")
+    images = look_at(open_source(name, str(root), split, given.get("model.in_chans")))
+    machine = this_machine()
+    choices = [
+        Choice("output", str(output), "the run's folder" if "output" not in given else "as given"),
+        Choice("data.name", name, "what lies there" if "data.name" not in given else "as given"),
+    ]
+    rest = {key: value for key, value in given.items() if key not in ("output", "data.name", "data.root")}
+    choices += choose(images, machine, rest)
+    fixed = [("data.root", str(root)), ("resume", "never" if output.exists() and stored is None else "auto")]
+    values = assignments([(key, value) for key, value, _ in choices] + fixed)
+    config = override_config(PretrainConfig, values, overrides, "fcmae pretrain")
+    what = f"{images.number:,} image{'s' * (images.number > 1)}"
+    processes = f" x {machine.processes} processes" if machine.processes > 1 else ""
+    return config, (
+        f"chosen for {what} and {machine.name}{processes}; to change any, give it as KEY=VALUE:\n{table(choices)}\n"
+        f"the complete configuration goes into {RunFolder(output).config}"
+    )

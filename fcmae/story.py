@@ -1,7 +1,7 @@
-"""What pretraining and fine-tuning share: arguments, batches of a run, dry run; knows no network or loss."""
+"""What pretraining and fine-tuning share: batches of a run, dry run; knows no network, loss or arguments."""
 
-import argparse
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,24 +14,19 @@ TRIED = 64
 """Images of each source that a dry run tries to read."""
 
 
-def training_parser(name: str, description: str, *, config_required: bool = True) -> argparse.ArgumentParser:
-    """Return the parser of the arguments that both stories take; `name` is that of the folder of their configs."""
-    parser = argparse.ArgumentParser(description=description)
-    example = f"such as configs/{name}/atto.yaml"
-    parser.add_argument("--config", metavar="FILE", required=config_required, help=example)
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, check the data, estimate time and memory; write nothing",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.base_lr=3e-4")
-    return parser
+def count_cores() -> int:
+    """Return how many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDataset) -> Callable[..., Iterator[Any]]:
     """Return a function of `num_workers=` that gives this process's batches, from where the run stands on."""
     accelerator, config = trainer.accelerator, trainer.config
+    cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.data.num_workers > max(cores, 1):
+        trainer.say(f"data.num_workers={config.data.num_workers}: more than the {cores} cores of each process here")
     stream = IndexStream(
         len(dataset),
         batch_size=config.data.batch_size,
@@ -43,7 +38,7 @@ def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDatase
     return functools.partial(load_batches, dataset, stream, pin_memory=accelerator.device.type == "cuda")
 
 
-def dry_run(
+def try_run(
     trainer: Trainer, load: Callable[..., Iterator[Any]], sources: Mapping[str, Source], **facts: object
 ) -> None:
     """Print what a run would take, other `facts` of it, and whether some images of each source can be read."""

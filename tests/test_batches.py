@@ -1,5 +1,6 @@
 """Samples and batches: what is shown depends on (seed, epoch, index) alone; what does not decode is reported."""
 
+import os
 import random
 import tarfile
 from collections import Counter
@@ -67,6 +68,11 @@ def test_masks_and_crops_are_the_same_for_any_number_of_workers(folder: Path, nu
     alone = take(dataset_of(folder), 7)
     helped = take(dataset_of(folder), 7, num_workers=num_workers)
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+def test_more_workers_than_cores_give_no_warning(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    take(dataset_of(folder), 1, num_workers=(os.cpu_count() or 1) + 1)
+    assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

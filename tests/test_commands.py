@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,9 +21,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import fcmae
 from fcmae import FCMAE, ConvNeXtV2, pretrain
-from fcmae.__main__ import COMMANDS, main, run
+from fcmae.__main__ import COMMANDS, SHELLS, main, run
+from fcmae.arguments import mention_other_gpus
 from fcmae.commands import export
-from fcmae.config import FinetuneConfig, PretrainConfig, parse_config
+from fcmae.config import FinetuneConfig, PretrainConfig, parse_config, shipped_configs
 from fcmae.data import PixelNormalizer, cover
 from fcmae.evaluation.inference import fit_to_patches
 from fcmae.evaluation.probes import L2, knn_accuracy
@@ -118,7 +120,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_package_and_its_help_come_without_torch() -> None:
-    helps = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS if name not in STORIES)]
+    helps = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
     script = f"""
 import sys, fcmae
 from fcmae.__main__ import run
@@ -152,7 +154,7 @@ def test_the_command_is_installed_by_that_name() -> None:
 def test_without_a_command_there_is_help_and_exit_code_2(command: Command) -> None:
     code, out, err = command()
     assert (code, out) == (2, "")
-    assert err.startswith("usage: fcmae [-h] [--version] COMMAND")
+    assert err.startswith("usage: fcmae [-h] [--version] [--print-completion {bash,zsh}] COMMAND")
     assert all(f"    {name}" in err for name in COMMANDS)
 
 
@@ -162,15 +164,66 @@ def test_every_file_of_commands_is_a_command_and_the_other_way_round() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_commands_help_goes_to_standard_output(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        run_main(run, name, "--help")
-    out = capsys.readouterr().out
-    assert out.startswith("usage: ")
-    if name not in STORIES:
-        assert out.startswith(f"usage: fcmae {name} ")
-        example = out.partition("\nexamples:\n")[2].splitlines()[0]
-        assert shlex.split(example)[:2] == ["fcmae", name]
+def test_a_commands_help_goes_to_standard_output_with_an_example(name: str, command: Command) -> None:
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: fcmae {name} ")
+    example = out.partition("\nexamples:\n")[2].splitlines()[0]
+    assert shlex.split(example)[:2] == ["fcmae", name]
+    if name in STORIES:
+        assert "--print-config lists all" in out
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_complete_commands_options_and_paths(shell: str, command: Command, tmp_path: Path) -> None:
+    code, out, err = command("--print-completion", shell)
+    assert (code, err) == (0, "")
+    assert all(f"{name}" in out for name in COMMANDS)
+    assert all(option in out for option in ("--dry-run", "--mask-ratios", "--evaluate"))
+    assert ("_shtab_compgen_files" if shell == "bash" else "_files") in out
+    if shutil.which(shell) is None:
+        return
+    script = tmp_path / "completion"
+    script.write_text(out)
+    subprocess.run([shell, "-n", str(script)], check=True)
+    if shell == "bash":
+        ask = "COMP_WORDS=(fcmae pretrain --dr); COMP_CWORD=2; _shtab_fcmae; echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", f". {script}; {ask}"], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "--dry-run"
+
+
+# fcmae configs
+
+
+def test_the_shipped_configurations_are_listed_with_a_line_each(command: Command) -> None:
+    code, out, err = command("configs")
+    assert (code, err) == (0, "")
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert listed.keys() == shipped_configs().keys()
+    assert all(len(purpose) > 15 for purpose in listed.values())
+
+
+def test_a_configuration_is_copied_out_once(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command("configs", "finetune/tiny")
+    assert code == 0
+    assert "fcmae finetune --config tiny.yaml" in out
+    assert (tmp_path / "tiny.yaml").read_text() == shipped_configs()["finetune/tiny"].read_text()
+    assert command("configs", "quickstart", "mine.yaml")[0] == 0
+    (tmp_path / "mine.yaml").write_text("edited")
+    for arguments in (["quickstart", "mine.yaml"], ["pretrain/tiny"]):
+        code, _, err = command("configs", *arguments)
+        assert code == 2
+        assert "exists already; name another file" in err
+    assert (tmp_path / "mine.yaml").read_text() == "edited"
+    code, _, err = command("configs", "atto")
+    assert code == 2
+    assert "did you mean finetune/atto or pretrain/atto?" in err
+
+
+# The stories
 
 
 def test_a_story_gets_its_arguments(command: Command) -> None:
@@ -199,13 +252,42 @@ def test_a_story_gets_its_arguments(command: Command) -> None:
         ["pretrain"],
     ],
 )
-def test_wrong_arguments_show_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        run_main(run, *arguments)
-    captured = capsys.readouterr()
-    assert not captured.out
-    assert captured.err.startswith("usage: ")
-    assert "error: " in captured.err.splitlines()[-1]
+def test_wrong_arguments_show_the_usage(arguments: list[str], command: Command) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: ")
+    assert "error: " in err.splitlines()[-1]
+
+
+def test_the_images_may_be_named_without_a_key(command: Command) -> None:
+    code, out, _ = command("pretrain", "--config", "tiny", PHOTOS, "output=elsewhere", "--print-config")
+    assert code == 0
+    assert f"\n  root: {PHOTOS}\n" in out
+    code, _, err = command("finetune", "--config", "tiny", PHOTOS, "nowhere")
+    assert code == 2
+    assert "name one folder of images" in err
+
+
+def test_the_first_line_says_what_is_about_to_happen(command: Command, tmp_path: Path) -> None:
+    words = ["--config", "quickstart", f"output={tmp_path / 'run'}", f"data.root={tmp_path / 'none'}"]
+    code, out, err = command("pretrain", *words)
+    assert code == 2
+    assert "no such folder" in err
+    assert out.splitlines()[0] == (
+        f"fcmae {fcmae.__version__}: pretraining on {tmp_path / 'none'}, into {tmp_path / 'run'}, by quickstart"
+    )
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_one_process_on_several_gpus_says_how_to_use_all(
+    launched: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "4") if launched else monkeypatch.delenv("WORLD_SIZE", raising=False)
+    mention_other_gpus("pretrain", ["my images", "train.epochs=3"])
+    launch = "accelerate launch --multi_gpu --num_processes 4 -m fcmae.pretrain 'my images' train.epochs=3"
+    said = capsys.readouterr().out
+    assert said == ("" if launched else f"this uses one of 4 GPUs; all of them: {launch}\n")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from fcmae import VARIANTS
-from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, RunConfig, Section, load_config, to_yaml
+from fcmae.config import (
+    FinetuneConfig,
+    FinetuneRecipe,
+    PretrainConfig,
+    RunConfig,
+    Section,
+    load_config,
+    shipped_configs,
+    to_yaml,
+)
 from fcmae.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +88,46 @@ def test_there_is_an_imagenet_recipe_for_each_variant() -> None:
         assert (config.optim.base_lr, config.optim.weight_decay, config.optim.betas) == (1.5e-4, 0.05, (0.9, 0.95))
         assert config.model.norm_pix_loss
         assert config.optim.clip_grad is None
+
+
+def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "atto").mkdir()  # a folder is no configuration
+    assert set(shipped_configs().values()) == set(SHIPPED)
+    for kind, task in ((PretrainConfig, "pretrain"), (FinetuneConfig, "finetune")):
+        for name in ("atto", f"{task}/atto"):
+            assert load_config(kind, name) == load_config(kind, ROOT / "configs" / task / "atto.yaml")
+    assert load_config(PretrainConfig, "quickstart") == load_config(
+        PretrainConfig, ROOT / "configs/quickstart.yaml"
+    )
+
+
+def test_a_file_comes_before_a_shipped_config_of_its_name(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    minimal.rename("tiny")
+    assert load_config(PretrainConfig, "tiny").output == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "parts"),
+    [
+        (PretrainConfig, "ato", ["did you mean pretrain/atto?"]),
+        (PretrainConfig, "configs/pretrain/tny.yaml", ["did you mean pretrain/tiny"]),
+        (FinetuneConfig, "linear_probe", ["did you mean finetune/linear-probe?"]),
+        (PretrainConfig, "finetune/atto", ["not for fcmae pretrain, but for fcmae finetune"]),
+        (FinetuneConfig, "quickstart", ["not for fcmae finetune"]),
+        (PretrainConfig, "zzz", ["no file, nor a shipped configuration; 'fcmae configs' lists them"]),
+    ],
+)
+def test_an_unknown_name_is_reported_with_those_like_it(kind: type[RunConfig], name: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(kind, name)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"--config {name}: ")
+    assert all(part in message for part in parts), message
 
 
 FINETUNING = {
@@ -161,7 +210,7 @@ def test_auto_stands_for_what_is_known_else_for_the_default_and_values_given_win
 def test_auto_without_anything_to_start_from_is_reported(minimal: Path) -> None:
     with pytest.raises(UserError, match=r"model\.variant=auto: .* init_from, which is null; set model\.variant"):
         load_config(FinetuneRecipe, minimal, ["model.variant=auto"]).resolve({}, "a test")
-    with pytest.raises(UserError, match="^somewhere: data.mean has 3 values, but model.in_chans is 1"):
+    with pytest.raises(UserError, match=r"^somewhere: data\.mean has 3 values, but model\.in_chans is 1"):
         load_config(FinetuneRecipe, minimal, ["model.in_chans=1"]).resolve({}, "somewhere")
     for override in ("model.in_chans=some", "data.mean=automatic", "model.stem_stride=3"):
         with pytest.raises(UserError, match=f"^argument {override.partition('=')[0]}: "):
@@ -216,6 +265,9 @@ def test_configs_are_frozen(minimal: Path) -> None:
         ("model.mask_ration=0.5", "model.mask_ratio"),
         ("resme=auto", "resume"),
         ("data.img_size=32", "data.image_size"),
+        ("optim.lr=1", "optim.base_lr"),
+        ("lr=1", "optim.base_lr"),
+        ("optim.learning_rate=1", "optim.base_lr"),
     ],
 )
 def test_unknown_keys_are_refused_with_a_suggestion(minimal: Path, override: str, suggestion: str) -> None:

@@ -497,7 +497,6 @@ def test_weights_of_another_network_are_refused_with_the_key_to_change(
     assert "set model.variant" in line
     assert "set model.stem_stride" in failure(capsys, *start, "model.stem_stride=2")
 
-
     part = {name: value for name, value in weights(tmp_path / "run").items() if "pwconv1" not in name}
     save_file(part | {"stages.9.bias": torch.zeros(1)}, tmp_path / "part.safetensors")
     line = failure(capsys, *arguments, f"output={tmp_path / 'next'}", f"init_from={tmp_path / 'part.safetensors'}")

@@ -29,6 +29,8 @@ LEVELS = (
     {"visualize"},
     {"tasks", "evaluation"},
     {"story"},
+    {"recipe"},
+    {"arguments"},
     {"pretrain", "finetune"},
     {"commands"},
     {"__main__", "__init__"},  # __init__ has the public names, for others: modules import from where a name lives
@@ -60,8 +62,7 @@ ONLY_IN = {
     "argparse": {
         "encoder.install_minkowski",
         "weights.*",
-        "story",
-        "pretrain",
+        "arguments",
         "finetune",
         "commands*",
         "__main__",
@@ -190,11 +191,18 @@ def test_only_declared_packages_are_imported() -> None:
     "program",
     [
         "import fcmae",
-        "import runpy; sys.argv = ['fcmae', '--help']; runpy.run_module('fcmae', run_name='__main__')",
+        "sys.argv = ['fcmae', '--help']; runpy.run_module('fcmae', run_name='__main__')",
+        "sys.argv = ['fcmae.pretrain', *PRINT]; runpy.run_module('fcmae.pretrain', run_name='__main__')",
+        "sys.argv = ['fcmae.finetune', *PRINT]; runpy.run_module('fcmae.finetune', run_name='__main__')",
+        "sys.argv = ['pretrain.py', *PRINT]; runpy.run_path('pretrain.py', run_name='__main__')",
+        "sys.argv = ['finetune.py', *PRINT]; runpy.run_path('finetune.py', run_name='__main__')",
+        "sys.argv = ['pretrain.py', 'nowhere']; runpy.run_path('pretrain.py', run_name='__main__')",
     ],
-    ids=["import", "help"],
+    ids=["import", "help", "-m fcmae.pretrain", "-m fcmae.finetune", "pretrain.py", "finetune.py", "error"],
 )
 def test_torch_and_timm_load_only_when_something_is_computed(program: str) -> None:
-    program = f"import sys\ntry:\n  {program}\nfinally:\n  assert not {{'torch', 'timm'}} & set(sys.modules)"
+    start = "import runpy, sys\nPRINT = ['--config', 'atto', '--print-config']"
+    end = "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    program = f"{start}\ntry:\n  {program}\nexcept SystemExit: pass\n{end}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

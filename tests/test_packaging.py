@@ -38,6 +38,39 @@ def test_the_extra_has_what_the_installer_takes() -> None:
     assert {*install_minkowski.TOOLS} - {"numpy"} == {*PYPROJECT["project"]["optional-dependencies"]["minkowski"]}
 
 
+def test_every_package_is_named_and_the_configurations_lie_in_it() -> None:
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fcmae").rglob("*.py")}
+    assert sorted(setuptools["packages"]) == sorted({".".join(path.parts) for path in folders} | {"fcmae.configs"})
+    assert setuptools["package-dir"]["fcmae.configs"] == "configs"
+
+
+MISSING_ELSEWHERE = """
+import os, sys
+import accelerate, numba, safetensors.torch, timm, torch.utils.tensorboard, torchmetrics, torchvision
+for name in ("resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "syslog", "posix"):
+    sys.modules[name] = None
+for name in ("pread", "pwrite", "preadv", "posix_fadvise", "posix_fallocate", "sched_getaffinity", "fork", "getuid",
+             "geteuid", "killpg", "mkfifo", "sysconf", "O_DIRECTORY", "statvfs", "sync"):
+    if hasattr(os, name):
+        delattr(os, name)
+"""
+"""Other packages imported as they are; then what Windows, or macOS, lacks taken away."""
+
+
+def test_every_module_is_imported_where_only_linux_has_what_is_missing() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "fcmae").rglob("*.py"))
+        if not path.stem.endswith("_triton")  # which CUDA alone runs, and Triton is for Linux
+    ]
+    program = MISSING_ELSEWHERE + "".join(f"import {module.removesuffix('.__init__')}\n" for module in modules)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_versions_agree() -> None:
     import fcmae
 

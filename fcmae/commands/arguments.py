@@ -2,10 +2,11 @@
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fcmae import arguments
 
 if TYPE_CHECKING:
     from fcmae.evaluation.inference import Picture, Unreadable
@@ -13,20 +14,18 @@ if TYPE_CHECKING:
 
 
 def command_parser(name: str, description: str, *, examples: str, notes: str = "") -> argparse.ArgumentParser:
-    """Return a parser whose help ends with example command lines and notes, as they are written."""
-    epilog = "\n\n".join(filter(None, (f"examples:\n{textwrap.indent(examples, '  ')}", notes)))
-    return argparse.ArgumentParser(
-        prog=f"fcmae {name}",
-        description=textwrap.fill(description, 79),
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return the parser of `fcmae NAME`, whose help ends with example command lines and notes."""
+    return arguments.command_parser(f"fcmae {name}", description, examples=examples, notes=notes)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add SOURCE, and which of a run's weights are meant; `load_source` reads them."""
-    parser.add_argument(
-        "source", metavar="SOURCE", type=Path, help="a run, checkpoint or exported folder, or any file of weights"
+    arguments.add_path(
+        parser,
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="a run, checkpoint or exported folder, or any file of weights",
     )
     parser.add_argument(
         "--last", action="store_true", help="of a run, take the newest checkpoint (default: the best, where known)"
@@ -64,7 +63,9 @@ def report_source(weights: "Weights") -> None:
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Add IMAGES; `open_images` reads them."""
-    parser.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of them, at any depth")
+    arguments.add_path(
+        parser, "images", metavar="IMAGES", nargs="+", help="image files, or folders of them, at any depth"
+    )
 
 
 def open_images(options: argparse.Namespace, channels: int) -> tuple[Iterator["Picture"], list["Unreadable"]]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fcmae.weights.base import Weights
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     defaults = to_yaml(parse_config(EvaluateConfig, {"data": {"root": "FOLDER"}}, "defaults"))
     parser = command_parser(
         "evaluate",
@@ -41,7 +41,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="the labelled images, such as data.root=FOLDER (default: those of the run)",
     )
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def images_of(weights: "Weights") -> dict[str, Any]:
@@ -111,7 +111,7 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
+    options = make_parser().parse_intermixed_args(argv)
 
     from fcmae.data import open_source, seeded
     from fcmae.encoder import ConvNeXtV2

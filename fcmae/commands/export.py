@@ -18,7 +18,7 @@ FORMATS = {
 """What `--to` takes, and what is written: known here without torch, so that --help is quick."""
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "export",
         "Write the network of any weights in another format. What was written is loaded again and must compute "
@@ -38,11 +38,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="of a classifier to onnx: resize, crop, normalise and softmax inside, so that it takes images of any "
         "size, uint8 (b, height, width, channels), and gives probabilities (default: the network alone)",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
+    options = make_parser().parse_args(argv)
 
     from fcmae.weights.export import FORMATS as WRITERS
     from fcmae.weights.export import export

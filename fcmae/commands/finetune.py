@@ -1,3 +1,9 @@
-"""`fcmae finetune`: the story `fcmae.finetune`, which parses the arguments itself."""
+"""`fcmae finetune`: the story `fcmae.finetune`, whose arguments are in `fcmae.arguments`."""
 
-from fcmae.finetune import main as main
+from functools import partial
+
+from fcmae import arguments
+
+NAME = "fcmae finetune"
+make_parser = partial(arguments.finetune_parser, NAME)
+main = partial(arguments.finetune, prog=NAME)

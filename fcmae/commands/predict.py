@@ -8,7 +8,7 @@ from fcmae.commands.arguments import add_images, add_source, command_parser, loa
 from fcmae.errors import UserError, blame
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "predict",
         "Print the top classes of images, resized and cropped as the classifier was evaluated.",
@@ -21,11 +21,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--top", type=int, default=5, metavar="K", help="classes for each image (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
+    options = make_parser().parse_intermixed_args(argv)
     if options.top < 1:
         raise UserError(f"--top {options.top}: must be at least 1")
 

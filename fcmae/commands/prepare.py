@@ -9,7 +9,7 @@ from fcmae.commands.arguments import command_parser
 from fcmae.errors import UserError
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "prepare",
         "Decode images once, shrink them and write their pixels into OUT/SPLIT, with labels and class names, to be "
@@ -41,11 +41,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="processes; 0 works in this one (default: one for each core, %(default)s)",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
+    options = make_parser().parse_args(argv)
     for name, least in (("size", 1), ("channels", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")

@@ -1,3 +1,9 @@
-"""`fcmae pretrain`: the story `fcmae.pretrain`, which parses the arguments itself."""
+"""`fcmae pretrain`: the story `fcmae.pretrain`, whose arguments are in `fcmae.arguments`."""
 
-from fcmae.pretrain import main as main
+from functools import partial
+
+from fcmae import arguments
+
+NAME = "fcmae pretrain"
+make_parser = partial(arguments.pretrain_parser, NAME)
+main = partial(arguments.pretrain, prog=NAME)

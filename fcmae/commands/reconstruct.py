@@ -8,7 +8,7 @@ from fcmae.commands.arguments import add_images, command_parser, open_images
 from fcmae.errors import blame
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "reconstruct",
         "Draw original | masked | reconstruction of images of any size, a row for each mask ratio. Images are "
@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="a folder for IMAGE.png (default: %(default)s)",
     )
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
@@ -46,7 +46,7 @@ def free_path(folder: Path, stem: str, taken: set[Path]) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    options = parse_arguments(argv)
+    options = make_parser().parse_intermixed_args(argv)
 
     from PIL import Image
 

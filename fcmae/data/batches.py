@@ -1,5 +1,6 @@
 """Datasets, samples and batches: an image, its mask or label, what could not be read; knows no model or split."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
@@ -311,16 +312,19 @@ def load_batches(
     Raises:
         UserError: if nearly nothing decodes.
     """
-    loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
-        dataset,
-        batch_sampler=keys,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=dataset.collate,
-        prefetch_factor=PREFETCH_FACTOR if num_workers else None,
-    )
+    with warnings.catch_warnings():  # of more workers than cores, which the story says in words of its own
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
+            dataset,
+            batch_sampler=keys,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            collate_fn=dataset.collate,
+            prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+        )
+        batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
         line = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         raise UserError(line, everywhere=False) from error

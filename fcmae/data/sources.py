@@ -124,7 +124,7 @@ def open_source(
     name: str,
     root: str,
     split: str,
-    in_chans: int,
+    in_chans: int | None,
     *,
     whole_root: bool = False,
     key: str = "data.root",
@@ -136,7 +136,7 @@ def open_source(
         name: "folder" (or a .tar as root), "arrays", or a map-style name of timm's `create_dataset`.
         root: the folder, tar file or cache folder.
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
-        in_chans: channels the model wants.
+        in_chans: channels the model wants; None for as many as arrays have, and 3 of image files.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
         key: that names `root`, for messages.
         remedy: for the message where the split is not there.
@@ -152,23 +152,23 @@ def open_source(
             f"data.name={name}: streamed sets have no sample index, so masks and crops could not be repeated; "
             "use a map-style set: folder, a .tar, arrays, or hfds/NAME"
         )
-    if not arrays and in_chans not in PIL_MODES:
+    if not arrays and (in_chans or 3) not in PIL_MODES:
         raise UserError(
             f"model.in_chans={in_chans}: image files have 1, 3 or 4 channels; arrays have any number: write them "
             "with fcmae.data.save_arrays and use data.name=arrays"
         )
     if prefix in ("hfds", "torch"):
-        return open_images(name, root, split, in_chans, what)
+        return open_images(name, root, split, in_chans or 3, what)
     if name not in ("folder", "", "arrays"):
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
     place = _find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
     if not arrays:
-        return open_images(name, place, None, in_chans, what)
+        return open_images(name, place, None, in_chans or 3, what)
     folder = Path(place)
     plain = (folder / IMAGES).is_file() and not (folder / INDEX).is_file()
     source = ArraySource(folder) if plain else PreparedSource(folder)
-    if source.channels != in_chans:
+    if in_chans is not None and source.channels != in_chans:
         raise UserError(f"{folder}: images have {source.channels} channels, but model.in_chans is {in_chans}")
     return source

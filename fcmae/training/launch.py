@@ -4,14 +4,19 @@ import ctypes
 import os
 import platform
 import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from fcmae.config import RunConfig
 from fcmae.errors import UserError
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.run_folder import claim_run_folder
+
+T = TypeVar("T")
 
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where torchrun and the MPI launchers say how many processes there are."""
@@ -61,6 +66,26 @@ def start_accelerator(precision: str) -> Accelerator:
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+def decide_once(decide: Callable[[], T]) -> T:
+    """Return what `decide` returns on the main process, in all processes; what it raises there is raised in all.
+
+    Raises:
+        UserError: as `decide`.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return decide()
+    outcome: list[Any] = [None]
+    if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+        try:
+            outcome = [decide()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def start_run(config: RunConfig, *, dry_run: bool) -> tuple[Accelerator, Checkpoint | None]:

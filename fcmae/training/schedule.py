@@ -19,12 +19,15 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, to
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def peak_rate(images_per_update: int) -> float:
+def peak_rate(images_per_update: int, variant: object) -> float:
     """Return a peak learning rate that suits pretraining with so many images per update.
 
-    Between what served at 8 (8e-4, configs/quickstart.yaml), 64 and 512 (2e-3, configs/pretrain/cifar10*.yaml) and
-    4096 (2.4e-3, the paper): it grows with the cube root, up to the paper's.
+    Small networks: between what served at 8 (8e-4, configs/quickstart.yaml), 64 and 512 (2e-3,
+    configs/pretrain/cifar10*.yaml), growing with the cube root, up to the paper's 2.4e-3. From Tiny on: the
+    paper's, which is for 4096, falling with the square root.
     """
+    if variant in ("tiny", "base", "large", "huge"):
+        return 2.4e-3 * min(images_per_update / 4096, 1) ** 0.5
     return min(8e-4 * (images_per_update / 8) ** (1 / 3), 2.4e-3)
 
 
@@ -93,7 +96,7 @@ class Plan:
     def concerns(self, config: RunConfig) -> list[str]:
         """Say, a line each, what of a plan is far from what recipes have, with the values that would do.
 
-        Bounds: a tenth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune
+        Bounds: a fifth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune
         to three times the highest, and ten times that for the classifier alone.
         """
         finetuning = isinstance(config, FinetuneConfig)
@@ -102,8 +105,8 @@ class Plan:
             scale = 10 if config.train.freeze_encoder else 1
             usual, low, high, few = 1e-3 * scale, 5e-5 * scale, 1e-2 * scale, 50
         else:
-            usual = peak_rate(images)
-            low, high, few = usual / 10, usual * 5, 300
+            usual = peak_rate(images, config.model.variant)
+            low, high, few = usual / 5, usual * 5, 300
         found: list[str] = []
         if not low <= self.peak_lr <= high and self.peak_lr > 0:
             found.append(

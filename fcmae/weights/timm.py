@@ -178,8 +178,8 @@ def model_card(encoder: ConvNeXtV2, config: Mapping[str, Any]) -> str:
     warning = f"""
 **For images enlarged {enlargement} times.** It was trained at {height // enlargement} x {width // enlargement} with
 stem_stride {encoder.stem_stride}, which timm lacks. Its stem is rewritten here: timm takes the image at {height} x
-{width}, {enlargement} times as large, and then computes the same (exactly, where the enlargement repeats pixels; nearly,
-where it interpolates). Images of the original size give other, worse features.
+{width}, {enlargement} times as large, and then computes the same (exactly, where the enlargement repeats pixels;
+nearly, where it interpolates). Images of the original size give other, worse features.
 `fcmae.load_encoder` undoes this, and takes images of the original size.
 """
     return f"""# ConvNeXt V2 {name.capitalize() if name else f"{encoder.depths}, {encoder.dims}"}: {what}

@@ -1,0 +1,280 @@
+"""A configuration chosen for images and a machine: valid, sensible, the same again, and open to what is given."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, error_line, launch, run_main
+from PIL import Image
+
+from fcmae import pretrain, story
+from fcmae.arguments import read_given
+from fcmae.config import PretrainConfig, override_config
+from fcmae.data import open_source, save_arrays
+from fcmae.errors import UserError
+from fcmae.patches import grid_shape
+from fcmae.recipe import Images, Machine, assignments, choose, look_at, recommend, suitable_output
+from fcmae.training.schedule import Plan
+
+PHOTOS = ROOT / "docs" / "photos"
+CPU = Machine("a CPU of 2 cores", False, 8 * 2**30, False, 2)
+GPU = Machine("some GPU", True, 80 * 2**30, True, 16)
+MACHINES = {
+    "cpu": CPU,
+    "one core": CPU._replace(cores=1),
+    "small gpu": GPU._replace(memory=6 * 2**30, bf16=False),
+    "gpu": GPU,
+    "8 gpus": GPU._replace(processes=8),
+}
+SETS = [(13, 320), (500, 600), (20_000, 375), (1_281_167, 400), (50_000, 32), (1, 64), (100, 9)]
+QUICK = ("model.variant=[[1,1,1,1],[8,8,16,16]]", "model.decoder_dim=16", "train.max_steps=2", "data.num_workers=0")
+
+
+def images_of(number: int, side: int, channels: int = 3) -> Images:
+    return Images(number, side, channels, (0.5,) * channels, (0.2,) * channels)
+
+
+def chosen(images: Images, machine: Machine, *overrides: str) -> PretrainConfig:
+    """The configuration that comes of the choices, around the overrides."""
+    choices = choose(images, machine, read_given(overrides))
+    rest: list[tuple[str, Any]] = [("output", "run"), ("data.root", "images")]
+    values = assignments([(key, value) for key, value, _ in choices] + rest)
+    return override_config(PretrainConfig, values, overrides, "a test")
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize(("number", "side"), SETS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_choices_are_a_run_of_whole_patches_at_a_rate_that_recipes_have(
+    number: int, side: int, channels: int, machine: Machine
+) -> None:
+    config = chosen(images_of(number, side, channels), machine)
+    rows, columns = grid_shape(config.data.size, 8 * config.model.stem_stride)
+    assert 9 <= rows * columns <= 144
+    assert config.data.size[0] <= max(side, 8 * 3)
+    plan = Plan.of(config, number, machine.processes)
+    assert 8e-4 * 0.7 <= plan.peak_lr <= 2.4e-3 * 1.01
+    assert 1_400 <= plan.total_steps <= 260_000
+    assert plan.warmup_steps == pytest.approx(plan.total_steps / 20, abs=2, rel=0.01)
+    assert plan.images_per_step <= 1024
+    assert config.data.num_workers <= machine.cores
+    assert config.train.precision == ("bf16" if machine.bf16 else "no")
+
+
+def test_processes_share_an_update() -> None:
+    one, eight = (
+        Plan.of(chosen(images_of(20_000, 375), m), 20_000, m.processes) for m in (GPU, MACHINES["8 gpus"])
+    )
+    assert one.images_per_step == eight.images_per_step
+    assert one.peak_lr == pytest.approx(eight.peak_lr)
+
+
+def test_larger_networks_for_more_images_and_smaller_batches_for_less_memory() -> None:
+    variants = [chosen(images_of(n, 400), GPU).model.variant for n in (13, 5_000, 50_000, 1_000_000)]
+    assert variants == ["atto", "nano", "tiny", "base"]
+    small, large = (
+        chosen(images_of(50_000, 400), machine, "model.variant=base") for machine in (MACHINES["small gpu"], GPU)
+    )
+    assert small.data.batch_size < large.data.batch_size
+    assert small.data.batch_size * small.optim.accumulate == large.data.batch_size * large.optim.accumulate
+
+
+def test_other_choices_follow_what_is_given() -> None:
+    images = images_of(500, 600)
+    assert chosen(images, CPU, "data.image_size=[40,72]").model.stem_stride == 1
+    assert chosen(images, GPU, "data.image_size=224").model.stem_stride == 4
+    assert chosen(images, GPU, "data.image_size=208").model.stem_stride == 2
+    assert chosen(images, CPU, "model.stem_stride=4").data.image_size == 96
+    usual, large = (chosen(images, CPU, *given) for given in ((), ("data.batch_size=256",)))
+    assert large.optim.accumulate == 1
+    peaks = [Plan.of(config, 500, 1).peak_lr for config in (usual, large)]
+    assert peaks[0] < peaks[1] <= 2.4e-3 * 1.01
+    short = Plan.of(chosen(images, CPU, "train.epochs=10"), 500, 1)
+    assert short.total_steps == pytest.approx(10 * 500 / 16, abs=1)
+    assert short.warmup_steps == pytest.approx(short.total_steps / 20, abs=1)
+    given = {choice.key: choice for choice in choose(images, CPU, {"train.seed": 3, "model.variant": "pico"})}
+    assert (given["model.variant"].value, given["model.variant"].reason) == ("pico", "as given")
+    assert (given["train.seed"].value, given["train.seed"].reason) == (3, "as given")
+
+
+def test_a_launchers_precision_is_kept() -> None:
+    assert chosen(images_of(500, 600), GPU._replace(precision="fp16")).train.precision == "auto"
+
+
+# What lies in a folder
+
+
+def write_images(folder: Path, number: int = 3, size: tuple[int, int] = (40, 48), mode: str = "RGB") -> Path:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for i in range(number):
+        pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
+    return folder
+
+
+def test_images_are_looked_at(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "colour")
+    (folder / "broken.png").write_bytes(b"junk")
+    images = look_at(open_source("folder", str(folder), "train", None))
+    assert images[:3] == (4, 40, 3)
+    gray = look_at(open_source("folder", str(write_images(tmp_path / "gray", mode="L")), "train", None))
+    assert gray[:3] == (3, 40, 1)
+    assert len(gray.mean) == len(gray.std) == 1
+    config = chosen(gray, CPU)
+    assert (config.model.in_chans, len(config.data.mean), len(config.data.std)) == (1, 1, 1)
+    assert len(chosen(gray, CPU, "model.in_chans=3").data.mean) == 3
+
+
+def settings(*overrides: str) -> tuple[Mapping[str, Any], list[str]]:
+    return read_given(overrides), list(overrides)
+
+
+def test_arrays_are_found_with_their_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 128, (6, 16, 20, 5), dtype=np.uint8)
+    save_arrays(tmp_path / "spectra" / "train", pixels)
+    config, reasons = recommend(*settings("data.root=spectra"))
+    assert (config.data.name, config.model.in_chans, config.model.stem_stride) == ("arrays", 5, 1)
+    assert config.data.mean == pytest.approx((pixels / 255).mean((0, 1, 2)), abs=1e-3)
+    assert config.data.std == pytest.approx((pixels / 255).std((0, 1, 2)), abs=1e-3)
+    assert "data.name=arrays" in reasons
+
+
+def test_another_folder_of_the_same_name_gets_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = tmp_path / "a" / "pets", tmp_path / "b" / "pets"
+    assert suitable_output(first, "train") == Path("runs/pets")
+    values = {"output": "runs/pets", "model": {"variant": "atto"}, "data": {"root": str(first)}}
+    Path("runs/pets").mkdir(parents=True)
+    Path("runs/pets/config.yaml").write_text(yaml.safe_dump(values))
+    assert suitable_output(first, "train") == suitable_output(Path("a/pets"), "train") == Path("runs/pets")
+    assert suitable_output(second, "train") == Path("runs/pets-2")
+    assert suitable_output(first, "val") == Path("runs/pets-2")
+    Path("runs/pets-2").mkdir()  # somebody's
+    assert suitable_output(second, "train") == Path("runs/pets-3")
+    assert suitable_output(tmp_path / "birds.tar", "train") == Path("runs/birds")
+
+
+def test_images_alone_are_enough_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "pets", number=1)
+    assert run_main(pretrain.main, "pets", *QUICK) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("fcmae ")
+    assert "pretraining on pets" in lines[0]
+    assert lines[1].startswith("chosen for 1 image and ")
+    assert any(line.startswith("  train.max_steps=2 ") and line.endswith(" as given") for line in lines)
+    run = tmp_path / "runs" / "pets"
+    assert (run / "reconstructions" / "step-00000000.png").is_file()
+    shown = {line.split()[0] for line in lines if line.startswith("  ")}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert f"data.image_size={config['data']['image_size']}" in shown
+    assert f"optim.base_lr={config['optim']['base_lr']}" in shown
+
+    write_images(tmp_path / "more")
+    for path in (tmp_path / "more").iterdir():
+        path.rename(tmp_path / "pets" / f"more-{path.name}")
+    assert run_main(pretrain.main, "pets", "train.max_steps=3") == 0
+    out = capsys.readouterr().out
+    assert f"going on with {Path('runs/pets')}, as chosen then" in out
+    state = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    assert (state["step"], state["config"]["optim"]) == (3, config["optim"])
+
+    write_images(tmp_path / "other" / "pets")
+    line = error_line(pretrain.main, capsys, "other/pets", "output=runs/pets", *QUICK)
+    assert "output=runs/pets: not empty" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["nowhere"], ["nowhere: no such folder or file of images", "KEY=VALUE"]),
+        (["empty"], ["data.root=empty", "no images in it"]),
+        (["junk"], ["none of 2 images tried can be read, such as ", "junk/"]),
+        (["empty", "junk"], ["empty junk: name one folder of images"]),
+        (["junk", "optim.lr=1"], ["did you mean 'optim.base_lr'?"]),
+        (["junk", "data.batch_size=many"], ["data.batch_size", "integer"]),
+    ],
+)
+def test_what_cannot_be_trained_on_gets_one_line(
+    words: list[str],
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "junk"):
+        Path(folder).mkdir()
+    for name in ("a.png", "b.jpg"):
+        Path("junk", name).write_bytes(b"junk")
+    line = error_line(pretrain.main, capsys, *words)
+    assert all(part in line for part in parts), line
+    assert not Path("runs").exists()
+
+
+def test_what_is_given_is_read_before_anything_is_looked_at() -> None:
+    assert read_given(["data.image_size=[64,96]", "model.in_chans=5"]) == {
+        "data.image_size": (64, 96),
+        "model.in_chans": 5,
+    }
+    with pytest.raises(UserError, match=r"data\.mean has 3 values"):
+        read_given(["model.in_chans=5", "data.mean=[0,0,0]"])
+
+
+@pytest.mark.parametrize(("workers", "says"), [(2, []), (3, ["data.num_workers=3: more than the 2 cores"])])
+def test_more_workers_than_cores_are_mentioned(
+    workers: int, says: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(story, "count_cores", lambda: 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    said: list[str] = []
+    config = chosen(images_of(13, 320), CPU, f"data.num_workers={workers}")
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(accelerator=accelerator, config=config, seen_images=0, say=said.append)
+    dataset: Any = range(13)
+    story.training_batches(trainer, dataset)
+    assert [line.partition(" of each")[0] for line in said] == says
+
+
+def test_all_processes_train_with_what_the_main_one_chose(tmp_path: Path, environment: dict[str, str]) -> None:
+    os.symlink(PHOTOS, tmp_path / "photos")
+    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
+    words = [str(tmp_path / "photos"), f"output={tmp_path / 'run'}", "visualize.num_images=0", *QUICK]
+    done = launch([*torchrun, "-m", "fcmae.pretrain", *words], environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fcmae ")
+    assert done.stdout.count("chosen for 13 images") == 1
+    assert " x 2 processes" in done.stdout
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["data"]["batch_size"] * config["optim"]["accumulate"] == 4  # of 8 an update
+
+    none = launch([*torchrun, "-m", "fcmae.pretrain", str(tmp_path / "run" / "encoder")], environment)
+    assert none.returncode != 0
+    assert none.stderr.count("no images in it") == 1
+
+
+def test_accelerate_launches_the_module_as_it_launches_the_script(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [str(PHOTOS), "--config", "quickstart", "visualize.num_images=0", *QUICK]
+    outputs = []
+    for i, program in enumerate((["-m", "fcmae.pretrain"], [str(ROOT / "pretrain.py")])):
+        arguments = [*program, *words, f"output={tmp_path / str(i)}"]
+        done = launch(["accelerate.commands.launch", *options, *arguments], environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("fcmae "), done.stdout
+        outputs.append((tmp_path / str(i) / "metrics.jsonl").read_text())
+    first, second = ([json.loads(line)["loss"] for line in lines.splitlines()] for lines in outputs)
+    assert first == pytest.approx(second)
