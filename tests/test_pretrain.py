@@ -477,7 +477,7 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(
     start = [*arguments, "train.max_steps=2", "train.seed=7", "optim.base_lr=0"]
     assert run(*start, f"output={tmp_path / 'whole'}", f"init_from={tmp_path / 'run'}") == 0
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
-    assert "model.safetensors (FCMAE run, step 6, raw weights), with its decoder" in capsys.readouterr().out
+    assert "model.safetensors (FCMAE run, step 12, raw weights), with its decoder" in capsys.readouterr().out
 
     encoder = {n.removeprefix("encoder."): v for n, v in weights(tmp_path / "run").items() if "encoder." in n}
     save_file(encoder, tmp_path / "encoder.safetensors")
