@@ -13,6 +13,7 @@ from fcmae.config import PretrainConfig, load_config, override_config
 from fcmae.data import Source, open_source
 from fcmae.data.arrays import IMAGES
 from fcmae.data.batches import spread
+from fcmae.data.images import ImageSource
 from fcmae.data.shards import INDEX
 from fcmae.data.sources import SYNONYMS
 from fcmae.data.views import Part
@@ -119,7 +120,7 @@ def look_at(source: Source) -> Images:
     if not sides:
         raise UserError(f"none of {len(indices)} images tried can be read, such as {reason}")
     mean, square = torch.stack(moments).mean(0)
-    if gray and len(mean) == 3:
+    if gray and isinstance(source, ImageSource):  # which files are decoded to; arrays stay as they are
         mean, square = mean[:1], square[:1]
     std = (square - mean.square()).clamp_min(1e-4).sqrt()
     rounded = (tuple(round(x, 3) for x in values.tolist()) for values in (mean, std))
@@ -161,9 +162,11 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
     if not machine.gpu:
         variant = pick("model.variant", "atto", "the smallest, for a CPU")
     else:
-        large = n >= 500_000 and machine.memory > 30e9
-        suitable = "atto" if n < 2_000 else "nano" if n < 20_000 else "base" if large else "tiny"
-        variant = pick("model.variant", suitable, f"for {n:,} images and {machine.memory / 1e9:.0f} GB on the GPU")
+        worth = n * min(side / 224, 1) ** 2  # in images of 224 pixels
+        large = worth >= 500_000 and machine.memory > 30e9
+        suitable = "atto" if worth < 2_000 else "nano" if worth < 20_000 else "base" if large else "tiny"
+        gigabytes = f"{machine.memory / 1e9:.0f} GB on the GPU"
+        variant = pick("model.variant", suitable, f"for {n:,} images of {side} pixels, and {gigabytes}")
     size = given.get("data.image_size")
     sides = None if size is None else (size, size) if isinstance(size, int) else size
     shown = min(sides) if sides else side
@@ -176,7 +179,7 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
     size = pick(
         "data.image_size",
         max(min(side, most) // patch, 3) * patch,
-        f"the images' short side is {side} pixels"
+        f"their short side is {side} pixels"
         + ("" if machine.gpu or side <= most else "; a CPU is quick with small ones"),
     )
     sides = (size, size) if isinstance(size, int) else size
@@ -190,7 +193,7 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
         pick("data.mean", mean, whose)
         pick("data.std", std, whose)
     if small_set:
-        pick("data.crop_scale", (0.05, 1.0), f"of {n:,} images, more that differ")
+        pick("data.crop_scale", (0.05, 1.0), "smaller crops show more of few images")
 
     # The update: small sets are served better by many small ones than by few large ones
     auto = machine.precision is not None
@@ -200,9 +203,10 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
     wanted = 8 if small_set else 16 if not machine.gpu else 64 if n < 5_000 else 256 if n < 200_000 else 1024
     fits = fitting_batch(variant, sides, stride, machine, bf16=half)
     share = max(1, wanted // machine.processes)
-    batch = pick(
-        "data.batch_size", min(share, fits), "small updates for small sets" if share <= fits else "fits the memory"
-    )
+    why = "the memory's share of an update" if fits < share else "small updates suit small sets"
+    if fits >= share and (machine.processes > 1 or wanted > 64):
+        why = f"{wanted} images an update"
+    batch = pick("data.batch_size", min(share, fits), why)
     accumulate = pick("optim.accumulate", max(1, share // batch), "micro-batches in an update")
     together = batch * accumulate * machine.processes
 
@@ -220,7 +224,7 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
 
     workers = min(machine.cores, 16) if machine.gpu else min(machine.cores // 2, 2)
     pick("data.num_workers", workers, f"{machine.cores} cores")
-    pick("visualize.every_steps", max(updates // 15, 50), "and a picture before the first update")
+    pick("visualize.every_steps", max(updates // 15, 50), "updates; the first picture comes before them")
     pick("checkpoint.every_steps", 1_000 if machine.gpu else 100, "updates; a power cut costs no more")
     named = {choice.key for choice in choices}
     choices += [Choice(key, value, "as given") for key, value in given.items() if key not in named]

@@ -79,6 +79,7 @@ def test_processes_share_an_update() -> None:
 def test_larger_networks_for_more_images_and_smaller_batches_for_less_memory() -> None:
     variants = [chosen(images_of(n, 400), GPU).model.variant for n in (13, 5_000, 50_000, 1_000_000)]
     assert variants == ["atto", "nano", "tiny", "base"]
+    assert chosen(images_of(50_000, 32), GPU).model.variant == "atto"
     small, large = (
         chosen(images_of(50_000, 400), machine, "model.variant=base") for machine in (MACHINES["small gpu"], GPU)
     )
@@ -146,6 +147,8 @@ def test_arrays_are_found_with_their_channels(tmp_path: Path, monkeypatch: pytes
     assert config.data.mean == pytest.approx((pixels / 255).mean((0, 1, 2)), abs=1e-3)
     assert config.data.std == pytest.approx((pixels / 255).std((0, 1, 2)), abs=1e-3)
     assert "data.name=arrays" in reasons
+    save_arrays(tmp_path / "gray", np.repeat(pixels[..., :1], 3, axis=-1))
+    assert recommend(*settings("data.root=gray"))[0].model.in_chans == 3
 
 
 def test_another_folder_of_the_same_name_gets_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
