@@ -15,6 +15,8 @@ WRITING = ".writing-"
 
 def fsync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
