@@ -94,7 +94,7 @@ def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "atto").mkdir()  # a folder is no configuration
     assert set(shipped_configs().values()) == set(SHIPPED)
-    for kind, task in ((PretrainConfig, "pretrain"), (FinetuneConfig, "finetune")):
+    for kind, task in ((PretrainConfig, "pretrain"), (FinetuneRecipe, "finetune")):
         for name in ("atto", f"{task}/atto"):
             assert load_config(kind, name) == load_config(kind, ROOT / "configs" / task / "atto.yaml")
     assert load_config(PretrainConfig, "quickstart") == load_config(

@@ -97,7 +97,9 @@ def test_a_run_leaves_what_the_design_promises(
     assert run(*arguments) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "run"
-    assert out.startswith("opening          "), "at once, not after what takes long"
+    first, second = out.splitlines()[:2]
+    assert first.startswith("fcmae ")
+    assert second.startswith("opening          "), "at once, not after what takes long"
     assert "updates          1 to 12 with 8 of 40 images each; the first takes longer" in out
     assert re.search(r"step 12/12 · epoch 2\.40 · loss \d\.\d+ · lr \S+ · \d+ images/s · data wait \d+% · ", out)
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -739,10 +741,12 @@ import resource, sys, torch
 from fcmae.training.launch import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for _ in range(4):
+faults = []
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults[1:]))  # a kernel short of memory takes some back at any time
 """
     faults = {
         what: int(subprocess.run([sys.executable, "-c", program, what], check=True, capture_output=True).stdout)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from fcmae.config import FinetuneConfig, PretrainConfig, load_config, parse_config
+from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, load_config, parse_config
 from fcmae.training.schedule import Plan, is_due, learning_rate, times_due
 
 
@@ -86,7 +86,9 @@ IMAGES = {"cifar10": 50_000, "few-labels": 10_000, "quickstart": 13, "small": 2_
 
 def configuration(path: Path, *overrides: str) -> PretrainConfig | FinetuneConfig:
     finetuning = "val_split" in path.read_text().split("optim:")[0]
-    return load_config(FinetuneConfig if finetuning else PretrainConfig, path, ["data.root=images", *overrides])
+    if finetuning:
+        return load_config(FinetuneRecipe, path, ["data.root=images", *overrides]).resolve({"model.variant": "atto"}, str(path))
+    return load_config(PretrainConfig, path, ["data.root=images", *overrides])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

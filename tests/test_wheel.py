@@ -42,19 +42,23 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+def own_environment() -> dict[str, str]:
+    """This process's environment, without what would lead to this checkout."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 def pip(*arguments: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=own_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def call(python: Path, folder: Path, *arguments: str) -> str:
     """Run a program of the environment in a folder; returns its output."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [str(python.with_name(arguments[0])), *arguments[1:]],
         cwd=folder,
-        env=own | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=own_environment() | {"OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         check=False,
