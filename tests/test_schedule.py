@@ -87,7 +87,9 @@ IMAGES = {"cifar10": 50_000, "few-labels": 10_000, "quickstart": 13, "small": 2_
 def configuration(path: Path, *overrides: str) -> PretrainConfig | FinetuneConfig:
     finetuning = "val_split" in path.read_text().split("optim:")[0]
     if finetuning:
-        return load_config(FinetuneRecipe, path, ["data.root=images", *overrides]).resolve({"model.variant": "atto"}, str(path))
+        return load_config(FinetuneRecipe, path, ["data.root=images", *overrides]).resolve(
+            {"model.variant": "atto"}, str(path)
+        )
     return load_config(PretrainConfig, path, ["data.root=images", *overrides])
 
 
