@@ -138,7 +138,7 @@ def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
     """Replace `auto` by what the run that is to be resumed has, or else `init_from`.
 
     Returns:
-        The configuration, and in a line what was taken from where: empty where nothing was.
+        The configuration, and a line that names the values and their source: empty where nothing was `auto`.
 
     Raises:
         UserError: if there is nothing to take it from, or it does not fit.
