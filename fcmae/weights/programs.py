@@ -142,8 +142,10 @@ def prepend_preprocessing(encoder: ConvNeXtV2, preprocessing: Preprocessing, fol
 
 
 def write_program(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
-    images, axes = _example(encoder)
-    torch.export.save(torch.export.export(encoder, images, dynamic_shapes=axes), folder / PROGRAM_FILE)
+    images, (axes,) = _example(encoder)
+    # torch 2.8 cannot prove for dimensions with names what it need not prove for those without
+    free = {axis: torch.export.Dim.DYNAMIC(min=dim.min) for axis, dim in axes.items()}
+    torch.export.save(torch.export.export(encoder, images, dynamic_shapes=(free,)), folder / PROGRAM_FILE)
     write_description(encoder, preprocessing, folder)
 
 
