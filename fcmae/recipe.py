@@ -19,7 +19,7 @@ from fcmae.data.sources import SYNONYMS
 from fcmae.data.views import Part
 from fcmae.encoder import VARIANTS
 from fcmae.errors import UserError
-from fcmae.story import count_cores
+from fcmae.story import cores_per_process
 from fcmae.training.launch import decide_once
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.schedule import peak_rate
@@ -76,7 +76,7 @@ class Choice(NamedTuple):
 def this_machine() -> Machine:
     """Describe the GPU of this process where there is one, else the computer."""
     processes, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    cores = max(1, count_cores() // local)
+    cores = cores_per_process()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     asked = None if precision == "no" else precision
     if torch.cuda.is_available():

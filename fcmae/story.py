@@ -14,18 +14,17 @@ TRIED = 64
 """Images of each source that a dry run tries to read."""
 
 
-def count_cores() -> int:
-    """Return how many processor cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def cores_per_process() -> int:
+    """Return how many processor cores each process of the run has on this machine, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDataset) -> Callable[..., Iterator[Any]]:
     """Return a function of `num_workers=` that gives this process's batches, from where the run stands on."""
     accelerator, config = trainer.accelerator, trainer.config
-    cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.data.num_workers > max(cores, 1):
+    cores = cores_per_process()
+    if config.data.num_workers > cores:
         trainer.say(f"data.num_workers={config.data.num_workers}: more than the {cores} cores of each process here")
     stream = IndexStream(
         len(dataset),

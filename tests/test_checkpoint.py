@@ -16,7 +16,7 @@ from fcmae.errors import UserError
 from fcmae.tensors import load_strictly, read_safetensors
 from fcmae.training.checkpoint import optimizer_tensors, read_checkpoint, restore_optimizer, save_checkpoint
 from fcmae.training.optim import build_adamw
-from fcmae.training.run_folder import newest_checkpoint
+from fcmae.training.run_folder import RunFolder
 
 SMALL = ((1, 1, 1, 1), (8, 8, 16, 16))
 
@@ -36,7 +36,7 @@ def test_the_newest_are_kept_and_last_points_at_the_newest(tmp_path: Path) -> No
         save(folder, step)
     assert steps_in(folder) == [15, 20]
     assert (folder / "last").resolve() == folder / "step-00000020"
-    assert newest_checkpoint(tmp_path) == folder / "step-00000020"
+    assert RunFolder(tmp_path).newest == folder / "step-00000020"
     assert read_checkpoint(folder / "last").state["step"] == 20
 
 
@@ -84,7 +84,7 @@ def test_a_failure_while_writing_leaves_the_older_checkpoints(
     assert torch.equal(read_checkpoint(folder / "last").model["weight"], torch.full((3,), 5.0))
     save(folder, 15)
     assert not list(folder.glob(".writing*"))
-    assert newest_checkpoint(tmp_path) == folder / "step-00000015"
+    assert RunFolder(tmp_path).newest == folder / "step-00000015"
 
 
 def test_a_kill_while_writing_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_kill_while_writing_is_not_taken_for_a_checkpoint(tmp_path: Path) -> N
     save(folder, 5)
     (folder / ".writing-step-00000010").mkdir()
     (folder / ".writing-step-00000010" / "model.safetensors").write_bytes(b"half")
-    assert newest_checkpoint(tmp_path) == folder / "step-00000005"
+    assert RunFolder(tmp_path).newest == folder / "step-00000005"
     save(folder, 10)
     assert not list(folder.glob(".writing*"))
 

@@ -239,7 +239,7 @@ def test_what_is_given_is_read_before_anything_is_looked_at() -> None:
 def test_more_workers_than_cores_are_mentioned(
     workers: int, says: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story, "count_cores", lambda: 2)
+    monkeypatch.setattr(story, "cores_per_process", lambda: 2)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     said: list[str] = []
     config = chosen(images_of(13, 320), CPU, f"data.num_workers={workers}")

@@ -88,7 +88,9 @@ def test_a_missing_package_is_reported_with_the_command_that_installs_it(
     to: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"--to {to}: {package} is missing: pip install 'fcmae\[export\]'"):
+    with pytest.raises(
+        UserError, match=rf"--to {to}: {package} is missing: pip install transformers onnx onnxruntime onnxscript"
+    ):
         export(classifier(), to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

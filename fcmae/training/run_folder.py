@@ -75,11 +75,6 @@ class RunFolder:
         return max(complete_checkpoints(self.checkpoints), default=None)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest complete checkpoint folder of a run folder, or None."""
-    return RunFolder(run).newest
-
-
 def claim_run_folder(config: RunConfig) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None for a new run; writes nothing.
 

@@ -60,7 +60,8 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
                 with blame(f"--to {to}"):
                     form.prepend_preprocessing(encoder, preprocessing, folder)
     except ImportError as error:
-        raise UserError(f"--to {to}: {error.name or error} is missing: pip install 'fcmae[export]'") from error
+        packages = "transformers onnx onnxruntime onnxscript"  # the extra `export`, which no package index knows
+        raise UserError(f"--to {to}: {error.name or error} is missing: pip install {packages}") from error
     except OSError as error:
         raise UserError(f"--output {output}: not written ({error})") from error
     return Exported(tuple(sorted(output.iterdir())), difference, form.how(encoder, output))
