@@ -14,7 +14,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from fcmae.encoder.convnext import Block, ConvNeXtV2, Variant
+from fcmae.encoder.convnext import Block, ConvNeXt, Variant
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites, conv2d_channels_last
 from fcmae.encoder.packed import PackedSites
 from fcmae.patches import grid_shape
@@ -86,8 +86,8 @@ class SparkLayerNorm(nn.LayerNorm):
         return patches.scatter(super().forward(patches.gather(input)))
 
 
-class SparkEncoder(ConvNeXtV2):
-    """`ConvNeXtV2` with the same parameters by the same names, computed over `SparkSites` whatever the layout."""
+class SparkEncoder(ConvNeXt):
+    """`ConvNeXt` with the same parameters by the same names, computed over `SparkSites` whatever the layout."""
 
     def __init__(self, variant: Variant) -> None:
         super().__init__(variant)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fcmae.encoder import VARIANTS, ConvNeXtV2
+    from fcmae.encoder import VARIANTS, ConvNeXt, ConvNeXtV2
     from fcmae.load import load_encoder
     from fcmae.masking import sample_visible_ids
     from fcmae.model import FCMAE, FCMAEOutput
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FCMAE",
     "VARIANTS",
+    "ConvNeXt",
     "ConvNeXtV2",
     "FCMAEOutput",
     "load_encoder",
@@ -26,6 +27,7 @@ __all__ = [
 HOMES = {
     "FCMAE": "model",
     "VARIANTS": "encoder",
+    "ConvNeXt": "encoder",
     "ConvNeXtV2": "encoder",
     "FCMAEOutput": "model",
     "load_encoder": "load",

@@ -28,27 +28,61 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class GRNSection(Section):
+    """The parts of GRN, arguments of `fcmae.encoder.responses.GRN` by the same names (paper, table 2)."""
+
+    aggregation: Literal["l2", "l1", "average"] = "l2"
+    normalization: Literal["mean", "sum", "none", "standardize"] = "mean"
+    residual: bool = True
+
+
 class EncoderSection(Section):
     """The encoder, of pretraining and fine-tuning alike."""
 
     variant: str | tuple[FourSizes, FourSizes]
+    version: Literal[1, 2] = 2
+    """1 for ConvNeXt V1, with LayerScale; 2 for V2, with GRN."""
+    response: Literal["auto", "none", "grn"] = AUTO
+    """What stands at GRN's place; `auto` is GRN in version 2, none in version 1."""
+    grn: GRNSection = GRNSection()
     in_chans: Positive = 3
     stem_stride: Literal[1, 2, 4] = 4
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Arguments of `fcmae.ConvNeXt`."""
+        values = self.model_dump(include=set(EncoderSection.model_fields))
+        return values | {"grn": self.grn.model_dump(exclude_defaults=True)}
+
+    @model_validator(mode="after")
+    def _check_response(self) -> Self:
+        parts = self.grn.model_dump(exclude_defaults=True) if isinstance(self.grn, GRNSection) else {}
+        if parts and (self.response not in ("grn", AUTO) or (self.response == AUTO and self.version == 1)):
+            raise ValueError(f"grn.{next(iter(parts))} is of GRN alone: set model.response=grn, or leave it out")
+        return self
 
 
 class ModelSection(EncoderSection):
     """The network: arguments of `fcmae.FCMAE`, by the same names."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    sparse: bool = True
+    """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
+    decoder: Literal["convnext"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `fcmae.FCMAE`."""
+        return self.model_dump() | self.network
+
 
 class ClassifierSection(EncoderSection):
-    """The network of fine-tuning: arguments of `fcmae.ConvNeXtV2`, by the same names."""
+    """The network of fine-tuning: arguments of `fcmae.ConvNeXt`, by the same names."""
 
     num_classes: Positive | None = None
     """Outputs; null for as many as the training set has classes."""
@@ -284,6 +318,8 @@ class ClassifierRecipe(ClassifierSection):
     """As `ClassifierSection`; `auto` is what `init_from` has."""
 
     variant: str | tuple[FourSizes, FourSizes] = AUTO
+    version: Literal[1, 2] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    grn: GRNSection | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     in_chans: Positive | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     stem_stride: Literal[1, 2, 4] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
-from fcmae.encoder import ConvNeXtV2
+from fcmae.encoder import ConvNeXt
 from fcmae.errors import UserError, blame
 from fcmae.files import write_json
 from fcmae.load import known_of, load_weights, require_network, resolve_recipe
@@ -42,7 +42,7 @@ from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.timm import write_timm_folder
 
 
-def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> str:
+def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> str:
     """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
 
     Raises:
@@ -61,7 +61,7 @@ def start_from(model: ConvNeXtV2, source: str, class_names: tuple[str, ...]) -> 
 
 
 def evaluate(
-    accelerator: Accelerator, model: ConvNeXtV2, dataset: EvaluationDataset, config: FinetuneConfig
+    accelerator: Accelerator, model: ConvNeXt, dataset: EvaluationDataset, config: FinetuneConfig
 ) -> Scores:
     """Score a classifier on all images of a set, spread over the processes, each counted once.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, parse_config
-from fcmae.encoder.convnext import ConvNeXtV2, variant_name
+from fcmae.encoder.convnext import ConvNeXt, variant_name
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
 from fcmae.tensors import read_safetensors
@@ -63,8 +63,10 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     with report_damage(stored.file.with_name(STATE)):
         described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
         preprocessing = Preprocessing.of(described)
+        model = stored.state["config"]["model"]
     tensors = read_safetensors(stored.file)
-    weights = interpret(stored.file, tensors, preprocessing=preprocessing)
+    network = {key: model[key] for key in ("response", "grn") if key in model}
+    weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
 
@@ -76,7 +78,7 @@ def load_encoder(
     ema: bool | None = None,
     num_classes: int | None = None,
     drop_path: float = 0.0,
-) -> ConvNeXtV2:
+) -> ConvNeXt:
     """Return the ConvNeXt V2 of a run or of any file of weights: `build_encoder` of `load_weights`.
 
     Raises:
@@ -86,23 +88,27 @@ def load_encoder(
     return build_encoder(weights, num_classes=num_classes, drop_path=drop_path)
 
 
-def network_of(encoder: ConvNeXtV2) -> dict[str, Any]:
+def network_of(encoder: ConvNeXt) -> dict[str, Any]:
     """Return what a configuration's section `model` says of an encoder."""
     shape = encoder.depths, encoder.dims
     return {
         "variant": variant_name(*shape) or shape,
+        "version": encoder.version,
+        "response": encoder.response,
+        "grn": encoder.grn,
         "in_chans": encoder.in_chans,
         "stem_stride": encoder.stem_stride,
     }
 
 
-def _shape_of(weights: Weights) -> ConvNeXtV2:
+def _shape_of(weights: Weights) -> ConvNeXt:
     """Return the network of weights without its tensors."""
     with torch.device("meta"):
-        return build_untrained(weights.tensors, num_classes=count_classes(weights.tensors))
+        classes = count_classes(weights.tensors)
+        return build_untrained(weights.tensors, num_classes=classes, network=weights.network)
 
 
-def require_network(encoder: ConvNeXtV2, weights: Weights, source: str | Path) -> None:
+def require_network(encoder: ConvNeXt, weights: Weights, source: str | Path) -> None:
     """Check that weights are those of such an encoder.
 
     Raises:
@@ -174,7 +180,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         )
     config = parse_config(PretrainConfig, stored.state["config"], str(state))
     with blame(str(state)):
-        settings: dict[str, Any] = {**dict(config.model), "layout": "auto"}  # training's may need a package
+        settings: dict[str, Any] = {**config.model.arguments, "layout": "auto"}  # training's may need a package
         model = FCMAE(**settings)
     load_network(model, tensors, file)
     return model, config

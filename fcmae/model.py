@@ -1,14 +1,18 @@
 """FCMAE: encoder plus decoder, from images to a loss; knows nothing of optimizers, devices or files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcmae.decoder import ConvNeXtDecoder
-from fcmae.encoder.convnext import ConvNeXtV2, Layout, Variant, require_layout
+from fcmae.decoder import DECODERS
+from fcmae.encoder.convnext import ConvNeXt, Layout, Variant, Version, require_layout
 from fcmae.loss import hidden_patch_loss
-from fcmae.masking import count_visible, hidden_ids, sample_visible_ids
+from fcmae.masking import count_visible, hidden_ids, ids_to_booleans, sample_visible_ids
+from fcmae.patches import grid_shape
 
 
 @dataclass
@@ -29,14 +33,20 @@ class FCMAEOutput:
 class FCMAE(nn.Module):
     """Fully convolutional masked autoencoder (arXiv 2301.00808, section 3).
 
-    `set_fused(model, False)` runs the blocks of encoder and decoder module by module, see `ConvNeXtV2`.
+    `set_fused(model, False)` runs the blocks of encoder and decoder module by module, see `ConvNeXt`.
 
     Args:
         variant: a name of `fcmae.VARIANTS` or an explicit (depths, dims).
+        version: 1 for ConvNeXt V1 (LayerScale), 2 for V2 (GRN).
+        response: what stands at GRN's place; "auto" is the version's own, see `ConvNeXt`.
+        grn: arguments of `GRN` other than its own.
         in_chans: channels of the images.
         stem_stride: 4, 2 or 1; a patch has 8 * stem_stride pixels per side.
+        decoder: a name of `fcmae.decoder.DECODERS`.
         decoder_depth: number of decoder blocks.
         decoder_dim: width of the decoder.
+        sparse: hidden patches are as if they were not there. Without, they are patches of zeros to an encoder that
+            is dense: the V2 paper's comparison (section 3.1), where masking is not worth much.
         mask_ratio: share of patches hidden, inside (0, 1).
         norm_pix_loss: reconstruct patch-normalised pixels.
         layout: how the encoder computes; all layouts give the same numbers. "auto" is packed.
@@ -50,8 +60,13 @@ class FCMAE(nn.Module):
         self,
         variant: Variant,
         *,
+        version: Version = 2,
+        response: str = "auto",
+        grn: Mapping[str, Any] | None = None,
         in_chans: int = 3,
         stem_stride: int = 4,
+        sparse: bool = True,
+        decoder: str = "convnext",
         decoder_depth: int = 1,
         decoder_dim: int = 512,
         mask_ratio: float = 0.6,
@@ -64,14 +79,41 @@ class FCMAE(nn.Module):
         require_layout(layout)
         if decoder_depth < 1 or decoder_dim < 1:
             raise ValueError(f"got decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: both at least 1")
-        self.encoder = ConvNeXtV2(variant, in_chans=in_chans, stem_stride=stem_stride, drop_path=drop_path)
-        self.patch_size = self.encoder.patch_size
-        self.decoder = ConvNeXtDecoder(
-            self.encoder.dims[-1], self.patch_size**2 * in_chans, dim=decoder_dim, depth=decoder_depth
+        if decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {decoder!r}: choose from {', '.join(DECODERS)}")
+        self.encoder = ConvNeXt(
+            variant,
+            version=version,
+            response=response,
+            grn=grn,
+            in_chans=in_chans,
+            stem_stride=stem_stride,
+            drop_path=drop_path,
         )
+        self.patch_size = self.encoder.patch_size
+        self.decoder = DECODERS[decoder](
+            self.encoder.dims,
+            self.patch_size**2 * in_chans,
+            dim=decoder_dim,
+            depth=decoder_depth,
+            block=self.encoder.block,
+        )
+        self.sparse = sparse
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
         self.layout: Layout = layout
+
+    def _encode(self, images: Tensor, visible_ids: Tensor) -> list[Tensor]:
+        layout, ids = self.layout, visible_ids
+        if not self.sparse:
+            layout, ids = "dense", None
+            height, width = grid_shape((images.shape[-2], images.shape[-1]), self.patch_size)
+            visible = ids_to_booleans(visible_ids, height * width).to(images.dtype).view(-1, 1, height, width)
+            visible = F.interpolate(visible, scale_factor=self.patch_size).bool()
+            images = torch.where(visible, images, 0.0)
+        if self.decoder.reads_pyramid:
+            return self.encoder.feature_maps(images, ids, layout)
+        return [self.encoder.features(images, ids, layout)]
 
     def forward(
         self,
@@ -93,10 +135,10 @@ class FCMAE(nn.Module):
         if visible_ids is None:
             ids = sample_visible_ids(len(images), num_patches, self.mask_ratio, generator, images.device)
             visible_ids = ids.to(images.device)
-        features = self.encoder.features(images, visible_ids, self.layout)  # refuses what does not fit
+        maps = self._encode(images, visible_ids)  # refuses what does not fit
         hidden = hidden_ids(visible_ids, num_patches)
         if hidden.shape[1] == 0:
             raise ValueError(f"all {num_patches} patches are visible: nothing is left to reconstruct")
-        pred = self.decoder(features, hidden)
+        pred = self.decoder(maps, hidden)
         loss = hidden_patch_loss(pred, images, hidden, self.patch_size, norm_pix_loss=self.norm_pix_loss)
         return FCMAEOutput(loss, pred, visible_ids, hidden)

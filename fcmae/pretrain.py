@@ -60,7 +60,8 @@ def start_from(model: FCMAE, source: str) -> str:
         load_network(model.encoder, encoder, weights.path)
         return f"{found}, with a new decoder"
     own = model.decoder.state_dict()
-    wanted = {"decoder_dim": len(own["proj.bias"]), "decoder_depth": len(model.decoder.decoder)}
+    own_blocks = {name.split(".")[1] for name in own if name.startswith("decoder.")}
+    wanted = {"decoder_dim": len(own["proj.bias"]), "decoder_depth": len(own_blocks)}
     blocks = {name.split(".")[2] for name in tensors if name.startswith("decoder.decoder.")}
     has = {"decoder_dim": len(tensors["decoder.proj.bias"]), "decoder_depth": len(blocks)}
     for key, value in has.items():
@@ -87,7 +88,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     # The network: a sparse ConvNeXt V2 encoder and a light decoder
     torch.manual_seed(config.train.seed)
     with blame("model"):
-        model = FCMAE(**dict(config.model))
+        model = FCMAE(**config.model.arguments)
     with blame("data.image_size"):
         grid = grid_shape(config.data.size, model.patch_size)
         count_visible(grid[0] * grid[1], config.model.mask_ratio)

@@ -18,7 +18,7 @@ from numba import config
 from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability
 
-from fcmae.encoder.convnext import ConvNeXtV2, Layout
+from fcmae.encoder.convnext import ConvNeXt, Layout
 from fcmae.errors import run_script
 
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
@@ -80,9 +80,9 @@ def randomise(module: Module, std: float = 0.4) -> Module:
     return module
 
 
-def small_encoder(**kwargs: Any) -> ConvNeXtV2:
+def small_encoder(**kwargs: Any) -> ConvNeXt:
     """A randomised float64 encoder of variant `TINY`."""
-    return randomise(ConvNeXtV2(kwargs.pop("variant", TINY), **kwargs).double())
+    return randomise(ConvNeXt(kwargs.pop("variant", TINY), **kwargs).double())
 
 
 def smooth_images(b: int, c: int, h: int, w: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -105,7 +105,7 @@ def gradients(out: Tensor, module: nn.Module, **inputs: Tensor) -> dict[str, Ten
 
 
 def features_and_gradients(
-    encoder: ConvNeXtV2, images: Tensor, ids: Tensor | None, layout: Layout
+    encoder: ConvNeXt, images: Tensor, ids: Tensor | None, layout: Layout
 ) -> dict[str, Tensor]:
     """The features, and their gradients to every parameter and to the images."""
     images = images.detach().clone().requires_grad_()

@@ -20,7 +20,7 @@ from test_evaluate import extract, splits_of, write_classes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import fcmae
-from fcmae import FCMAE, ConvNeXtV2, pretrain
+from fcmae import FCMAE, ConvNeXt, pretrain
 from fcmae.__main__ import COMMANDS, SHELLS, main, run
 from fcmae.arguments import mention_other_gpus
 from fcmae.commands import export
@@ -56,13 +56,13 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 @pytest.fixture(scope="module")
-def network() -> ConvNeXtV2:
+def network() -> ConvNeXt:
     torch.manual_seed(0)
     return small_encoder(num_classes=3).float().eval()
 
 
 @pytest.fixture(scope="module")
-def model(network: ConvNeXtV2, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(network: ConvNeXt, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as fine-tuning leaves it."""
     folder = tmp_path_factory.mktemp("model")
     write_timm_folder(network, Preprocessing(MEAN, STD, (64, 64), 0.9, class_names=NAMES), folder)
@@ -97,7 +97,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = parse_config(FinetuneConfig, values, "a test").model_dump(mode="json")
 
     def sure_of(label: int) -> dict[str, torch.Tensor]:
-        network = ConvNeXtV2(TINY, num_classes=4)
+        network = ConvNeXt(TINY, num_classes=4)
         torch.nn.init.zeros_(network.head.weight)  # pyright: ignore[reportArgumentType]
         network.head.bias = torch.nn.Parameter(20.0 * torch.eye(4)[label])
         return network.state_dict()
@@ -333,7 +333,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(model: Path) -> None:
 
 
 def test_predictions_are_those_of_the_network_on_the_evaluated_crop(
-    model: Path, network: ConvNeXtV2, command: Command
+    model: Path, network: ConvNeXt, command: Command
 ) -> None:
     photos = sorted(PHOTOS.glob("*.jpg"))
     code, out, _ = command("predict", model, PHOTOS, "--top", 2, "--json")
@@ -439,7 +439,7 @@ def test_photographs_are_turned_as_their_camera_says(model: Path, tmp_path: Path
     assert unturned != pytest.approx(first, abs=1e-3)
 
 
-def test_what_had_to_be_assumed_is_said(network: ConvNeXtV2, tmp_path: Path, command: Command) -> None:
+def test_what_had_to_be_assumed_is_said(network: ConvNeXt, tmp_path: Path, command: Command) -> None:
     torch.save(network.state_dict(), tmp_path / "x.pth")
     code, out, err = command("predict", tmp_path / "x.pth", PHOTOS / "fig.jpg")
     assert code == 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, gradients, randomise, relative_error, small_encoder, smooth_images, some_ids
 from torch import nn
 
-from fcmae.encoder.convnext import VARIANTS, ConvNeXtV2, Layout, Variant
+from fcmae.encoder.convnext import VARIANTS, ConvNeXt, Layout, Variant
 from fcmae.encoder.layouts import DenseSites
 from fcmae.encoder.responses import GRN
 from fcmae.model import FCMAE
@@ -76,7 +76,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_parameter_counts_are_the_official_ones(variant: str) -> None:
     with torch.device("meta"):
         model = FCMAE(variant)
-        classifier = ConvNeXtV2(variant, num_classes=1000)
+        classifier = ConvNeXt(variant, num_classes=1000)
     assert (count(classifier), count(model.encoder), count(model.decoder)) == COUNTS[variant]
 
 
@@ -90,8 +90,8 @@ def test_there_are_eight_variants() -> None:
 def test_state_dict_has_the_official_names_and_shapes(variant: Variant, in_chans: int, stem_stride: int) -> None:
     depths, dims = VARIANTS[variant] if isinstance(variant, str) else variant
     with torch.device("meta"):
-        encoder = ConvNeXtV2(variant, in_chans=in_chans, stem_stride=stem_stride)
-        classifier = ConvNeXtV2(variant, in_chans=in_chans, stem_stride=stem_stride, num_classes=7)
+        encoder = ConvNeXt(variant, in_chans=in_chans, stem_stride=stem_stride)
+        classifier = ConvNeXt(variant, in_chans=in_chans, stem_stride=stem_stride, num_classes=7)
     official = official_encoder(depths, dims, in_chans, stem_stride)
     head = {"norm.weight": dims[-1:], "norm.bias": dims[-1:], "head.weight": (7, dims[-1]), "head.bias": (7,)}
     assert shapes_of(encoder) == official
@@ -129,7 +129,7 @@ def test_grn_is_the_identity_at_initialisation() -> None:
 
 
 def test_linear_and_convolution_weights_start_at_std_0_02_and_biases_at_zero() -> None:
-    encoder = ConvNeXtV2("atto", num_classes=10)
+    encoder = ConvNeXt("atto", num_classes=10)
     for name, p in encoder.named_parameters():
         if name.endswith(("bias", "gamma", "beta")):
             assert not p.any(), name
@@ -198,7 +198,7 @@ def test_autocast_is_close_to_float32_and_its_gradients_are_finite(layout: Layou
 )
 def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ConvNeXtV2(kwargs.pop("variant", TINY), **kwargs)
+        ConvNeXt(kwargs.pop("variant", TINY), **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None
     ],
 )
 def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str) -> None:
-    encoder = ConvNeXtV2(TINY)
+    encoder = ConvNeXt(TINY)
     for call in (encoder, encoder.features, encoder.pyramid):
         with pytest.raises(ValueError, match=message):
             call(torch.zeros(shape))
@@ -229,7 +229,7 @@ def test_images_that_do_not_fit_are_refused(shape: tuple[int, ...], message: str
 @pytest.mark.parametrize("layout", ["masked", "packed"])
 def test_masked_images_are_whole_patches(layout: Layout, size: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ConvNeXtV2(TINY).features(torch.zeros(2, 3, *size), torch.zeros(2, 1, dtype=torch.int64), layout)
+        ConvNeXt(TINY).features(torch.zeros(2, 3, *size), torch.zeros(2, 1, dtype=torch.int64), layout)
 
 
 @pytest.mark.parametrize(
@@ -251,4 +251,4 @@ def test_ids_and_layouts_that_do_not_fit_are_refused(
     ids: torch.Tensor | None, layout: Layout, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        ConvNeXtV2(TINY).features(torch.zeros(2, 3, 64, 64), ids, layout)
+        ConvNeXt(TINY).features(torch.zeros(2, 3, 64, 64), ids, layout)

@@ -16,7 +16,7 @@ from conftest import (
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from fcmae.encoder.convnext import Block, ConvNeXtV2, DropPath, Layout, set_fused
+from fcmae.encoder.convnext import Block, ConvNeXt, DropPath, Layout, set_fused
 from fcmae.encoder.layouts import DenseSites, MaskedSites, Sites
 from fcmae.encoder.minkowski import MinkowskiSites
 from fcmae.encoder.packed import PackedSites
@@ -122,7 +122,7 @@ def test_one_images_hidden_patches_do_not_depend_on_another_images(layout: Layou
 
 @pytest.mark.parametrize("layout", ["dense", *SPARSE])
 def test_black_images_have_finite_gradients(layout: Layout) -> None:
-    encoder = ConvNeXtV2(TINY, stem_stride=1).double()
+    encoder = ConvNeXt(TINY, stem_stride=1).double()
     for module in encoder.modules():
         if isinstance(module, GRN):
             nn.init.ones_(module.gamma)
@@ -319,7 +319,7 @@ def test_drop_path_is_torchvisions_stochastic_depth_of_rows(shape: tuple[int, ..
 
 
 def test_drop_path_rises_linearly_from_zero() -> None:
-    encoder = ConvNeXtV2(TINY, drop_path=0.4)
+    encoder = ConvNeXt(TINY, drop_path=0.4)
     rates = [module.rate for module in encoder.modules() if isinstance(module, DropPath)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
 

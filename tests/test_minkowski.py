@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, small_encoder, smooth_images, some_ids
 from torch import Tensor, nn
 
-from fcmae import FCMAE, ConvNeXtV2
+from fcmae import FCMAE, ConvNeXt
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.ops.grn_mlp import grn_mlp
 from fcmae.training.optim import build_adamw
@@ -157,7 +157,7 @@ def test_kernel_maps_are_made_once_for_all_blocks_of_a_stage(monkeypatch: pytest
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(engine.CoordinateManager, "kernel_map", kernel_map)
-    encoder = ConvNeXtV2(((3, 2, 2, 1), (4, 4, 4, 4)), stem_stride=1)
+    encoder = ConvNeXt(((3, 2, 2, 1), (4, 4, 4, 4)), stem_stride=1)
     encoder.features(torch.randn(2, 3, 32, 32), some_ids(2, 16, 6), "minkowski")
     assert len(made) == 4
 

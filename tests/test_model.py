@@ -258,7 +258,7 @@ def test_the_encoders_output_does_not_change_hidden_cells_of_the_decoder_input()
     decoder = small_model().decoder
     features, ids = torch.randn(2, 3, 4, 32), some_ids(2, 12, 5)
     is_hidden = ids_to_booleans(ids, 12).view(2, 3, 4, 1)
-    assert torch.equal(decoder(features, ids), decoder(features.masked_fill(is_hidden, torch.nan), ids))
+    assert torch.equal(decoder([features], ids), decoder([features.masked_fill(is_hidden, torch.nan)], ids))
 
 
 def test_masks_are_reproducible_and_new_each_time() -> None:

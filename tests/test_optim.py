@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 import torch
 
-from fcmae import FCMAE, VARIANTS, ConvNeXtV2
+from fcmae import FCMAE, VARIANTS, ConvNeXt
 from fcmae.training.optim import build_adamw, exempt_from_decay, layer_scales
 
 
@@ -28,7 +28,7 @@ def test_only_matrices_and_kernels_take_weight_decay() -> None:
 def exponents(variant: str, decay_type: Literal["single", "group"]) -> dict[str, int]:
     """The power of the decay that scales the rate of each block, downsampling or other module."""
     with torch.device("meta"):
-        model = ConvNeXtV2(variant, num_classes=10)
+        model = ConvNeXt(variant, num_classes=10)
     names = [name for name, _ in model.named_parameters()]
     scales = layer_scales(names, model.depths, decay=0.5, decay_type=decay_type)
     powers: dict[str, int] = {}
@@ -96,7 +96,7 @@ def test_rates_never_fall_towards_the_classifier(variant: str, decay_type: Liter
 
 
 def test_adamw_takes_each_scale_with_and_without_decay_and_leaves_out_what_is_frozen() -> None:
-    model = ConvNeXtV2(((1, 1, 1, 1), (8, 8, 8, 8)), num_classes=3)
+    model = ConvNeXt(((1, 1, 1, 1), (8, 8, 8, 8)), num_classes=3)
     scales = layer_scales((n for n, _ in model.named_parameters()), model.depths, decay=0.5, decay_type="single")
     model.stages[0].requires_grad_(False)
     optimizer = build_adamw(model, weight_decay=0.1, betas=(0.9, 0.999), scales=scales)

@@ -17,7 +17,7 @@ from conftest import TINY, randomise, relative_error, small_encoder
 from safetensors.torch import save_file
 from weight_files import MEAN, NAMES, STD, same
 
-from fcmae import FCMAE, ConvNeXtV2, load_encoder
+from fcmae import FCMAE, ConvNeXt, load_encoder
 from fcmae.errors import UserError
 from fcmae.weights.base import IMAGENET, Preprocessing, describe_encoder, load_network
 from fcmae.weights.official import dense_to_official_sparse
@@ -162,7 +162,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path) -> None:
     torch.save(bomb, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "crater")))
     torch.save(small_encoder(), tmp_path / "module.pth")
-    for name, culprit in {"new": "mkdir", "old": "mkdir", "bare": "code", "module": "ConvNeXtV2"}.items():
+    for name, culprit in {"new": "mkdir", "old": "mkdir", "bare": "code", "module": "ConvNeXt"}.items():
         path = tmp_path / f"{name}.pth"
         with pytest.raises(UserError, match=rf"{name}\.pth: a pickle that holds code.*was not run") as caught:
             read_weights(path)
@@ -206,7 +206,7 @@ def test_what_holds_no_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_and_unexpected_keys_are_listed_up_to_ten_with_the_likely_variant(tmp_path: Path) -> None:
-    state = ConvNeXtV2("atto").state_dict()
+    state = ConvNeXt("atto").state_dict()
     missing = [name for name in state if ".norm." in name][:12]
     for name in missing:
         del state[name]
@@ -221,7 +221,7 @@ def test_missing_and_unexpected_keys_are_listed_up_to_ten_with_the_likely_varian
         read_weights(tmp_path / "x.pth")
     for rename in (to_timm, to_transformers, dense_to_official_sparse):
         with torch.device("meta"):
-            atto = rename(ConvNeXtV2("atto").state_dict())
+            atto = rename(ConvNeXt("atto").state_dict())
         torch.save({name: torch.zeros(value.shape) for name, value in atto.items()} | {"y": torch.zeros(1)}, path)
         with pytest.raises(UserError, match=r"x\.pth \(most like atto\): not .*unknown keys 'y'"):
             read_weights(path)
@@ -262,8 +262,8 @@ def test_files_of_other_networks_beside_a_file_of_weights_are_not_its_own(tmp_pa
 
 def test_weights_of_another_variant_are_refused_with_both_names() -> None:
     with torch.device("meta"):
-        pico = ConvNeXtV2("pico").state_dict()
-        atto = ConvNeXtV2("atto")
+        pico = ConvNeXt("pico").state_dict()
+        atto = ConvNeXt("atto")
     with pytest.raises(UserError, match=r"x: does not fit the model \(atto\): it holds pico") as caught:
         load_network(atto, pico, Path("x"))
     assert str(caught.value).count(";") <= 11
@@ -274,7 +274,7 @@ def test_a_variant_is_recognised_by_its_tensors(name: str) -> None:
     with torch.device("meta"):
         assert describe_encoder(FCMAE(name).state_dict()) == name
     assert describe_encoder({"weight": torch.zeros(1)}) == "no ConvNeXt V2"
-    assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXtV2(((1, 1, 1, 1), (8, 8, 16, 16))).state_dict())
+    assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXt(((1, 1, 1, 1), (8, 8, 16, 16))).state_dict())
 
 
 def test_a_package_is_imported_only_for_the_format_that_needs_it() -> None:

@@ -23,7 +23,7 @@ from weight_files import MEAN, NAMES, STD, classifier, same, weights_of
 
 from fcmae import load_encoder
 from fcmae.data import PixelNormalizer, cover
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.errors import UserError
 from fcmae.evaluation.inference import Picture, classify
 from fcmae.weights.base import Weights, build_encoder
@@ -63,7 +63,7 @@ def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path)
 
 
 def test_what_computes_something_else_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged(encoder: ConvNeXtV2, preprocessing: Any, folder: Path) -> None:
+    def damaged(encoder: ConvNeXt, preprocessing: Any, folder: Path) -> None:
         with torch.no_grad():
             encoder.stages[3][0].grn.gamma[..., 0] += 1e-3  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
         sound.write(encoder, preprocessing, folder)
@@ -181,7 +181,7 @@ def predicted(weights: Weights, photo: Image.Image) -> torch.Tensor:
 
 
 def gentle_classifier(size: tuple[int, int], crop_pct: float) -> Weights:
-    encoder = randomise(ConvNeXtV2(TINY, num_classes=3), std=0.1)
+    encoder = randomise(ConvNeXt(TINY, num_classes=3), std=0.1)
     return weights_of(encoder, class_names=NAMES, image_size=size, crop_pct=crop_pct)
 
 

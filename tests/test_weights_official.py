@@ -10,7 +10,7 @@ from conftest import TINY, randomise, relative_error, small_encoder, some_ids
 from torch import Tensor, nn
 from weight_files import classifier, same
 
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.encoder.minkowski import import_engine
 from fcmae.weights.export import export
 from fcmae.weights.official import dense_to_official_sparse, from_official_dense, official_sparse_to_dense
@@ -30,7 +30,7 @@ def test_the_official_code_finds_its_state_under_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["atto", TINY])
 def test_sparse_and_dense_there_and_back_is_the_identity(variant: Any) -> None:
-    dense = dict(randomise(ConvNeXtV2(variant)).state_dict())
+    dense = dict(randomise(ConvNeXt(variant)).state_dict())
     sparse = dense_to_official_sparse(dense)
     assert sparse.keys() != dense.keys()
     for result in (official_sparse_to_dense(sparse), official_sparse_to_dense(dense)):
@@ -53,12 +53,12 @@ def test_kernels_lie_as_the_engine_counts_columns_before_rows() -> None:
 
 
 def test_a_decoder_beside_the_sparse_encoder_is_left_out_and_nothing_else() -> None:
-    encoder = dense_to_official_sparse(ConvNeXtV2(TINY).state_dict())
+    encoder = dense_to_official_sparse(ConvNeXt(TINY).state_dict())
     state = {f"encoder.{name}": value for name, value in encoder.items()}
     decoder = ("proj.weight", "mask_token", "decoder.0.dwconv.weight", "pred.bias")
     assert (
         official_sparse_to_dense(state | dict.fromkeys(decoder, torch.zeros(1))).keys()
-        == ConvNeXtV2(TINY).state_dict().keys()
+        == ConvNeXt(TINY).state_dict().keys()
     )
     with pytest.raises(ValueError, match=r"unknown keys 'stages\.0\.0\.projection\.weight'"):
         official_sparse_to_dense(state | {"encoder.stages.0.0.projection.weight": torch.zeros(1)})
@@ -81,7 +81,7 @@ def test_shapes_that_are_not_the_official_codes_are_refused_by_name(name: str, s
 
 
 def test_the_official_sparse_encoder_has_no_norm_and_no_classifier() -> None:
-    state = ConvNeXtV2(TINY, num_classes=3).state_dict()
+    state = ConvNeXt(TINY, num_classes=3).state_dict()
     with pytest.raises(ValueError, match="the official sparse code has no classifier"):
         dense_to_official_sparse(state)
     del state["head.weight"], state["head.bias"]
@@ -182,7 +182,7 @@ def test_the_official_sparse_encoder_computes_the_same_after_conversion() -> Non
     assert state["encoder.downsample_layers.1.1.kernel"].shape == (4, dims[0], dims[1])
     assert state["encoder.stages.0.0.pwconv1.linear.weight"].shape == (4 * dims[0], dims[0])
 
-    ours = ConvNeXtV2(TINY).double()
+    ours = ConvNeXt(TINY).double()
     ours.load_state_dict(official_sparse_to_dense(state), strict=True)
     images, ids = torch.randn(2, 3, 96, 128, dtype=torch.float64), some_ids(2, 12, 5)
     sites = ours.sites(images, ids, "masked")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from weight_files import MEAN, NAMES, STD, same, weights_of
 
-from fcmae.encoder.convnext import VARIANTS, ConvNeXtV2
+from fcmae.encoder.convnext import VARIANTS, ConvNeXt
 from fcmae.weights.base import Preprocessing
 from fcmae.weights.export import export
 from fcmae.weights.read import read_weights
@@ -26,7 +26,7 @@ def timm_model(name: str, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("variant", ["atto", "pico", "tiny"])
 def test_timm_gives_the_same_logits(variant: str) -> None:
-    ours = randomise(ConvNeXtV2(variant, num_classes=10).double(), std=0.3).eval()
+    ours = randomise(ConvNeXt(variant, num_classes=10).double(), std=0.3).eval()
     theirs = timm_model(f"convnextv2_{variant}", num_classes=10, dtype=torch.float64).eval()
     state = ours.state_dict()
     theirs.load_state_dict(to_timm(state), strict=True)
@@ -40,7 +40,7 @@ def test_timm_gives_the_same_logits(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["atto", "tiny"])
 def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_features(variant: str) -> None:
-    ours = randomise(ConvNeXtV2(variant).double(), std=0.3).eval()
+    ours = randomise(ConvNeXt(variant).double(), std=0.3).eval()
     theirs = timm_model(f"convnextv2_{variant}", num_classes=0, dtype=torch.float64).eval()
     theirs.load_state_dict(to_timm(ours.state_dict()), strict=True)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_
 @pytest.mark.parametrize("num_classes", [0, 7])
 @pytest.mark.parametrize("variant", ["atto", TINY])
 def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
-    state = randomise(ConvNeXtV2(variant, num_classes=num_classes)).state_dict()
+    state = randomise(ConvNeXt(variant, num_classes=num_classes)).state_dict()
     assert same(from_timm(to_timm(state)), state)
     assert same(to_timm(from_timm(to_timm(state))), to_timm(state))
 
@@ -60,7 +60,7 @@ def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
 def test_every_variant_has_the_names_and_shapes_of_timms() -> None:
     for variant in VARIANTS:
         with torch.device("meta"):
-            ours = ConvNeXtV2(variant, num_classes=1000).state_dict()
+            ours = ConvNeXt(variant, num_classes=1000).state_dict()
         theirs = timm_model(f"convnextv2_{variant}", device="meta").state_dict()
         shapes = {name: tensor.shape for name, tensor in to_timm(ours).items()}
         assert shapes == {name: tensor.shape for name, tensor in theirs.items()}, variant
@@ -156,7 +156,7 @@ def test_timm_can_put_a_new_head_and_other_channels_on_the_folder(tmp_path: Path
 
 def test_the_config_names_only_what_differs_from_the_architecture() -> None:
     with torch.device("meta"):
-        atto, other = ConvNeXtV2("atto", num_classes=7), ConvNeXtV2(TINY, in_chans=1, stem_stride=1)
+        atto, other = ConvNeXt("atto", num_classes=7), ConvNeXt(TINY, in_chans=1, stem_stride=1)
     config = timm_config(atto, Preprocessing(MEAN, STD, (224, 224)))
     assert config["architecture"] == "convnextv2_atto"
     assert (config["num_classes"], config["num_features"]) == (7, 320)
@@ -214,7 +214,7 @@ def test_a_folder_written_for_timm_comes_back_whole(stem_stride: int, tmp_path: 
 
 
 def test_timm_loads_it_by_folder_and_by_file(tmp_path: Path) -> None:
-    encoder = randomise(ConvNeXtV2("atto", num_classes=3), std=0.3)
+    encoder = randomise(ConvNeXt("atto", num_classes=3), std=0.3)
     export(weights_of(encoder, class_names=NAMES), "timm", tmp_path / "out")
     images = smooth_images(2, 3, 64, 96)
     folder = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, dtype=torch.float64).eval()

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from weight_files import MEAN, NAMES, STD, classifier, same
 
 from fcmae.data import PixelNormalizer, cover
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.errors import UserError
 from fcmae.weights.base import Preprocessing
 from fcmae.weights.export import export
@@ -55,7 +55,7 @@ def test_transformers_gives_the_same_features() -> None:
 @pytest.mark.parametrize("num_classes", [0, 7])
 @pytest.mark.parametrize("variant", ["atto", TINY])
 def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
-    state = randomise(ConvNeXtV2(variant, num_classes=num_classes)).state_dict()
+    state = randomise(ConvNeXt(variant, num_classes=num_classes)).state_dict()
     theirs = to_transformers(state)
     assert same(from_transformers(theirs), state)
     assert same(to_transformers(from_transformers(theirs)), theirs)

@@ -8,7 +8,7 @@ import torch
 from conftest import small_encoder
 from torch import Tensor, nn
 
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.training.checkpoint import save_checkpoint
 from fcmae.weights.base import Preprocessing, Weights
 
@@ -21,7 +21,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a)
 
 
-def weights_of(encoder: ConvNeXtV2, **known: Any) -> Weights:
+def weights_of(encoder: ConvNeXt, **known: Any) -> Weights:
     """The encoder's weights in float32, as if read from a file."""
     known = {"mean": MEAN, "std": STD, "image_size": (64, 64), "crop_pct": 0.8} | known
     return Weights(Path("x"), dict(encoder.float().state_dict()), "a test's", Preprocessing(**known))

@@ -1,9 +1,16 @@
-"""Decoders of FCMAE, one a file: each predicts hidden patches from the encoder's map; none knows images or losses.
+"""Decoders of FCMAE, one a file: each predicts hidden patches from the encoder's maps; none knows images or losses.
 
-All have one signature: `Decoder(in_dim, out_dim, *, dim, depth)`, called with features (b, h, w, in_dim), one site
-per patch, and the ids of hidden patches (b, m), returns (b, m, out_dim).
+All have one signature: `Decoder(in_dims, out_dim, *, dim, depth, block)`, called with the maps (b, h, w, in_dims[i]) of
+the encoder's stages, finest first, the last with one site per patch, and the ids of hidden patches (b, m), returns
+(b, m, out_dim). One with `reads_pyramid=False` looks at the last map only, and may be given that alone.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from fcmae.decoder.convnext import ConvNeXtDecoder
 
-__all__ = ["ConvNeXtDecoder"]
+DECODERS: dict[str, Callable[..., Any]] = {"convnext": ConvNeXtDecoder}
+"""By name, as `FCMAE` takes it."""
+
+__all__ = ["DECODERS", "ConvNeXtDecoder"]

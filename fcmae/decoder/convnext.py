@@ -1,4 +1,6 @@
-"""The ConvNeXt V2 decoder (paper, section 3.1): fills hidden cells with a mask token and predicts their patches."""
+"""The ConvNeXt decoder (V2 paper, section 3.1): fills hidden cells with a mask token and predicts their patches."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,31 +17,42 @@ def conv1x1(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 class ConvNeXtDecoder(nn.Module):
-    """1x1 projection, mask token, `depth` dense ConvNeXt V2 blocks, 1x1 prediction; official parameter names.
+    """1x1 projection, mask token, `depth` dense ConvNeXt blocks, 1x1 prediction; official parameter names.
 
     Args:
-        in_dim: width of the encoder's last stage.
+        in_dims: widths of the encoder's stages; only the last is read.
         out_dim: values per patch, patch * patch * in_chans.
         dim: width of the decoder.
         depth: number of blocks.
+        block: builds a block of so many channels.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, dim: int = 512, depth: int = 1) -> None:
+    reads_pyramid = False
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        out_dim: int,
+        *,
+        dim: int = 512,
+        depth: int = 1,
+        block: Callable[[int], Block] = Block,
+    ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel_size=1)
+        self.proj = nn.Conv2d(in_dims[-1], dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, dim, 1, 1))
-        self.decoder = nn.ModuleList(Block(dim) for _ in range(depth))
+        self.decoder = nn.ModuleList(block(dim) for _ in range(depth))
         self.pred = nn.Conv2d(dim, out_dim, kernel_size=1)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the patches `hidden` (b, m), int64 without repeats, from the encoder's map (b, h, w, c).
+    def forward(self, maps: Sequence[Tensor], hidden: Tensor) -> Tensor:
+        """Predict the patches `hidden` (b, m), int64 without repeats, from the encoder's last map (b, h, w, c).
 
         Returns (b, m, out_dim). Predictions of visible patches have no part in the loss and are not made.
         """
-        b, h, w, _ = features.shape
-        x = conv1x1(features, self.proj)
+        b, h, w, _ = maps[-1].shape
+        x = conv1x1(maps[-1], self.proj)
         is_hidden = ids_to_booleans(hidden, h * w).view(b, h, w, 1)
         x = torch.where(is_hidden, self.mask_token.flatten().to(x.dtype), x)
         everywhere = torch.arange(h * w, device=x.device).repeat(b, 1)

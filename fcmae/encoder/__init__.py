@@ -1,5 +1,5 @@
-"""The ConvNeXt V2 encoder and the layouts it runs on."""
+"""ConvNeXt encoders, the networks beside them, and the layouts they run on."""
 
-from fcmae.encoder.convnext import VARIANTS, ConvNeXtV2, set_fused
+from fcmae.encoder.convnext import VARIANTS, ConvNeXt, ConvNeXtV2, set_fused
 
-__all__ = ["VARIANTS", "ConvNeXtV2", "set_fused"]
+__all__ = ["VARIANTS", "ConvNeXt", "ConvNeXtV2", "set_fused"]

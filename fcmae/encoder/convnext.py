@@ -1,7 +1,11 @@
-"""ConvNeXt V2 (arXiv 2301.00808), written once over the layouts; knows nothing of masks' sampling or losses."""
+"""ConvNeXt V1 (arXiv 2201.03545) and V2 (2301.00808), written once over the layouts; knows no masks or losses.
 
-from collections.abc import Callable
-from typing import Literal
+Version 1 scales each branch by a learnt factor per channel (LayerScale), version 2 has GRN in its place.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,24 +14,30 @@ from torch.utils.checkpoint import checkpoint
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
-from fcmae.encoder.responses import GRN, Response
+from fcmae.encoder.responses import GRN, Response, make_response
 from fcmae.patches import grid_shape
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
+Version = Literal[1, 2]
 Variant = str | tuple[tuple[int, ...], tuple[int, ...]]
 
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    # name: (depths, dims), paper, Appendix A.1
+    # name: (depths, dims), V2's Appendix A.1 and V1's section 3; "small" and "xlarge" are V1's, "huge" is V2's
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
     "pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
     "nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
     "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
     "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
-"""The eight sizes of the paper: depths and widths of the four stages."""
+"""The sizes of the papers: depths and widths of the four stages."""
+
+LAYER_SCALE = 1e-6
+"""The first value of version 1's factors (V1 paper, table 5)."""
 
 LAYOUTS: dict[str, Callable[[tuple[int, int], Tensor], Sites]] = {
     # name: (patch grid, visible_ids) -> the first stage's sites; "dense" needs no ids and is made apart
@@ -56,6 +66,11 @@ def resolve_variant(variant: Variant) -> tuple[tuple[int, ...], tuple[int, ...]]
 def variant_name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
     """Return the name in `VARIANTS` of these depths and dims, or None."""
     return next((name for name, variant in VARIANTS.items() if variant == (depths, dims)), None)
+
+
+def resolve_response(version: Version, response: str) -> str:
+    """Return what stands at GRN's place: unless said otherwise GRN in version 2, nothing in version 1."""
+    return {1: "none", 2: "grn"}[version] if response == "auto" else response
 
 
 def require_layout(layout: Layout) -> None:
@@ -98,11 +113,14 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """ConvNeXt V2 block: depthwise 7x7, LayerNorm, expand by 4, GELU, GRN, project back, add (paper, figure 5).
+    """ConvNeXt block: depthwise 7x7, LayerNorm, expand by 4, GELU, GRN, project back, add (V2 paper, figure 5).
+
+    What stands at GRN's place is called `grn` whatever it is, as in the official names.
 
     Args:
         dim: channels c of the map.
         response: builds what stands at GRN's place from its number of channels, 4c; see `responses.py`.
+        layer_scale: multiply the branch by a learnt factor per channel, `gamma`, as version 1 does.
         drop_path: probability with which the branch of an image is dropped in training (stochastic depth).
     """
 
@@ -113,7 +131,14 @@ class Block(nn.Module):
     `MaskedSites`, in `torch.export` and with a response without `mlp` it is so whatever this says. See `set_fused`.
     """
 
-    def __init__(self, dim: int, *, response: Callable[[int], Response] = GRN, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        response: Callable[[int], Response] = GRN,
+        layer_scale: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.dwconv = DepthwiseConv(dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -121,6 +146,7 @@ class Block(nn.Module):
         self.act = nn.GELU()
         self.grn = response(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE)) if layer_scale else None
         self.drop_path = DropPath(drop_path)
         self.fused = True
 
@@ -132,6 +158,8 @@ class Block(nn.Module):
         else:
             h = self.norm(self.dwconv(x, sites))
             h = self.pwconv2(self.grn(self.act(self.pwconv1(h)), sites))
+        if self.gamma is not None:
+            h = h * self.gamma.to(h.dtype)
         return x + self.drop_path(h)
 
 
@@ -153,8 +181,8 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class ConvNeXtV2(nn.Module):
-    """ConvNeXt V2 encoder and classifier with the official dense parameter names.
+class ConvNeXt(nn.Module):
+    """ConvNeXt V1 or V2 encoder and classifier with the official dense parameter names.
 
     Without classes the final LayerNorm has no parameters: released FCMAE weights and our own pretrained
     encoders have none, and pretraining does not use it.
@@ -163,6 +191,9 @@ class ConvNeXtV2(nn.Module):
 
     Args:
         variant: a name of `VARIANTS` or an explicit (depths, dims).
+        version: 1 for LayerScale and nothing at GRN's place, 2 for GRN.
+        response: what stands at GRN's place, a name of `responses.RESPONSES`; "auto" is the version's own.
+        grn: arguments of `GRN` other than its own, such as {"aggregation": "l1"}.
         in_chans: channels of the images.
         num_classes: outputs of the classifier; 0 gives pooled features instead.
         stem_stride: 4 (official), 2 or 1; a patch has 8 * stem_stride pixels per side.
@@ -176,6 +207,9 @@ class ConvNeXtV2(nn.Module):
         self,
         variant: Variant,
         *,
+        version: Version = 2,
+        response: str = "auto",
+        grn: Mapping[str, Any] | None = None,
         in_chans: int = 3,
         num_classes: int = 0,
         stem_stride: int = 4,
@@ -186,9 +220,18 @@ class ConvNeXtV2(nn.Module):
             raise ValueError(f"stem_stride must be 4, 2 or 1, got {stem_stride}")
         if in_chans < 1 or num_classes < 0:
             raise ValueError(f"got in_chans={in_chans} (at least 1), num_classes={num_classes} (at least 0)")
+        if version not in (1, 2):
+            raise ValueError(f"version must be 1 or 2, got {version}")
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
         self.depths, self.dims = resolve_variant(variant)
+        self.version: Version = version
+        self.response = resolve_response(version, response)
+        self.grn = dict(grn or {})
+        self.block = functools.partial(
+            Block, response=make_response(self.response, self.grn), layer_scale=version == 1
+        )
+        """Builds a block like this network's from a number of channels."""
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.stem_stride = stem_stride
@@ -206,7 +249,7 @@ class ConvNeXtV2(nn.Module):
         num_blocks = sum(self.depths)
         rates = iter([drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)])
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim, drop_path=next(rates)) for _ in range(depth))
+            nn.ModuleList(self.block(dim, drop_path=next(rates)) for _ in range(depth))
             for depth, dim in zip(self.depths, self.dims, strict=True)
         )
         self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6, elementwise_affine=num_classes > 0)
@@ -273,6 +316,16 @@ class ConvNeXtV2(nn.Module):
             outputs.append((x, sites))
         return outputs
 
+    def feature_maps(
+        self, images: Tensor, visible_ids: Tensor | None = None, layout: Layout = "auto"
+    ) -> list[Tensor]:
+        """Return the four stages' maps (b, h_i, w_i, c_i), finest first, with exact zeros where hidden.
+
+        Arguments and errors are those of `features`.
+        """
+        outputs = self.stage_outputs(images, self.sites(images, visible_ids, layout))
+        return [sites.scatter(x) for x, sites in outputs]
+
     def features(self, images: Tensor, visible_ids: Tensor | None = None, layout: Layout = "auto") -> Tensor:
         """Return the last map (b, h, w, c), one site per patch, before the final norm; exact zeros where hidden.
 
@@ -298,8 +351,7 @@ class ConvNeXtV2(nn.Module):
         Raises:
             ValueError: as `features`.
         """
-        outputs = self.stage_outputs(images, self.sites(images, None, "dense"))
-        return [x.permute(0, 3, 1, 2) for x, _ in outputs]
+        return [x.permute(0, 3, 1, 2) for x in self.feature_maps(images)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (b, num_classes), or pooled, normalised features (b, c) when `num_classes` is 0.
@@ -311,4 +363,8 @@ class ConvNeXtV2(nn.Module):
         return self.head(self.norm(sites.sum(x) / sites.num_active))
 
     def extra_repr(self) -> str:
-        return f"depths={self.depths}, dims={self.dims}, patch_size={self.patch_size}"
+        return f"version={self.version}, depths={self.depths}, dims={self.dims}, patch_size={self.patch_size}"
+
+
+ConvNeXtV2 = ConvNeXt
+"""The name in 0.1.0, which knew no version 1."""

@@ -7,7 +7,7 @@ Invariants, on which every layout relies:
 
 - Features at inactive sites are unspecified and never read.
 - A patch is 8 -> 4 -> 2 -> 1 sites per side through the four stages, so each 2x2 downsampling window is wholly
-  visible or wholly hidden. Divisibility is checked once, in `ConvNeXtV2.sites`; `dense` alone needs none.
+  visible or wholly hidden. Divisibility is checked once, in `ConvNeXt.sites`; `dense` alone needs none.
 - Visibility is `visible_ids` (b, p), int64, without repeats, p the same for every image: static shapes.
 - Parameters are plain `nn.Conv2d`, `nn.Linear`, `nn.LayerNorm`; a layout reads `conv.weight` and owns nothing.
 - Hidden pixels never reach a number that is kept: they may be NaN.

@@ -28,7 +28,7 @@ from fcmae.data import (
     overlap,
     share_of_each_class,
 )
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.errors import UserError, blame
 from fcmae.metrics import accuracies, accuracy, confusion_matrix, per_class
 
@@ -121,20 +121,14 @@ def validation_set(
 # The network and its loss
 
 
-def build_classifier(config: FinetuneConfig, num_classes: int) -> ConvNeXtV2:
+def build_classifier(config: FinetuneConfig, num_classes: int) -> ConvNeXt:
     """Return an untrained dense ConvNeXt V2 whose classifier has small weights.
 
     Raises:
         UserError: if there is no such network.
     """
     with blame("model"):
-        model = ConvNeXtV2(
-            config.model.variant,
-            in_chans=config.model.in_chans,
-            num_classes=num_classes,
-            stem_stride=config.model.stem_stride,
-            drop_path=config.model.drop_path,
-        )
+        model = ConvNeXt(**config.model.network, num_classes=num_classes)
     assert isinstance(model.head, nn.Linear)
     with torch.no_grad():
         model.head.weight.mul_(config.model.head_init_scale)

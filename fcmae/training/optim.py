@@ -19,7 +19,7 @@ def exempt_from_decay(name: str, parameter: nn.Parameter) -> bool:
 def layer_scales(
     names: Iterable[str], depths: Sequence[int], *, decay: float, decay_type: Literal["single", "group"]
 ) -> dict[str, float]:
-    """Return the factor on the learning rate of each parameter of a `ConvNeXtV2`: decay ** (layers above it).
+    """Return the factor on the learning rate of each parameter of a `ConvNeXt`: decay ** (layers above it).
 
     "single": each block is a layer; the stem belongs to the first block, a downsampling to the block after it.
     "group": three blocks of the third stage are a layer, each other stage is one, and the stem; the last two

@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.encoder.convnext import ConvNeXtV2, variant_name
+from fcmae.encoder.convnext import ConvNeXt, variant_name
 from fcmae.errors import UserError
 from fcmae.files import write_json
 from fcmae.tensors import load_strictly, misfits
@@ -78,7 +79,7 @@ class Preprocessing(NamedTuple):
         }
         return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
 
-    def completed(self, encoder: ConvNeXtV2) -> "Preprocessing":
+    def completed(self, encoder: ConvNeXt) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
         Only class names may stay unknown.
@@ -134,6 +135,7 @@ PLACEHOLDERS = {
     "layer": "[01]",
     "n": "[12]",
     "p": "weight|bias",
+    "part": "[a-z_0-9.]+",
 }
 
 OUR_NAMES: Names = {
@@ -143,13 +145,13 @@ OUR_NAMES: Names = {
         "stages.{stage}.{block}.dwconv.{p}",
         "stages.{stage}.{block}.norm.{p}",
         "stages.{stage}.{block}.pwconv{n}.{p}",
-        "stages.{stage}.{block}.grn.gamma",
-        "stages.{stage}.{block}.grn.beta",
+        "stages.{stage}.{block}.grn.{part}",
+        "stages.{stage}.{block}.gamma",
         "norm.{p}",
         "head.{p}",
     )
 }
-"""Every name of a `ConvNeXtV2`, which are the official dense ones."""
+"""Every name of a `ConvNeXt`, which are the official dense ones."""
 
 OURS = "a ConvNeXt V2 encoder in official dense names"
 
@@ -234,7 +236,7 @@ def idle_norm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def without_idle_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out a final norm of weight 1 and bias 0 where there is no classifier: a `ConvNeXtV2` has none then."""
+    """Leave out a final norm of weight 1 and bias 0 where there is no classifier: a `ConvNeXt` has none then."""
     if "head.weight" not in state and "norm.weight" in state and "norm.bias" in state:
         weight, bias = state["norm.weight"], state["norm.bias"]
         if torch.equal(weight, torch.ones_like(weight)) and not bias.any():
@@ -243,6 +245,9 @@ def without_idle_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # Weights and networks
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Weights(NamedTuple):
@@ -259,6 +264,8 @@ class Weights(NamedTuple):
     """Of a run: after how many updates."""
     ema: bool = False
     """Whether they are an EMA of the trained weights."""
+    network: Mapping[str, Any] = NOTHING
+    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them."""
 
     @property
     def description(self) -> str:
@@ -274,16 +281,24 @@ def count_classes(tensors: Mapping[str, Tensor]) -> int:
     return 0 if head is None or head.ndim != 2 else head.shape[0]
 
 
-def build_untrained(tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0) -> ConvNeXtV2:
+def build_untrained(
+    tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0, network: Mapping[str, Any] = NOTHING
+) -> ConvNeXt:
     """Build the untrained network that has these tensors, by our names, and so many classes.
+
+    Args:
+        network: what is known of it beside, see `Weights`.
 
     Raises:
         ValueError: if they are no whole encoder's.
     """
     depths, dims = encoder_shape(tensors)
     stem = tensors["downsample_layers.0.0.weight"]
-    encoder = ConvNeXtV2(
+    encoder = ConvNeXt(
         (depths, dims),
+        version=1 if "stages.0.0.gamma" in tensors else 2,
+        response=network.get("response") or ("grn" if "stages.0.0.grn.gamma" in tensors else "none"),
+        grn=network.get("grn"),
         in_chans=stem.shape[1],
         num_classes=num_classes,
         stem_stride=stem.shape[-1],
@@ -309,21 +324,21 @@ def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path 
     load_strictly(module, tensors, source)
 
 
-def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXtV2:
+def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXt:
     """Build the network of `weights`, in float32, with them in it.
 
     Args:
         weights: as read from any format.
         num_classes: outputs of the classifier: None for the file's own classifier if it has one, 0 for none, any
             other number than the file's for a new, untrained one.
-        drop_path: stochastic depth, see `ConvNeXtV2`.
+        drop_path: stochastic depth, see `ConvNeXt`.
     """
     tensors = dict(weights.tensors)
     if num_classes is None:
         num_classes = count_classes(tensors)
     if num_classes != count_classes(tensors):
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
-    encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path)
+    encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network)
     fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
     load_network(encoder, fresh | tensors, weights.path)
     return encoder
@@ -338,19 +353,19 @@ class Format:
 
     name: str
     """Of `fcmae export --to NAME`."""
-    write: Callable[[ConvNeXtV2, Preprocessing, Path], None]
+    write: Callable[[ConvNeXt, Preprocessing, Path], None]
     """(network in float32, its preprocessing, an existing folder) -> files with tensors and description in it.
 
     Raises ValueError for a network that the format cannot hold, ImportError for a missing package."""
     compute: Callable[[Path, Tensor], Tensor]
     """(folder, images) -> what the network in the folder gives, in the images' dtype."""
-    how: Callable[[ConvNeXtV2, Path], str]
+    how: Callable[[ConvNeXt, Path], str]
     """(network, folder) -> the code that loads what was written."""
     dtype: torch.dtype = torch.float64
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
-    prepend_preprocessing: Callable[[ConvNeXtV2, Preprocessing, Path], None] | None = None
+    prepend_preprocessing: Callable[[ConvNeXt, Preprocessing, Path], None] | None = None
     """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
     probabilities, which is checked; of formats that can.
 
@@ -365,7 +380,7 @@ class Format:
     Raises ValueError for names or shapes that are not the format's, UserError for a damaged description."""
 
     @torch.no_grad()
-    def verify(self, encoder: ConvNeXtV2, folder: Path) -> float:
+    def verify(self, encoder: ConvNeXt, folder: Path) -> float:
         """Load what was written to `folder` and compute with it, on random images of two sizes and batch sizes.
 
         Returns:
@@ -403,10 +418,11 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
         yield values if isinstance(values, dict) else {}
 
 
-def write_description(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+def write_description(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
     """Write our `config.json`, for formats that have no place for preprocessing and class names."""
     network = {
-        name: getattr(encoder, name) for name in ("depths", "dims", "in_chans", "num_classes", "stem_stride")
+        name: getattr(encoder, name)
+        for name in ("depths", "dims", "version", "response", "grn", "in_chans", "num_classes", "stem_stride")
     }
     write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
 
@@ -415,3 +431,10 @@ def read_description(folder: Path | None) -> Preprocessing:
     """Read what `write_description` wrote; all is unknown where there is no such file."""
     with description(folder) as config:
         return Preprocessing.of(config) if "network" in config else Preprocessing()
+
+
+def read_network(folder: Path | None) -> Mapping[str, Any]:
+    """Read what `write_description` wrote of the network beside its tensors; empty without such a file."""
+    with description(folder) as config:
+        network = config.get("network", {})
+        return {key: network[key] for key in ("response", "grn") if key in network}

@@ -9,7 +9,7 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.tensors import read_safetensors, write_safetensors
 from fcmae.weights.base import (
     MODEL,
@@ -100,7 +100,7 @@ def official_sparse_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dense_to_official_sparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name and shape the state dict of a `ConvNeXtV2` without classifier as the official sparse encoder has it.
+    """Name and shape the state dict of a `ConvNeXt` without classifier as the official sparse encoder has it.
 
     Raises:
         ValueError: if there is a classifier, or a key is unknown there, as those of a final norm are.
@@ -143,7 +143,7 @@ def _official(
 ) -> Format:
     """A file as the official scripts save and load them, our description beside it."""
 
-    def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+    def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
         torch.save({"model": from_ours(encoder.state_dict())}, folder / TORCH_FILE)
         write_description(encoder, preprocessing, folder)
 
@@ -171,7 +171,7 @@ SPARSE = _official(
 )
 
 
-def write_plain(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+def write_plain(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
     write_safetensors(folder / MODEL, encoder.state_dict())
     write_description(encoder, preprocessing, folder)
 

@@ -20,6 +20,7 @@ from fcmae.weights.base import (
     build_untrained,
     count_classes,
     describe_encoder,
+    read_network,
 )
 from fcmae.weights.official import DENSE, PLAIN, SPARSE
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
@@ -95,12 +96,9 @@ def recognise(state: Mapping[str, Tensor]) -> Format:
     """Return the format of a state dict, by its names.
 
     Raises:
-        ValueError: if it is none that we know, or a ConvNeXt V1.
+        ValueError: if it is none that we know.
     """
     found = next((form for form in FORMATS.values() if form.recognises(state.keys())), None)
-    v1 = any(name.endswith((".gamma", ".layer_scale_parameter")) and ".grn." not in name for name in state)
-    if v1 or (found and not any(".grn." in name for name in state)):
-        raise ValueError("ConvNeXt V1 weights (no GRN), which fcmae cannot use yet; take a ConvNeXt V2")
     if found is None:
         names = ", ".join(map(repr, list(state)[:3]))
         raise ValueError(
@@ -116,6 +114,7 @@ def interpret(
     *,
     folder: Path | None = None,
     preprocessing: Preprocessing | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> Weights:
     """Return the ConvNeXt V2 that is in tensors of any format.
 
@@ -124,6 +123,7 @@ def interpret(
         state: tensors by their own names.
         folder: that whose other files describe them, where there is one.
         preprocessing: if known, in place of what `folder` says.
+        network: likewise, see `Weights`.
 
     Raises:
         UserError: if they are no whole ConvNeXt V2; the message names the file.
@@ -136,9 +136,11 @@ def interpret(
         form = recognise(state)
         assert form.read is not None
         tensors, described = form.read(state, folder)
+        network = read_network(folder) if network is None else network
         num_classes = count_classes(tensors)
         with torch.device("meta"):
-            problems = misfits(build_untrained(tensors, num_classes=num_classes), tensors)
+            untrained = build_untrained(tensors, num_classes=num_classes, network=network)
+            problems = misfits(untrained, tensors)
     known = preprocessing or described
     if not num_classes:
         known = known._replace(class_names=None)
@@ -149,7 +151,7 @@ def interpret(
             f"{file}: {form.kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "
             f"but {len(problems)} tensors differ: {'; '.join(problems[:10])}"
         )
-    return Weights(file, tensors, form.kind, known)
+    return Weights(file, tensors, form.kind, known, network=network)
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:

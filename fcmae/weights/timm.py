@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fcmae.encoder.convnext import ConvNeXtV2, variant_name
+from fcmae.encoder.convnext import ConvNeXt, variant_name
 from fcmae.files import write_json, write_text
 from fcmae.patches import grid_shape
 from fcmae.tensors import write_safetensors
@@ -53,7 +53,7 @@ stem_stride 2. The same function on images enlarged twice has patch_size 4, whic
 
 
 def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape the state dict of a `ConvNeXtV2` for timm's model of the same depths and dims.
+    """Rename and reshape the state dict of a `ConvNeXt` for timm's model of the same depths and dims.
 
     A state without final norm gets one of weight 1 and bias 0, which is what our norm without parameters does.
 
@@ -71,9 +71,9 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape the state dict of a timm convnextv2 for a `ConvNeXtV2`.
+    """Rename and reshape the state dict of a timm convnextv2 for a `ConvNeXt`.
 
-    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXtV2` without classes has none.
+    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXt` without classes has none.
 
     Raises:
         ValueError: if a key is unknown, as those of ConvNeXt V1 or of timm's patch_size 2 are.
@@ -118,7 +118,7 @@ def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Te
     return tensors, preprocessing
 
 
-def timm_config(encoder: ConvNeXtV2, preprocessing: Preprocessing) -> dict[str, Any]:
+def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, Any]:
     """Return the `config.json` with which timm rebuilds `encoder` and prepares images for it.
 
     Raises:
@@ -168,7 +168,7 @@ def timm_config(encoder: ConvNeXtV2, preprocessing: Preprocessing) -> dict[str, 
     }
 
 
-def model_card(encoder: ConvNeXtV2, config: Mapping[str, Any]) -> str:
+def model_card(encoder: ConvNeXt, config: Mapping[str, Any]) -> str:
     """Return what the folder of a network says of itself to people, as Markdown; `config` is its `timm_config`."""
     use = config["pretrained_cfg"]
     name = variant_name(encoder.depths, encoder.dims)
@@ -203,7 +203,7 @@ Trained with fcmae (arXiv 2301.00808).
 """
 
 
-def write_timm_folder(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
     """Write `config.json`, `model.safetensors` and README.md, for `timm.create_model("local-dir:FOLDER", ...)`.
 
     With stem_stride 2 timm's model takes images enlarged twice (see `STEM_ENLARGEMENT`).
@@ -220,7 +220,7 @@ def write_timm_folder(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder:
     write_text(folder / CARD, model_card(encoder, config))
 
 
-def write_same_size(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+def write_same_size(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
     """Write as `write_timm_folder`, but only a network that takes images of the same size in timm.
 
     Raises:

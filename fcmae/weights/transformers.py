@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fcmae.encoder.convnext import ConvNeXtV2
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.weights.base import (
     OURS,
     Format,
@@ -39,7 +39,7 @@ NAMES: Names = {
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state dict of a `ConvNeXtV2` for transformers.
+    """Rename the state dict of a `ConvNeXt` for transformers.
 
     With a classifier it is one of `ConvNextV2ForImageClassification`, without of `ConvNextV2Model`; a state without
     final norm gets one of weight 1 and bias 0. Their configuration must say `layer_norm_eps=1e-6`: its default is
@@ -56,9 +56,9 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state dict of a `ConvNextV2ForImageClassification` or `ConvNextV2Model` for a `ConvNeXtV2`.
+    """Rename the state dict of a `ConvNextV2ForImageClassification` or `ConvNextV2Model` for a `ConvNeXt`.
 
-    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXtV2` without classes has none.
+    Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXt` without classes has none.
 
     Raises:
         ValueError: if a key is unknown.
@@ -105,7 +105,7 @@ def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Te
         return tensors, _preprocessing(processor)._replace(class_names=class_names)
 
 
-def write(encoder: ConvNeXtV2, preprocessing: Preprocessing, folder: Path) -> None:
+def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
     """Write the configuration, weights and image processor, for `AutoModel...from_pretrained(FOLDER)`.
 
     Raises:
