@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt V2 to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
+"""Fine-tune a ConvNeXt to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
 
 fcmae finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
 fcmae finetune --evaluate runs/classifier
@@ -39,7 +39,7 @@ from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
-from fcmae.weights.timm import write_timm_folder
+from fcmae.weights.export import write_folder
 
 
 def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> str:
@@ -144,7 +144,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         validation = classification.validation_set(config, class_names, config.model.in_chans, training=source)
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
-    # The network: a dense ConvNeXt V2, pretrained, with a new classifier of small weights
+    # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):
@@ -213,7 +213,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
     )
 
-    # What remains: the best classifier, as timm loads it
+    # What remains: the best classifier, as timm loads it where it can
     if accelerator.is_main_process:
         folder = trainer.run
         final = stored_model(folder.path)
@@ -221,7 +221,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         load_network(model, read_safetensors(final.file), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
-        write_timm_folder(model, preprocessing, folder.model)
+        write_folder(model, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
             places["best"] = f"{folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})"

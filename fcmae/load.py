@@ -45,7 +45,7 @@ def load_tensors(
 
 
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
-    """Return the weights of a ConvNeXt V2 from a run or from a file of any format, recognised by content.
+    """Return the weights of a ConvNeXt from a run or from a file of any format, recognised by content.
 
     Args:
         path: a run folder, which stands for its best evaluated weights, or the newest where none were evaluated; a
@@ -55,7 +55,7 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         ema: take the EMA (True) or the raw weights (False); None for what a run evaluated, and elsewhere for raw.
 
     Raises:
-        UserError: if there are none, or they are damaged or no whole ConvNeXt V2; the message names the file.
+        UserError: if there are none, or they are damaged or no whole ConvNeXt; the message names the file.
     """
     stored = _stored_model(path, last, ema)
     if stored is None:
@@ -79,7 +79,7 @@ def load_encoder(
     num_classes: int | None = None,
     drop_path: float = 0.0,
 ) -> ConvNeXt:
-    """Return the ConvNeXt V2 of a run or of any file of weights: `build_encoder` of `load_weights`.
+    """Return the ConvNeXt of a run or of any file of weights: `build_encoder` of `load_weights`.
 
     Raises:
         UserError: as `load_weights`.

@@ -56,6 +56,15 @@ NORMALIZATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
+OWN_PARTS: Mapping[str, Any] = {"aggregation": "l2", "normalization": "mean", "residual": True}
+"""Of GRN as the paper has it (Algorithm 1)."""
+
+
+def other_parts(grn: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of GRN's arguments those that are its own."""
+    return {part: value for part, value in grn.items() if (part, value) not in OWN_PARTS.items()}
+
+
 class GRN(Response):
     """Global Response Normalization (paper, Algorithm 1): x + gamma * (x * N(G(x))) + beta over active sites.
 

@@ -1,13 +1,26 @@
-"""A network in the formats of others: written aside, checked against ours on random images, then given its name."""
+"""A network in the formats of others, checked against ours before it gets its name; and the folder a run leaves."""
 
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes
-from fcmae.weights.base import Weights, build_encoder
+from fcmae.weights.base import Preprocessing, Weights, build_encoder
+from fcmae.weights.card import write_card
+from fcmae.weights.official import PLAIN
 from fcmae.weights.read import FORMATS
+from fcmae.weights.timm import TIMM, write_timm_folder
+
+CODE = """import fcmae
+
+model = fcmae.load_encoder("PATH/OF/THIS/FOLDER").eval()"""
+
+WARNING = """
+**fcmae alone computes this network**, a {}: timm, transformers and the official code have no such.
+`fcmae export THIS_FOLDER --to onnx` or `--to torch-export` makes a program of it that others run.
+"""
 
 
 class Exported(NamedTuple):
@@ -18,6 +31,30 @@ class Exported(NamedTuple):
     """Largest on random images, relative to the largest output."""
     how: str
     """To load it."""
+
+
+def describe_response(encoder: ConvNeXt) -> str:
+    """Name the version and, where it is not the version's own, what stands at GRN's place, in words of a config."""
+    parts = [f"grn.{part}={value}" for part, value in encoder.grn.items()]
+    own = encoder.response == resolve_response(encoder.version, "auto")
+    what = [*([] if own else [f"response={encoder.response}"]), *parts]
+    return " ".join([f"ConvNeXt V{encoder.version}", *(["with", ", ".join(what)] if what else [])])
+
+
+def write_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write what a run leaves: a folder that timm loads, or, of a network that timm lacks, a plain one.
+
+    We read both back exactly; the card in the folder says who else does.
+
+    Raises:
+        ValueError: if preprocessing does not fit the encoder.
+    """
+    if TIMM.holds(encoder):
+        return write_timm_folder(encoder, preprocessing, folder)
+    use = preprocessing.completed(encoder)
+    folder.mkdir(parents=True, exist_ok=True)
+    PLAIN.write(encoder, use, folder)
+    write_card(encoder, use, folder, code=CODE, warning=WARNING.format(describe_response(encoder)))
 
 
 def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:
@@ -40,6 +77,9 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)
         raise UserError(f"--with-preprocessing: not for --to {to}, only for {able}")
     encoder = build_encoder(weights).eval()
+    if not form.holds(encoder):
+        able = ", ".join(name for name, other in FORMATS.items() if other.holds(encoder))
+        raise UserError(f"--to {to}: cannot hold a {describe_response(encoder)}; choose from {able}")
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(encoder)
     needed = 2**20 + sum(value.nbytes for value in encoder.state_dict().values())
