@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError
 from fcmae.files import write_json
 from fcmae.tensors import load_strictly, misfits
@@ -408,7 +409,7 @@ class Format:
     def holds(self, encoder: ConvNeXt) -> bool:
         """Whether the format has what stands at GRN's place in this network."""
         own = (encoder.version, encoder.response)
-        return self.networks is None or (own in self.networks and not encoder.grn)
+        return self.networks is None or (own in self.networks and encoder.grn in ({}, OWN_PARTS))
 
     @torch.no_grad()
     def verify(self, encoder: ConvNeXt, folder: Path) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes
 from fcmae.weights.base import Preprocessing, Weights, build_encoder
@@ -35,7 +36,7 @@ class Exported(NamedTuple):
 
 def describe_response(encoder: ConvNeXt) -> str:
     """Name the version and, where it is not the version's own, what stands at GRN's place, in words of a config."""
-    parts = [f"grn.{part}={value}" for part, value in encoder.grn.items()]
+    parts = [f"grn.{part}={value}" for part, value in encoder.grn.items() if value != OWN_PARTS[part]]
     own = encoder.response == resolve_response(encoder.version, "auto")
     what = [*([] if own else [f"response={encoder.response}"]), *parts]
     return " ".join([f"ConvNeXt V{encoder.version}", *(["with", ", ".join(what)] if what else [])])
