@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
@@ -50,6 +51,14 @@ class MaskedNetwork(Network):
     """Builds a block for a decoder from a number of channels; see `fcmae.decoder`."""
 
     @abstractmethod
+    def require_layout(self, layout: Layout) -> None:
+        """Check that `layout` can be computed.
+
+        Raises:
+            ValueError: if it is unknown or not for this network, or needs a package that is missing.
+        """
+
+    @abstractmethod
     def feature_maps(
         self, images: Tensor, visible_ids: Tensor | None = None, layout: Layout = "auto"
     ) -> list[Tensor]:
@@ -71,3 +80,30 @@ class MaskedNetwork(Network):
         Raises:
             ValueError: if shapes do not fit, or the network has no such layout.
         """
+
+
+def require_images(images: Tensor, in_chans: int) -> None:
+    """Check that images are (b, in_chans, height, width).
+
+    Raises:
+        ValueError: if not.
+    """
+    if images.ndim != 4 or images.shape[1] != in_chans:
+        raise ValueError(
+            f"images must be (b, {in_chans}, height, width), got {tuple(images.shape)}: in_chans and the data must "
+            "agree"
+        )
+
+
+def require_ids(visible_ids: Tensor, b: int, grid: tuple[int, int]) -> None:
+    """Check that ids of visible patches are int64 (b, p), from one patch to all of a grid.
+
+    Raises:
+        ValueError: if not.
+    """
+    if visible_ids.dtype != torch.int64 or visible_ids.ndim != 2 or len(visible_ids) != b:
+        raise ValueError(
+            f"visible_ids must be int64 (b, p) with b = {b}, got {visible_ids.dtype} {tuple(visible_ids.shape)}"
+        )
+    if not 1 <= visible_ids.shape[1] <= grid[0] * grid[1]:
+        raise ValueError(f"{visible_ids.shape[1]} visible patches do not fit a grid of {grid[0]} x {grid[1]}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version
+from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version, require_ids, require_images
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
@@ -263,17 +263,16 @@ class ConvNeXt(MaskedNetwork):
         own = {"version": self.version, "response": self.response, "grn": self.grn, "stem_stride": self.stem_stride}
         return super().arguments | own
 
+    def require_layout(self, layout: Layout) -> None:
+        require_layout(layout)
+
     def sites(self, images: Tensor, visible_ids: Tensor | None, layout: Layout) -> Sites:
         """Return the first stage's layout for these images; "auto" is packed with `visible_ids`, else dense.
 
         Raises:
             ValueError: if shapes do not fit, or the layout is unknown or needs ids that are missing.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images must be (b, {self.in_chans}, height, width), got {tuple(images.shape)}: "
-                "in_chans and the data must agree"
-            )
+        require_images(images, self.in_chans)
         height, width = images.shape[2], images.shape[3]
         if layout == "auto":
             layout = "dense" if visible_ids is None else "packed"
@@ -287,13 +286,7 @@ class ConvNeXt(MaskedNetwork):
         require_layout(layout)
         if visible_ids is None:
             raise ValueError(f"layout {layout!r} needs visible_ids")
-        if visible_ids.dtype != torch.int64 or visible_ids.ndim != 2 or len(visible_ids) != len(images):
-            raise ValueError(
-                f"visible_ids must be int64 (b, p) with b = {len(images)}, "
-                f"got {visible_ids.dtype} {tuple(visible_ids.shape)}"
-            )
-        if not 1 <= visible_ids.shape[1] <= grid[0] * grid[1]:
-            raise ValueError(f"{visible_ids.shape[1]} visible patches do not fit a grid of {grid[0]} x {grid[1]}")
+        require_ids(visible_ids, len(images), grid)
         return LAYOUTS[layout](grid, visible_ids)
 
     def _block(self, block: nn.Module, x: Tensor, sites: Sites) -> Tensor:
