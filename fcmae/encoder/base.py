@@ -35,6 +35,12 @@ class Network(nn.Module, ABC):
         """The last layer, an `nn.Linear` from pooled features to logits where there are classes."""
 
     @property
+    def layer_depths(self) -> tuple[int, ...] | None:
+        """Blocks of each stage where they are called `stages.i.j` and what is before it `downsample_layers.i`, else
+        None: layers are counted by these names."""
+        return None
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of `networks.build_network` that make such a network, but for classes and drop path."""
         return {"variant": self.variant, "in_chans": self.in_chans}

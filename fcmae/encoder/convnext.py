@@ -259,6 +259,10 @@ class ConvNeXt(MaskedNetwork):
         return self.head
 
     @property
+    def layer_depths(self) -> tuple[int, ...]:
+        return self.depths
+
+    @property
     def arguments(self) -> dict[str, Any]:
         own = {"version": self.version, "response": self.response, "grn": self.grn, "stem_stride": self.stem_stride}
         return super().arguments | own

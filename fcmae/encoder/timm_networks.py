@@ -12,10 +12,12 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import BlurPool2d, EcaModule, EffectiveSEModule, GlobalContext, SEModule
+from timm.layers.blur_pool import BlurPool2d
 from timm.layers.cbam import ChannelAttn
+from timm.layers.eca import EcaModule
+from timm.layers.global_context import GlobalContext
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.squeeze_excite import SqueezeExciteCl
+from timm.layers.squeeze_excite import EffectiveSEModule, SEModule, SqueezeExciteCl
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ class Masking:
     """What is visible in the call that a network is computing, for the hooks on its modules; none between calls."""
 
     def __init__(self) -> None:
-        self.grid = (0, 0)
+        self.grid: tuple[int, int] = (0, 0)
         """Patches (gh, gw)."""
         self.visible_ids: Tensor | None = None
         self.sites: PackedSites | None = None
@@ -156,6 +158,8 @@ class TimmNetwork(MaskedNetwork):
 
     family = "timm"
     block = Block
+    model: Any
+    """timm's."""
 
     def __init__(self, name: str, *, in_chans: int = 3, num_classes: int = 0, drop_path: float = 0.0) -> None:
         super().__init__()
