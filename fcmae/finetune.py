@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
-from fcmae.encoder import ConvNeXt
+from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
 from fcmae.files import write_json
 from fcmae.load import known_of, load_weights, require_network, resolve_recipe
@@ -39,10 +39,10 @@ from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
-from fcmae.weights.timm import write_timm_folder
+from fcmae.weights.export import write_folder
 
 
-def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> str:
+def start_from(model: Network, source: str, class_names: tuple[str, ...]) -> str:
     """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
 
     Raises:
@@ -51,17 +51,19 @@ def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> st
     weights = load_weights(source)
     tensors = weights.tensors
     require_network(model, weights, source)
-    classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    classes = weights.num_classes
     keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("norm.", "head."))}
-    taken = {name: tensor for name, tensor in tensors.items() if keep or not name.startswith("head.")}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(model.head_names)}
+    taken = {
+        name: tensor for name, tensor in tensors.items() if keep or not name.startswith(f"{model.classifier}.")
+    }
     load_network(model, own | taken, weights.path)
     head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
     return f"{weights.path} ({weights.description}), {head}"
 
 
 def evaluate(
-    accelerator: Accelerator, model: ConvNeXt, dataset: EvaluationDataset, config: FinetuneConfig
+    accelerator: Accelerator, model: Network, dataset: EvaluationDataset, config: FinetuneConfig
 ) -> Scores:
     """Score a classifier on all images of a set, spread over the processes, each counted once.
 
@@ -149,14 +151,15 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
+    with blame("train.gradient_checkpointing"):
+        model.gradient_checkpointing = config.train.gradient_checkpointing
     if checkpoint is None:
         started = start_from(model, config.init_from, class_names) if config.init_from else "from scratch"
     else:
         started = f"{checkpoint.path} (resumed)"
     if config.train.freeze_encoder:
         model.requires_grad_(False)
-        model.head.requires_grad_()
+        model.classifier_layer.requires_grad_()
         model.eval()  # without drop path
     require_disk(config, model, best=True, ema=config.train.ema_decay is not None)
 
@@ -166,12 +169,19 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
         return classification_loss(model, normalize(batch.images), batch.labels)
 
-    scales = layer_scales(
-        (name for name, _ in model.named_parameters()),
-        model.depths,
-        decay=config.optim.layer_decay,
-        decay_type=config.optim.layer_decay_type,
-    )
+    scales = None
+    if config.optim.layer_decay != 1:
+        if model.layer_depths is None:
+            raise UserError(
+                f"optim.layer_decay={config.optim.layer_decay}: layers are counted in our ConvNeXt, not in "
+                f"{model.variant}; set optim.layer_decay=1"
+            )
+        scales = layer_scales(
+            (name for name, _ in model.named_parameters()),
+            model.layer_depths,
+            decay=config.optim.layer_decay,
+            decay_type=config.optim.layer_decay_type,
+        )
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
@@ -221,7 +231,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         load_network(model, read_safetensors(final.file), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
-        write_timm_folder(model, preprocessing, folder.model)
+        write_folder(model, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
             places["best"] = f"{folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})"

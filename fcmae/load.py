@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, parse_config
-from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.base import Network
+from fcmae.encoder.networks import is_other
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
 from fcmae.tensors import read_safetensors
@@ -19,7 +20,6 @@ from fcmae.weights.base import (
     Weights,
     build_encoder,
     build_untrained,
-    count_classes,
     describe_encoder,
     load_network,
     report_damage,
@@ -66,6 +66,8 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         model = stored.state["config"]["model"]
     tensors = read_safetensors(stored.file)
     network = {key: model[key] for key in ("response", "grn") if key in model}
+    if is_other(model["variant"]):
+        network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
@@ -78,8 +80,8 @@ def load_encoder(
     ema: bool | None = None,
     num_classes: int | None = None,
     drop_path: float = 0.0,
-) -> ConvNeXt:
-    """Return the ConvNeXt V2 of a run or of any file of weights: `build_encoder` of `load_weights`.
+) -> Network:
+    """Return the network of a run or of any file of weights: `build_encoder` of `load_weights`.
 
     Raises:
         UserError: as `load_weights`.
@@ -88,22 +90,21 @@ def load_encoder(
     return build_encoder(weights, num_classes=num_classes, drop_path=drop_path)
 
 
-def _shape_of(weights: Weights) -> ConvNeXt:
+def _shape_of(weights: Weights) -> Network:
     """Return the network of weights without its tensors."""
     with torch.device("meta"):
-        classes = count_classes(weights.tensors)
-        return build_untrained(weights.tensors, num_classes=classes, network=weights.network)
+        return build_untrained(weights.tensors, num_classes=weights.num_classes, network=weights.network)
 
 
-def require_network(encoder: ConvNeXt, weights: Weights, source: str | Path) -> None:
+def require_network(encoder: Network, weights: Weights, source: str | Path) -> None:
     """Check that weights are those of such an encoder.
 
     Raises:
         UserError: naming `source`, the value of init_from, and the key that differs.
     """
-    for key, value in network_of(_shape_of(weights)).items():
-        if value != network_of(encoder)[key]:
-            shown = describe_encoder(weights.tensors) if key == "variant" else value
+    for key, value in _shape_of(weights).arguments.items():
+        if value != encoder.arguments.get(key, value):
+            shown = describe_encoder(weights.tensors) if key == "variant" and not is_other(value) else value
             raise UserError(
                 f"init_from={source}: {weights.kind} weights with {key} {shown}; set model.{key} to that"
             )
@@ -122,7 +123,7 @@ def known_of(weights: Weights, keys: Collection[str]) -> dict[str, Any]:
     if "data.mean" in keys or "data.std" in keys:
         with blame(str(weights.path)):
             images = images.completed(network)
-    known = {f"model.{key}": value for key, value in network_of(network).items()}
+    known = {f"model.{key}": value for key, value in network.arguments.items()}
     known |= {f"data.{key}": value for key, value in images._asdict().items() if value is not None}
     return {key: known[key] for key in keys if key in known}
 
