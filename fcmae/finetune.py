@@ -45,21 +45,33 @@ from fcmae.weights.export import write_folder
 def start_from(model: Network, source: str, class_names: tuple[str, ...]) -> str:
     """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
 
+    What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then.
+
     Raises:
         UserError: if the weights are another network's.
     """
     weights = load_weights(source)
     tensors = weights.tensors
-    require_network(model, weights, source)
+    response, own_response = (
+        known_of(weights, ["model.response"]).get("model.response"),
+        model.arguments.get("response"),
+    )
+    changed = response != own_response
+    require_network(model, weights, source, may_differ=("response", "grn") if changed else ())
     classes = weights.num_classes
     keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(model.head_names)}
-    taken = {
-        name: tensor for name, tensor in tensors.items() if keep or not name.startswith(f"{model.classifier}.")
-    }
-    load_network(model, own | taken, weights.path)
     head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
-    return f"{weights.path} ({weights.description}), {head}"
+    parts = [f"{weights.path} ({weights.description})", head]
+    if changed:
+        parts.append(f"{own_response} in place of {response}")
+
+    def is_new(name: str) -> bool:
+        return (not keep and name.startswith(f"{model.classifier}.")) or (changed and ".grn." in name)
+
+    own = {name: x for name, x in model.state_dict().items() if name.startswith(model.head_names) or is_new(name)}
+    taken = {name: x for name, x in tensors.items() if not is_new(name)}
+    load_network(model, own | taken, weights.path)
+    return ", ".join(parts)
 
 
 def evaluate(
