@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.config import PretrainConfig
+from fcmae.config import PretrainConfig, shipped_configs
 from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
@@ -43,11 +43,11 @@ from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
-from fcmae.weights.timm import write_timm_folder
+from fcmae.weights.export import write_folder
 
 
 def start_from(model: FCMAE, source: str) -> str:
-    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder; returns what was done.
+    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt's encoder; returns what was done.
 
     Raises:
         UserError: if the weights are another network's.
@@ -56,7 +56,7 @@ def start_from(model: FCMAE, source: str) -> str:
     require_network(model.encoder, weights, source)
     found = f"{weights.path} ({weights.description})"
     if not any(name.startswith("decoder.pred.") for name in tensors):
-        encoder = {n: tensor for n, tensor in weights.tensors.items() if not n.startswith(("norm.", "head."))}
+        encoder = {n: x for n, x in weights.tensors.items() if not n.startswith(model.encoder.head_names)}
         load_network(model.encoder, encoder, weights.path)
         return f"{found}, with a new decoder"
     own = model.decoder.state_dict()
@@ -76,8 +76,9 @@ def start_from(model: FCMAE, source: str) -> str:
 
 def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:
     """Return the name of the shipped configuration to fine-tune with after such a pretraining."""
-    if isinstance(config.model.variant, str) and config.model.stem_stride == 4 and num_images > 100_000:
-        return f"finetune/{config.model.variant}"
+    recipe = f"finetune/{config.model.variant}"
+    if recipe in shipped_configs() and config.model.stem_stride == 4 and num_images > 100_000:
+        return recipe
     return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
@@ -85,14 +86,15 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     """Pretrain as configured, or only try everything out; returns the exit code."""
     accelerator, checkpoint = start_run(config, dry_run=dry_run)
 
-    # The network: a sparse ConvNeXt V2 encoder and a light decoder
+    # The network: a sparse ConvNeXt encoder and a light decoder
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = FCMAE(**config.model.arguments)
     with blame("data.image_size"):
         grid = grid_shape(config.data.size, model.patch_size)
         count_visible(grid[0] * grid[1], config.model.mask_ratio)
-    model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
+    with blame("train.gradient_checkpointing"):
+        model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
         accelerator.print(f"weights          {start_from(model, config.init_from)}")
     require_disk(config, model)
@@ -186,7 +188,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     if accelerator.is_main_process:
         folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
-        write_timm_folder(model.encoder, preprocessing, folder.encoder)
+        write_folder(model.encoder, preprocessing, folder.encoder)
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions
