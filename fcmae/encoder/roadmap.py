@@ -1,4 +1,4 @@
-"""The roadmap from ResNet-50 to ConvNeXt-T, a switch a step (arXiv 2201.03545, section 2); knows no masks or losses.
+"""The roadmap from ResNet-50 to ConvNeXt-T, a switch a step (arXiv 2201.03545, section 2); knows no masks.
 
 Dense networks only: hidden patches are no business of theirs, and none of the layouts computes them.
 """
@@ -21,26 +21,26 @@ class Design:
     depths: tuple[int, int, int, int] = (3, 4, 6, 3)
     """Blocks of the four stages."""
     patchify: bool = False
-    """Stem: a convolution of non-overlapping patches, in place of an overlapping one, norm, activation, max-pool."""
+    """The stem is a convolution of separate patches; else an overlapping one, norm, activation and max-pool."""
     depthwise: bool = False
     """A block's spatial convolution mixes no channels."""
     width: int = 64
     """Channels of the stem; a stage's bottleneck has as many, doubled from stage to stage."""
     inverted: bool = False
-    """Blocks are `width` wide outside and four times that inside, in place of the other way around."""
+    """Blocks are `width` wide outside and four times that inside, not the other way around."""
     depthwise_first: bool = False
-    """The spatial convolution comes before the two pointwise ones, in place of between them."""
+    """The spatial convolution comes before the two pointwise ones, not between them."""
     kernel: int = 3
     """Side of the spatial convolution."""
     act: Literal["relu", "gelu"] = "relu"
     one_act: bool = False
-    """One activation a block, between its pointwise convolutions, in place of one after each convolution and sum."""
+    """One activation a block, between its pointwise convolutions; else three, the last after the sum."""
     one_norm: bool = False
-    """One norm a block, after its first convolution, in place of one after each."""
+    """One norm a block, after its first convolution; else one after each."""
     norm: Literal["batch", "layer"] = "batch"
     separate_downsampling: bool = False
-    """A norm and a 2x2 convolution between stages, and norms after stem and pooling (which it diverges without, says
-    the paper), in place of strides in the first block of a stage and in its shortcut."""
+    """Norm and 2x2 convolution between stages, and norms after stem and pooling, without which training diverges;
+    else strides in the first block of a stage and its shortcut."""
     layer_scale: bool = False
     """A learnt factor per channel on each branch."""
 
@@ -82,11 +82,14 @@ def _steps() -> Iterator[tuple[str, Design]]:
     yield "one-norm", (design := replace(design, one_norm=True))
     yield "layernorm", (design := replace(design, norm="layer"))
     yield "separate-downsampling", (design := replace(design, separate_downsampling=True))
-    yield "convnext-tiny", replace(design, layer_scale=True)  # part of the final recipe (table 5), no step of its own
+    yield (
+        "convnext-tiny",
+        replace(design, layer_scale=True),
+    )  # part of the final recipe (table 5), no step of its own
 
 
 ROADMAP: dict[str, Design] = dict(_steps())
-"""The steps by name, each the one before with one switch turned; the kernels, of which 7 is kept, are alternatives."""
+"""The steps by name, each the one before with one switch turned; kernels are alternatives, of which 7 is kept."""
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -100,7 +103,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """A residual block of three convolutions, one spatial and two pointwise, of ResNet, ConvNeXt or between (figure 3).
+    """Residual block of ResNet, ConvNeXt or between: a spatial and two pointwise convolutions (figures 3 and 4).
 
     Args:
         dim: channels of the map that comes in.
