@@ -88,19 +88,6 @@ def load_encoder(
     return build_encoder(weights, num_classes=num_classes, drop_path=drop_path)
 
 
-def network_of(encoder: ConvNeXt) -> dict[str, Any]:
-    """Return what a configuration's section `model` says of an encoder."""
-    shape = encoder.depths, encoder.dims
-    return {
-        "variant": variant_name(*shape) or shape,
-        "version": encoder.version,
-        "response": encoder.response,
-        "grn": encoder.grn,
-        "in_chans": encoder.in_chans,
-        "stem_stride": encoder.stem_stride,
-    }
-
-
 def _shape_of(weights: Weights) -> ConvNeXt:
     """Return the network of weights without its tensors."""
     with torch.device("meta"):
