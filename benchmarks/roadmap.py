@@ -42,14 +42,8 @@ class Published(NamedTuple):
     """Of three seeds."""
 
 
-RECIPE, MACRO, RESNEXT, INVERTED, KERNEL, MICRO = (
-    "training recipe",
-    "macro design",
-    "ResNeXt",
-    "inverted bottleneck",
-    "large kernels",
-    "micro design",
-)
+RECIPE, MACRO, RESNEXT = "training recipe", "macro design", "ResNeXt"
+INVERTED, KERNEL, MICRO = "inverted bottleneck", "large kernels", "micro design"
 
 PAPER: dict[str, Published] = {
     "resnet50": Published(RECIPE, "ResNet-50, torchvision's recipe", 4.09, 76.13),
@@ -72,13 +66,14 @@ PAPER: dict[str, Published] = {
     "convnext-tiny": Published(MICRO, "LayerScale (ConvNeXt-T)", 4.49, 82.1),
 }
 
-COLOURS = dict(
-    zip(
-        (RECIPE, MACRO, RESNEXT, INVERTED, KERNEL, MICRO),
-        ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"),
-        strict=True,
-    )
-)
+COLOURS: dict[str, str] = {
+    RECIPE: "tab:gray",
+    MACRO: "tab:blue",
+    RESNEXT: "tab:orange",
+    INVERTED: "tab:green",
+    KERNEL: "tab:red",
+    MICRO: "tab:purple",
+}
 ALTERNATIVES = ("kernel-5", "kernel-9", "kernel-11")
 """Tried by the paper, not kept."""
 
@@ -92,7 +87,7 @@ class Cost(NamedTuple):
 def count(step: str) -> Cost:
     """Count without computing."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = Roadmap.named(step, num_classes=1000).eval()
+        model = Roadmap(step, num_classes=1000).eval()
         model(torch.empty(1, 3, 224, 224))
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9)
 

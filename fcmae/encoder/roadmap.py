@@ -6,11 +6,13 @@ Dense networks only: hidden patches are no business of theirs, and none of the l
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from fcmae.encoder.base import Network, require_images
 from fcmae.encoder.convnext import LAYER_SCALE, DropPath, init_weights
 
 
@@ -145,47 +147,71 @@ class Block(nn.Module):
         return self.act(self.shortcut(x) + self.drop_path(h))
 
 
-class Roadmap(nn.Module):
+def make_stem(design: Design, in_chans: int, stride: int) -> nn.Sequential:
+    """Return the layers before the first block, which divide the sides by `stride`: 4, or less for small images."""
+    width = design.width
+    if design.patchify:
+        stem = nn.Sequential(nn.Conv2d(in_chans, width, kernel_size=stride, stride=stride))
+        return stem.append(design.make_norm(width)) if design.separate_downsampling else stem
+    conv = design.make_conv(in_chans, width, 7, min(stride, 2), normed=True)
+    stem = nn.Sequential(conv, design.make_norm(width), design.make_act())
+    return stem.append(nn.MaxPool2d(3, stride=2, padding=1)) if stride == 4 else stem
+
+
+class Roadmap(Network):
     """ResNet-50, ConvNeXt-T or a network between them, for classification.
 
     Convolutions and linears are initialised alike in all steps, as ConvNeXt's are, so that a step changes no more
     than its switch says.
 
     Args:
-        design: the switches.
+        step: a name of `ROADMAP`.
         in_chans: channels of the images.
         num_classes: outputs of the classifier; 0 gives pooled features instead.
         stem_stride: 4 (the paper's), or for small images 2 or 1: a ResNet stem without its max-pool, and without
             stride; a patchify stem with smaller patches.
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
+
+    Raises:
+        ValueError: if there is no such step or stem.
     """
+
+    family = "roadmap"
 
     def __init__(
         self,
-        design: Design,
+        step: str,
         *,
         in_chans: int = 3,
         num_classes: int = 0,
-        stem_stride: Literal[1, 2, 4] = 4,
+        stem_stride: int = 4,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.design = design
+        if step not in ROADMAP:
+            raise ValueError(f"unknown step {step!r} of the roadmap: choose from {', '.join(ROADMAP)}")
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 4, 2 or 1, got {stem_stride}")
+        design = ROADMAP[step]
+        self.variant = f"{self.family}/{step}"
         self.depths, self.dims = design.depths, design.dims
         self.in_chans, self.num_classes, self.stem_stride = in_chans, num_classes, stem_stride
         self.patch_size = 8 * stem_stride
-        self.downsample_layers = nn.ModuleList([self._stem(), nn.Identity(), nn.Identity(), nn.Identity()])
+        self.gradient_checkpointing = False
+
+        stem = make_stem(design, in_chans, stem_stride)
+        self.downsample_layers = nn.ModuleList([stem, nn.Identity(), nn.Identity(), nn.Identity()])
         self.stages = nn.ModuleList()
-        num_blocks = sum(self.depths)
+        num_blocks = sum(design.depths)
         rates = iter([drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)])
         dim = design.width
-        for stage, (depth, out_dim) in enumerate(zip(self.depths, self.dims, strict=True)):
+        for stage, (depth, out_dim) in enumerate(zip(design.depths, self.dims, strict=True)):
             stride = 2 if stage else 1
             if design.separate_downsampling and stage:
-                layers = design.make_norm(dim), nn.Conv2d(dim, out_dim, kernel_size=2, stride=2)
-                self.downsample_layers[stage] = nn.Sequential(*layers)
+                halve = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2)
+                self.downsample_layers[stage] = nn.Sequential(design.make_norm(dim), halve)
                 dim, stride = out_dim, 1
-            blocks = nn.Sequential()
+            blocks = nn.ModuleList()
             for _ in range(depth):
                 blocks.append(Block(design, dim, out_dim, stride=stride, drop_path=next(rates)))
                 dim, stride = out_dim, 1
@@ -194,50 +220,47 @@ class Roadmap(nn.Module):
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
-    @classmethod
-    def named(
-        cls,
-        step: str,
-        *,
-        in_chans: int = 3,
-        num_classes: int = 0,
-        stem_stride: Literal[1, 2, 4] = 4,
-        drop_path: float = 0.0,
-    ) -> Self:
-        """Return the network of a step of `ROADMAP`; the other arguments are the class's.
+    @property
+    def classifier_layer(self) -> nn.Module:
+        return self.head
 
-        Raises:
-            ValueError: if there is no such step.
-        """
-        if step not in ROADMAP:
-            raise ValueError(f"unknown step {step!r} of the roadmap: choose from {', '.join(ROADMAP)}")
-        return cls(
-            ROADMAP[step],
-            in_chans=in_chans,
-            num_classes=num_classes,
-            stem_stride=stem_stride,
-            drop_path=drop_path,
-        )
+    @property
+    def layer_depths(self) -> tuple[int, ...]:
+        return self.depths
 
-    def _stem(self) -> nn.Sequential:
-        design, stride = self.design, self.stem_stride
-        if design.patchify:
-            stem = nn.Sequential(nn.Conv2d(self.in_chans, design.width, kernel_size=stride, stride=stride))
-            return stem.append(design.make_norm(design.width)) if design.separate_downsampling else stem
-        conv = design.make_conv(self.in_chans, design.width, 7, min(stride, 2), normed=True)
-        stem = nn.Sequential(conv, design.make_norm(design.width), design.make_act())
-        return stem.append(nn.MaxPool2d(3, stride=2, padding=1)) if stride == 4 else stem
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments | {"stem_stride": self.stem_stride}
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the four stages' maps (b, dims[i], h_i, w_i), finest first."""
+        """Return the four stages' maps (b, dims[i], h_i, w_i), finest first.
+
+        Raises:
+            ValueError: if images are not (b, in_chans, height, width).
+        """
+        require_images(images, self.in_chans)
         maps: list[Tensor] = []
         x = images
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
-            x = stage(downsample(x))
+            assert isinstance(stage, nn.ModuleList)
+            x = downsample(x)
+            for block in stage:
+                x = self._block(block, x)
             maps.append(x)
         return maps
 
+    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:  # BatchNorm then counts its batch twice, as everywhere
+            out = checkpoint(block, x, use_reentrant=False)
+            assert isinstance(out, Tensor)
+            return out
+        return block(x)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (b, num_classes), or pooled features (b, dims[-1]) when `num_classes` is 0."""
+        """Return logits (b, num_classes), or pooled features (b, dims[-1]) when `num_classes` is 0.
+
+        Raises:
+            ValueError: as `pyramid`.
+        """
         pooled = self.pyramid(images)[-1].mean((2, 3), keepdim=True)
         return self.head(self.norm(pooled).flatten(1))
