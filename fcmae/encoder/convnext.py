@@ -15,7 +15,7 @@ from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version, require_
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
-from fcmae.encoder.responses import GRN, Response, make_response
+from fcmae.encoder.responses import GRN, OWN_PARTS, Response, make_response
 from fcmae.patches import grid_shape
 
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -225,9 +225,9 @@ class ConvNeXt(MaskedNetwork):
         self.variant = variant_name(self.depths, self.dims) or (self.depths, self.dims)
         self.version: Version = version
         self.response = resolve_response(version, response)
-        self.grn = dict(grn or {})
+        self.grn = {**OWN_PARTS, **(grn or {})} if self.response == "grn" else {}
         self.block = functools.partial(
-            Block, response=make_response(self.response, self.grn), layer_scale=version == 1
+            Block, response=make_response(self.response, grn or {}), layer_scale=version == 1
         )
         """Builds a block like this network's from a number of channels."""
         self.in_chans = in_chans
