@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from fcmae.encoder.base import Network, Variant, Version
 from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.roadmap import Roadmap
 
 
 def _timm(name: str, **kwargs: Any) -> Network:
@@ -22,7 +23,7 @@ class Family(NamedTuple):
     """Other arguments of `build_network` that `build` takes."""
 
 
-FAMILIES = {"timm": Family(_timm)}
+FAMILIES = {"timm": Family(_timm), "roadmap": Family(Roadmap, frozenset({"stem_stride"}))}
 """By what their variants begin with."""
 
 OWN = {"version": 2, "response": "auto", "grn": {}, "stem_stride": 4}
