@@ -62,6 +62,8 @@ def test_each_step_costs_what_the_paper_says_in_every_digit(benchmark: Any) -> N
     assert benchmark.PAPER.keys() == ROADMAP.keys()
     counted = {step: round(benchmark.count(step).gflops, 2) for step in ROADMAP}
     published = {step: paper.gflops for step, paper in benchmark.PAPER.items()}
+    document = (ROOT / "docs" / "roadmap.md").read_text()
+    assert all(f"| {counted[step]:.2f} | {published[step]:.2f} |" in document for step in ROADMAP)
     unlike = {step: (counted[step], published[step]) for step in ROADMAP if counted[step] != published[step]}
     assert unlike == {  # docs/roadmap.md has more on these
         "layernorm": (4.15, 4.46),
@@ -223,3 +225,48 @@ def test_an_unknown_step_is_one_line_with_the_choices(
     )
     assert "unknown step 'kernel-8' of the roadmap: choose from resnet50, training-recipe" in line
     assert not (tmp_path / "x").exists()
+
+
+# benchmarks/roadmap.py
+
+
+def test_the_benchmark_runs_each_step_once_and_shows_what_it_came_to(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched: list[list[str]] = []
+
+    def launch(command: list[str], run: Path, threads: int) -> None:
+        launched.append(command)
+        run.mkdir(parents=True, exist_ok=True)
+        accuracy = 0.6 if "train.seed=0" in command else 0.7
+        line = {"step": 6, "val_top1": accuracy, "val_loss": 1.0}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    monkeypatch.setattr(benchmark, "launch", launch)
+    monkeypatch.setattr(benchmark, "count", lambda step: benchmark.Cost(25_000_000, 4.09))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time everything is there
+        settings = ["--name=tiny", "--steps", "stage-ratio", "gelu", "--seeds", "0", "1", "--", "data.root=x"]
+        monkeypatch.setattr("sys.argv", ["roadmap.py", "run", "--results", "results", *settings])
+        benchmark.main()
+    assert [command[3] for command in launched] == [
+        f"configs/roadmap/{s}.yaml" for s in ("stage-ratio", "gelu")
+    ] * 2
+    assert all("data.root=x" in command and "resume=auto" in command for command in launched)
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith("| top-1, tiny |")
+    shown = {row.split("|")[1].strip(" `"): row.split("|")[-2].strip() for row in rows[2:]}
+    assert {step for step, text in shown.items() if text and step in ROADMAP} == {"stage-ratio", "gelu"}
+    assert shown["gelu"] == "65.00 ± 7.07 (2)"
+    benchmark.plot(Path("results"), Path("docs/roadmap.png"))
+    assert Path("docs/roadmap.png").stat().st_size > 20_000
+
+
+def test_the_table_and_the_sizes_in_the_documents_are_those_of_the_benchmark(benchmark: Any) -> None:
+    document = (ROOT / "docs" / "roadmap.md").read_text()
+    for step, paper in benchmark.PAPER.items():
+        (row,) = [line for line in document.splitlines() if line.startswith(f"| `{step}` |")]
+        assert f"| {paper.change} |" in row
+        assert f"| {paper.gflops:.2f} | {paper.top1:.2f}" in row
+        config = (ROOT / "configs" / "roadmap" / f"{step}.yaml").read_text()
+        assert f"{paper.top1:.2f} " in config or step == "convnext-tiny"
