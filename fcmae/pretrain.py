@@ -43,7 +43,7 @@ from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
-from fcmae.weights.timm import write_timm_folder
+from fcmae.weights.export import write_folder
 
 
 def start_from(model: FCMAE, source: str) -> str:
@@ -56,7 +56,7 @@ def start_from(model: FCMAE, source: str) -> str:
     require_network(model.encoder, weights, source)
     found = f"{weights.path} ({weights.description})"
     if not any(name.startswith("decoder.pred.") for name in tensors):
-        encoder = {n: tensor for n, tensor in weights.tensors.items() if not n.startswith(("norm.", "head."))}
+        encoder = {n: x for n, x in weights.tensors.items() if not n.startswith(model.encoder.head_names)}
         load_network(model.encoder, encoder, weights.path)
         return f"{found}, with a new decoder"
     own = model.decoder.state_dict()
@@ -92,7 +92,8 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     with blame("data.image_size"):
         grid = grid_shape(config.data.size, model.patch_size)
         count_visible(grid[0] * grid[1], config.model.mask_ratio)
-    model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
+    with blame("train.gradient_checkpointing"):
+        model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
         accelerator.print(f"weights          {start_from(model, config.init_from)}")
     require_disk(config, model)
@@ -186,7 +187,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     if accelerator.is_main_process:
         folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
-        write_timm_folder(model.encoder, preprocessing, folder.encoder)
+        write_folder(model.encoder, preprocessing, folder.encoder)
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

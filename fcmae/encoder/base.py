@@ -27,12 +27,17 @@ class Network(nn.Module, ABC):
     """Channels of the stages, finest first."""
     gradient_checkpointing: bool
     classifier: str = "head"
-    """What the names of the classifier's last layer begin with; `classifier_layer` is that layer."""
+    """What tensors of the classifier's last layer are called in the state dict, before ".weight" and ".bias"."""
 
     @property
     @abstractmethod
     def classifier_layer(self) -> nn.Module:
         """The last layer, an `nn.Linear` from pooled features to logits where there are classes."""
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """What the names of tensors begin with that such a network without classes may lack."""
+        return (f"{self.classifier}.",)
 
     @property
     def layer_depths(self) -> tuple[int, ...] | None:

@@ -259,6 +259,10 @@ class ConvNeXt(MaskedNetwork):
         return self.head
 
     @property
+    def head_names(self) -> tuple[str, ...]:
+        return ("norm.", "head.")
+
+    @property
     def layer_depths(self) -> tuple[int, ...]:
         return self.depths
 

@@ -30,6 +30,11 @@ OWN = {"version": 2, "response": "auto", "grn": {}, "stem_stride": 4}
 """Arguments that not every family takes, as they are where they are not given."""
 
 
+def is_other(variant: Variant | None) -> bool:
+    """Whether a variant is of a family other than our ConvNeXt."""
+    return isinstance(variant, str) and "/" in variant
+
+
 def build_network(
     variant: Variant,
     *,
@@ -53,7 +58,6 @@ def build_network(
     Raises:
         ValueError: if there is no such network, or an argument is not for it.
     """
-    family, slash, name = variant.partition("/") if isinstance(variant, str) else ("", "", "")
     own: dict[str, Any] = {
         "version": version,
         "response": response,
@@ -61,8 +65,9 @@ def build_network(
         "stem_stride": stem_stride,
     }
     shared: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "drop_path": drop_path}
-    if not slash:
+    if not isinstance(variant, str) or not is_other(variant):
         return ConvNeXt(variant, **own, **shared)
+    family, _, name = variant.partition("/")
     if family not in FAMILIES:
         known = " or ".join(f"{other}/NAME" for other in FAMILIES)
         raise ValueError(f"unknown variant {variant!r}: before a slash stands {known}")

@@ -180,6 +180,8 @@ class TimmNetwork(MaskedNetwork):
         self.indices = [last[stride] for stride in STRIDES[:-1]]
         self.dims = (*(maps[i]["num_chs"] for i in self.indices), self.model.num_features)
         self.classifier = self.model.default_cfg["classifier"]
+        if num_classes and not isinstance(self.classifier_layer, nn.Linear):
+            raise ValueError(f"{self.variant} has no linear layer as classifier; {REMEDY}")
         self.masking = Masking()
         self.masking.attach(self.model)
         self.register_state_dict_post_hook(_drop_prefix)

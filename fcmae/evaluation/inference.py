@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from fcmae.config import PretrainConfig
 from fcmae.data.images import PIL_MODES, decode, refuse_pages
 from fcmae.data.views import PixelNormalizer, cover
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.base import Network
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
@@ -93,7 +93,7 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
 
 @torch.inference_mode()
 def classify(
-    network: ConvNeXt,
+    network: Network,
     images: Iterable[Picture],
     *,
     preprocessing: Preprocessing,

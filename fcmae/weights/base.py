@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError
 from fcmae.files import write_json
 from fcmae.tensors import load_strictly, misfits
@@ -79,7 +81,7 @@ class Preprocessing(NamedTuple):
         }
         return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
 
-    def completed(self, encoder: ConvNeXt) -> "Preprocessing":
+    def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
         Only class names may stay unknown.
@@ -212,6 +214,9 @@ def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[i
     return tuple(1 + max(numbers) for numbers in blocks), tuple(state[name].shape[0] for name in convs)
 
 
+NO_CONVNEXT = "no ConvNeXt V2"
+
+
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
     """Guess the variant whose encoder these tensors hold, in any format's names: its name, or depths and dims."""
     blocks: list[dict[int, int]] = [{}, {}, {}, {}]
@@ -222,7 +227,7 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
         if found and value.ndim > 1:
             blocks[int(found[1])][int(found[2])] = value.shape[1 if found[3] == "kernel" else 0]
     if not all(blocks):
-        return "no ConvNeXt V2"
+        return NO_CONVNEXT
     depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
 
@@ -265,7 +270,20 @@ class Weights(NamedTuple):
     ema: bool = False
     """Whether they are an EMA of the trained weights."""
     network: Mapping[str, Any] = NOTHING
-    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them."""
+    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them. Of
+    another network all arguments of `build_network`, `variant` among them, which says that it is another."""
+    classifier: str = "head"
+    """What the tensors of the classifier's last layer are called, see `Network`."""
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return count_classes(self.tensors, self.classifier)
+
+    @property
+    def network_name(self) -> str:
+        """The network for people, such as "ConvNeXt V2 atto" or "timm/resnet50"."""
+        return self.network.get("variant") or f"ConvNeXt V2 {describe_encoder(self.tensors)}"
 
     @property
     def description(self) -> str:
@@ -275,15 +293,15 @@ class Weights(NamedTuple):
         return f"{self.kind}, EMA" if self.ema else self.kind
 
 
-def count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Outputs of the classifier in tensors by our names; 0 without one."""
-    head = tensors.get("head.weight")
+def count_classes(tensors: Mapping[str, Tensor], classifier: str = "head") -> int:
+    """Outputs of the classifier in tensors by our names, or one called otherwise; 0 without one."""
+    head = tensors.get(f"{classifier}.weight")
     return 0 if head is None or head.ndim != 2 else head.shape[0]
 
 
 def build_untrained(
     tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0, network: Mapping[str, Any] = NOTHING
-) -> ConvNeXt:
+) -> Network:
     """Build the untrained network that has these tensors, by our names, and so many classes.
 
     Args:
@@ -292,6 +310,8 @@ def build_untrained(
     Raises:
         ValueError: if they are no whole encoder's.
     """
+    if "variant" in network:
+        return build_network(**network, num_classes=num_classes, drop_path=drop_path)
     depths, dims = encoder_shape(tensors)
     stem = tensors["downsample_layers.0.0.weight"]
     encoder = ConvNeXt(
@@ -316,7 +336,7 @@ def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path 
         UserError: naming `source`, both variants and up to ten tensors that differ.
     """
     problems = misfits(module, tensors)
-    if problems:
+    if problems and describe_encoder(module.state_dict()) != NO_CONVNEXT:
         raise UserError(
             f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
             f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
@@ -324,7 +344,7 @@ def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path 
     load_strictly(module, tensors, source)
 
 
-def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXt:
+def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> Network:
     """Build the network of `weights`, in float32, with them in it.
 
     Args:
@@ -335,11 +355,11 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
     """
     tensors = dict(weights.tensors)
     if num_classes is None:
-        num_classes = count_classes(tensors)
-    if num_classes != count_classes(tensors):
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+        num_classes = weights.num_classes
+    if num_classes != weights.num_classes:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{weights.classifier}.")}
     encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network)
-    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
+    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(encoder.head_names)}
     load_network(encoder, fresh | tensors, weights.path)
     return encoder
 
@@ -353,19 +373,19 @@ class Format:
 
     name: str
     """Of `fcmae export --to NAME`."""
-    write: Callable[[ConvNeXt, Preprocessing, Path], None]
+    write: Callable[[Any, Preprocessing, Path], None]
     """(network in float32, its preprocessing, an existing folder) -> files with tensors and description in it.
 
     Raises ValueError for a network that the format cannot hold, ImportError for a missing package."""
     compute: Callable[[Path, Tensor], Tensor]
     """(folder, images) -> what the network in the folder gives, in the images' dtype."""
-    how: Callable[[ConvNeXt, Path], str]
+    how: Callable[[Any, Path], str]
     """(network, folder) -> the code that loads what was written."""
     dtype: torch.dtype = torch.float64
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
-    prepend_preprocessing: Callable[[ConvNeXt, Preprocessing, Path], None] | None = None
+    prepend_preprocessing: Callable[[Any, Preprocessing, Path], None] | None = None
     """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
     probabilities, which is checked; of formats that can.
 
@@ -380,7 +400,7 @@ class Format:
     Raises ValueError for names or shapes that are not the format's, UserError for a damaged description."""
 
     @torch.no_grad()
-    def verify(self, encoder: ConvNeXt, folder: Path) -> float:
+    def verify(self, encoder: Network, folder: Path) -> float:
         """Load what was written to `folder` and compute with it, on random images of two sizes and batch sizes.
 
         Returns:
@@ -418,12 +438,11 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
         yield values if isinstance(values, dict) else {}
 
 
-def write_description(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     """Write our `config.json`, for formats that have no place for preprocessing and class names."""
-    network = {
-        name: getattr(encoder, name)
-        for name in ("depths", "dims", "version", "response", "grn", "in_chans", "num_classes", "stem_stride")
-    }
+    network = encoder.arguments | {"num_classes": encoder.num_classes}
+    if isinstance(encoder, ConvNeXt):
+        network |= {"depths": encoder.depths, "dims": encoder.dims}
     write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
 
 

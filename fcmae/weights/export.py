@@ -4,10 +4,14 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from fcmae.encoder.base import Network
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes
-from fcmae.weights.base import Weights, build_encoder
+from fcmae.weights.base import Preprocessing, Weights, build_encoder
+from fcmae.weights.networks import OTHER_FORMATS, folder_format
 from fcmae.weights.read import FORMATS
+from fcmae.weights.timm import write_timm_folder
 
 
 class Exported(NamedTuple):
@@ -18,6 +22,17 @@ class Exported(NamedTuple):
     """Largest on random images, relative to the largest output."""
     how: str
     """To load it."""
+
+
+def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write the folder that a run leaves of its network: timm's, or a plain one of a network that timm lacks.
+
+    Raises:
+        ValueError: if preprocessing does not fit the network.
+    """
+    if isinstance(network, ConvNeXt):
+        return write_timm_folder(network, preprocessing, folder)
+    folder_format(str(network.variant)).write(network, preprocessing, folder)
 
 
 def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:
@@ -33,13 +48,16 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
             written computes something else; then nothing is left.
     """
-    form = FORMATS[to]
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; name another folder")
+    encoder = build_encoder(weights).eval()
+    formats = FORMATS if encoder.family == "convnext" else OTHER_FORMATS[encoder.family]
+    if to not in formats:
+        raise UserError(f"--to {to}: holds our ConvNeXt alone, not {encoder.variant}; take {', '.join(formats)}")
+    form = formats[to]
     if with_preprocessing and form.prepend_preprocessing is None:
         able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)
         raise UserError(f"--with-preprocessing: not for --to {to}, only for {able}")
-    encoder = build_encoder(weights).eval()
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(encoder)
     needed = 2**20 + sum(value.nbytes for value in encoder.state_dict().values())
