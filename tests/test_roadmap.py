@@ -129,8 +129,9 @@ def test_every_parameter_learns_and_is_stored_under_convnexts_names(step: str) -
 def test_small_images_take_a_finer_stem(step: str, stem_stride: int) -> None:
     with torch.device("meta"):
         model = build_network(f"roadmap/{step}", in_chans=5, stem_stride=stem_stride)
+        assert isinstance(model, Roadmap)
         maps = model.pyramid(torch.empty(1, 5, 64, 96))
-        assert model(torch.empty(1, 5, 64, 96)).shape == (1, model.dims[-1])
+        assert model.forward(torch.empty(1, 5, 64, 96)).shape == (1, model.dims[-1])
     assert model.patch_size == 8 * stem_stride
     assert [tuple(x.shape[1:]) for x in maps] == [
         (dim, 64 // (stem_stride * 2**i), 96 // (stem_stride * 2**i)) for i, dim in enumerate(model.dims)
@@ -145,6 +146,8 @@ def test_checkpointing_gradients_changes_none() -> None:
     model.gradient_checkpointing = True
     for name, gradient in gradients(model(images), model).items():
         assert torch.allclose(gradient, plain[name]), name
+    with pytest.raises(ValueError, match="BatchNorm in roadmap/gelu would count each batch twice"):
+        Roadmap("gelu").gradient_checkpointing = True
 
 
 # The configurations

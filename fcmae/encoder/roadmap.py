@@ -197,7 +197,8 @@ class Roadmap(Network):
         self.depths, self.dims = design.depths, design.dims
         self.in_chans, self.num_classes, self.stem_stride = in_chans, num_classes, stem_stride
         self.patch_size = 8 * stem_stride
-        self.gradient_checkpointing = False
+        self.has_batch_norm = design.norm == "batch"
+        self._gradient_checkpointing = False
 
         stem = make_stem(design, in_chans, stem_stride)
         self.downsample_layers = nn.ModuleList([stem, nn.Identity(), nn.Identity(), nn.Identity()])
@@ -229,6 +230,16 @@ class Roadmap(Network):
         return self.depths
 
     @property
+    def gradient_checkpointing(self) -> bool:
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        if value and self.has_batch_norm:
+            raise ValueError(f"runs each block twice, and BatchNorm in {self.variant} would count each batch twice")
+        self._gradient_checkpointing = value
+
+    @property
     def arguments(self) -> dict[str, Any]:
         return super().arguments | {"stem_stride": self.stem_stride}
 
@@ -250,7 +261,7 @@ class Roadmap(Network):
         return maps
 
     def _block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and self.training:  # BatchNorm then counts its batch twice, as everywhere
+        if self.gradient_checkpointing and self.training:
             out = checkpoint(block, x, use_reentrant=False)
             assert isinstance(out, Tensor)
             return out
