@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt V2 to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
+"""Fine-tune a ConvNeXt to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
 
 fcmae finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
 fcmae finetune --evaluate runs/classifier
@@ -158,7 +158,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         validation = classification.validation_set(config, class_names, config.model.in_chans, training=source)
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
-    # The network: a dense ConvNeXt V2, pretrained, with a new classifier of small weights
+    # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):
@@ -235,7 +235,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
     )
 
-    # What remains: the best classifier, as timm loads it
+    # What remains: the best classifier, as timm loads it where it can
     if accelerator.is_main_process:
         folder = trainer.run
         final = stored_model(folder.path)

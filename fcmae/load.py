@@ -46,7 +46,7 @@ def load_tensors(
 
 
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
-    """Return the weights of a ConvNeXt V2 from a run or from a file of any format, recognised by content.
+    """Return the weights of a ConvNeXt from a run or from a file of any format, recognised by content.
 
     Args:
         path: a run folder, which stands for its best evaluated weights, or the newest where none were evaluated; a
@@ -56,7 +56,7 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         ema: take the EMA (True) or the raw weights (False); None for what a run evaluated, and elsewhere for raw.
 
     Raises:
-        UserError: if there are none, or they are damaged or no whole ConvNeXt V2; the message names the file.
+        UserError: if there are none, or they are damaged or no whole ConvNeXt; the message names the file.
     """
     stored = _stored_model(path, last, ema)
     if stored is None:

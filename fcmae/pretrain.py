@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.config import PretrainConfig
+from fcmae.config import PretrainConfig, shipped_configs
 from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
@@ -47,7 +47,7 @@ from fcmae.weights.export import write_folder
 
 
 def start_from(model: FCMAE, source: str) -> str:
-    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder; returns what was done.
+    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt's encoder; returns what was done.
 
     Raises:
         UserError: if the weights are another network's.
@@ -76,8 +76,9 @@ def start_from(model: FCMAE, source: str) -> str:
 
 def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:
     """Return the name of the shipped configuration to fine-tune with after such a pretraining."""
-    if isinstance(config.model.variant, str) and config.model.stem_stride == 4 and num_images > 100_000:
-        return f"finetune/{config.model.variant}"
+    recipe = f"finetune/{config.model.variant}"
+    if recipe in shipped_configs() and config.model.stem_stride == 4 and num_images > 100_000:
+        return recipe
     return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
@@ -85,7 +86,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     """Pretrain as configured, or only try everything out; returns the exit code."""
     accelerator, checkpoint = start_run(config, dry_run=dry_run)
 
-    # The network: a sparse ConvNeXt V2 encoder and a light decoder
+    # The network: a sparse ConvNeXt encoder and a light decoder
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = FCMAE(**config.model.arguments)

@@ -1,4 +1,4 @@
-"""What formats of ConvNeXt V2 weights share: weights, preprocessing, names, the interface; knows no one of them."""
+"""What formats of ConvNeXt weights share: weights, preprocessing, names, the interface; knows no one of them."""
 
 import json
 import re
@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.encoder.base import Network
-from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
 from fcmae.encoder.networks import build_network
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError
 from fcmae.files import write_json
 from fcmae.tensors import load_strictly, misfits
@@ -155,7 +156,7 @@ OUR_NAMES: Names = {
 }
 """Every name of a `ConvNeXt`, which are the official dense ones."""
 
-OURS = "a ConvNeXt V2 encoder in official dense names"
+OURS = "a ConvNeXt encoder in official dense names"
 
 
 def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]:
@@ -207,14 +208,14 @@ def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[i
     missing = [name for name in convs if name not in state]
     missing += [f"stages.{i}.0" for i in range(4) if not blocks[i]]
     if missing:
-        raise ValueError(f"not a whole ConvNeXt V2 encoder: {', '.join(missing)} missing")
+        raise ValueError(f"not a whole ConvNeXt encoder: {', '.join(missing)} missing")
     for name in convs:
         if state[name].ndim != 4:
             raise ValueError(f"{name} is {tuple(state[name].shape)}, no convolution's weight")
     return tuple(1 + max(numbers) for numbers in blocks), tuple(state[name].shape[0] for name in convs)
 
 
-NO_CONVNEXT = "no ConvNeXt V2"
+NO_CONVNEXT = "no ConvNeXt"
 
 
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
@@ -230,6 +231,27 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
         return NO_CONVNEXT
     depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
+
+
+def version_of(names: Collection[str]) -> Version:
+    """Tell the version by the names of tensors in any format: the first has LayerScale."""
+    scales = (name for name in names if name.endswith((".gamma", ".layer_scale_parameter")))
+    return 1 if any(".grn." not in name for name in scales) else 2
+
+
+def response_of(names: Collection[str]) -> str:
+    """Tell what stands at GRN's place by our names: GRN as the paper has it, or nothing.
+
+    Raises:
+        ValueError: for another's parameters.
+    """
+    parts = {name.partition(".grn.")[2] for name in names if ".grn." in name}
+    if other := sorted(parts - {"gamma", "beta"}):
+        raise ValueError(
+            f"its blocks hold grn.{other[0]}, of another response than GRN, and nothing beside it says which; give "
+            "the run or the exported folder"
+        )
+    return "grn" if parts else "none"
 
 
 def idle_norm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -256,7 +278,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Weights(NamedTuple):
-    """The weights of a ConvNeXt V2, and what is known of their use."""
+    """The weights of a ConvNeXt, and what is known of their use."""
 
     path: Path
     """The file they were read from."""
@@ -283,7 +305,8 @@ class Weights(NamedTuple):
     @property
     def network_name(self) -> str:
         """The network for people, such as "ConvNeXt V2 atto" or "timm/resnet50"."""
-        return self.network.get("variant") or f"ConvNeXt V2 {describe_encoder(self.tensors)}"
+        name = f"ConvNeXt V{version_of(self.tensors)} {describe_encoder(self.tensors)}"
+        return self.network.get("variant") or name
 
     @property
     def description(self) -> str:
@@ -316,8 +339,8 @@ def build_untrained(
     stem = tensors["downsample_layers.0.0.weight"]
     encoder = ConvNeXt(
         (depths, dims),
-        version=1 if "stages.0.0.gamma" in tensors else 2,
-        response=network.get("response") or ("grn" if "stages.0.0.grn.gamma" in tensors else "none"),
+        version=version_of(tensors),
+        response=network.get("response") or response_of(tensors),
         grn=network.get("grn"),
         in_chans=stem.shape[1],
         num_classes=num_classes,
@@ -330,7 +353,7 @@ def build_untrained(
 
 
 def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load tensors strictly into a ConvNeXt V2 or what contains one; as `load_strictly`, but names both variants.
+    """Load tensors strictly into a ConvNeXt or what contains one; as `load_strictly`, but names both variants.
 
     Raises:
         UserError: naming `source`, both variants and up to ten tensors that differ.
@@ -369,7 +392,7 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way to store a ConvNeXt V2: how it is recognised, read, written and checked against the network."""
+    """A way to store a ConvNeXt: how it is recognised, read, written and checked against the network."""
 
     name: str
     """Of `fcmae export --to NAME`."""
@@ -381,6 +404,8 @@ class Format:
     """(folder, images) -> what the network in the folder gives, in the images' dtype."""
     how: Callable[[Any, Path], str]
     """(network, folder) -> the code that loads what was written."""
+    networks: Collection[tuple[Version, str]] | None = None
+    """(version, response) of the networks that it can hold, whose GRN is the paper's; None for all there are."""
     dtype: torch.dtype = torch.float64
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
@@ -398,6 +423,11 @@ class Format:
     """(tensors by its names, the folder whose files describe them) -> tensors by our names, and preprocessing.
 
     Raises ValueError for names or shapes that are not the format's, UserError for a damaged description."""
+
+    def holds(self, encoder: ConvNeXt) -> bool:
+        """Whether the format has what stands at GRN's place in this network."""
+        own = (encoder.version, encoder.response)
+        return self.networks is None or (own in self.networks and encoder.grn in ({}, OWN_PARTS))
 
     @torch.no_grad()
     def verify(self, encoder: Network, folder: Path) -> float:
