@@ -1,4 +1,4 @@
-"""The Transformer decoder (V2 paper, section 3.1; MAE, arXiv 2111.06377, appendix A.1): timm's blocks over all patches.
+"""The Transformer decoder (V2 paper, section 3.1; MAE, arXiv 2111.06377): timm's blocks over all patches.
 
 The one module of decoder and model that knows timm, and imports it only when such a decoder is built.
 """
@@ -48,7 +48,9 @@ class TransformerDecoder(nn.Module):
 
         super().__init__()
         if dim % HEAD_DIM:
-            raise ValueError(f"decoder_dim={dim}: a Transformer decoder takes a multiple of {HEAD_DIM}, its heads' width")
+            raise ValueError(
+                f"decoder_dim={dim}: a Transformer decoder takes a multiple of {HEAD_DIM}, its heads' width"
+            )
         norm = functools.partial(nn.LayerNorm, eps=1e-6)
         self.proj = nn.Linear(in_dims[-1], dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -1,5 +1,6 @@
-"""The UNet decoder (V2 paper, section 3.1; SparK, arXiv 2301.03580, section 3.2): up from patches to finest sites."""
+"""The UNet decoder (V2 paper, section 3.1; SparK, arXiv 2301.03580): from patches up to the finest sites."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -79,7 +80,9 @@ class UNetDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if len(in_dims) < 2:
-            raise ValueError("a UNet decoder goes up through the scales of a network, and this network has one only")
+            raise ValueError(
+                "a UNet decoder goes up through the scales of a network, and this network has one only"
+            )
         self.reads_pyramid = skips
         self.sites_per_patch = 2 ** (len(in_dims) - 1)
         dims = [dim >> i for i in range(len(in_dims))]
@@ -90,7 +93,7 @@ class UNetDecoder(nn.Module):
             )
         filled = [*zip(reversed(in_dims), dims, strict=True)]
         self.fills = nn.ModuleList(Fill(*widths) for widths in (filled if skips else filled[:1]))
-        self.ups = nn.ModuleList(Upsample(*widths) for widths in zip(dims[:-1], dims[1:], strict=True))
+        self.ups = nn.ModuleList(Upsample(*widths) for widths in itertools.pairwise(dims))
         self.scales = nn.ModuleList(nn.ModuleList(block(width) for _ in range(depth)) for width in dims)
         # a patch's finest sites and the target's vectors, both divided into cells x cells, as fine as can be
         self.cells, self.out_side = math.gcd(self.sites_per_patch, out_side), out_side
