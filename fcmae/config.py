@@ -42,7 +42,7 @@ class EncoderSection(Section):
     variant: str | tuple[FourSizes, FourSizes]
     version: Literal[1, 2] = 2
     """1 for ConvNeXt V1, with LayerScale; 2 for V2, with GRN."""
-    response: Literal["auto", "none", "grn"] = AUTO
+    response: Literal["auto", "none", "grn", "lrn", "batch_norm", "layer_norm", "squeeze_excite", "cbam"] = AUTO
     """What stands at GRN's place; `auto` is GRN in version 2, none in version 1."""
     grn: GRNSection = GRNSection()
     in_chans: Positive = 3
