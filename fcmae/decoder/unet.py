@@ -83,6 +83,7 @@ class UNetDecoder(nn.Module):
             raise ValueError(
                 "a UNet decoder goes up through the scales of a network, and this network has one only"
             )
+        assert out_dim % out_side**2 == 0
         self.reads_pyramid = skips
         self.sites_per_patch = 2 ** (len(in_dims) - 1)
         dims = [dim >> i for i in range(len(in_dims))]
