@@ -63,19 +63,17 @@ def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
         encoder = {n: tensor for n, tensor in weights.tensors.items() if not n.startswith(("norm.", "head."))}
         load_network(model.encoder, encoder, weights.path)
         return f"{found}, with a new decoder"
-    has, new = (
-        f"init_from={source}: {weights.kind} weights with",
-        "name the run's encoder/ to start with a new decoder",
-    )
+    has = f"init_from={source}: {weights.kind} weights with"
+    otherwise = "or name the run's encoder/ to start with a new decoder"
     if stored := stored_model(file):
         run = parse_config(PretrainConfig, stored.state["config"], str(file.parent)).model
         for key in DECODER_KEYS:
             if getattr(run, key) != getattr(config, key):
-                raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, or {new}")
+                raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, {otherwise}")
     decoder = {n.removeprefix("decoder."): tensor for n, tensor in tensors.items() if n.startswith("decoder.")}
     if problems := misfits(model.decoder, decoder):
         keys = ", ".join(f"model.{key}" for key in DECODER_KEYS)
-        raise UserError(f"{has} another decoder ({'; '.join(problems[:3])}); set {keys} to its own, or {new}")
+        raise UserError(f"{has} another decoder ({'; '.join(problems[:3])}); set {keys} to its own, {otherwise}")
     load_network(model, tensors, weights.path)
     return f"{found}, with its decoder"
 

@@ -81,7 +81,8 @@ class UNetDecoder(nn.Module):
         super().__init__()
         if len(in_dims) < 2:
             raise ValueError(
-                "a UNet decoder goes up through the scales of a network, and this network has one only"
+                "a UNet decoder goes up through the scales of a network, and this network has one only: "
+                "choose decoder convnext or transformer"
             )
         assert out_dim % out_side**2 == 0
         self.reads_pyramid = skips
