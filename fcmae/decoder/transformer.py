@@ -3,7 +3,6 @@
 The one module of decoder and model that knows timm, and imports it only when such a decoder is built.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,20 +43,22 @@ class TransformerDecoder(nn.Module):
         depth: int = 8,
         block: Callable[[int], Block] = Block,
     ) -> None:
-        from timm.models.vision_transformer import Block as ViTBlock  # which takes seconds
-
-        super().__init__()
         if dim % HEAD_DIM:
             raise ValueError(
                 f"decoder_dim={dim}: a Transformer decoder takes a multiple of {HEAD_DIM}, its heads' width"
             )
-        norm = functools.partial(nn.LayerNorm, eps=1e-6)
+        from timm.layers.norm import LayerNorm
+        from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+        from timm.models.vision_transformer import Block as ViTBlock
+
+        super().__init__()
         self.proj = nn.Linear(in_dims[-1], dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = build_sincos2d_pos_embed
         self.blocks = nn.ModuleList(
-            ViTBlock(dim, dim // HEAD_DIM, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            ViTBlock(dim, dim // HEAD_DIM, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
         )
-        self.norm = norm(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pred = nn.Linear(dim, out_dim)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -67,13 +68,11 @@ class TransformerDecoder(nn.Module):
 
         Returns (b, m, out_dim).
         """
-        from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-
         b, h, w, _ = maps[-1].shape
         x = self.proj(maps[-1].flatten(1, 2))  # (b, L, c)
         x = torch.where(ids_to_booleans(hidden, h * w)[..., None], self.mask_token.to(x.dtype), x)
         dim, device, dtype = x.shape[-1], x.device, self.mask_token.dtype
-        x = x + build_sincos2d_pos_embed([h, w], dim, device=device, dtype=dtype)
+        x = x + self.positions([h, w], dim, device=device, dtype=dtype)
         for block in self.blocks:
             x = block(x)
         x = gather_patches(x.view(b, h, w, -1), hidden, (h, w)).flatten(1, 3)  # (b, m, c)
