@@ -68,7 +68,7 @@ class ModelSection(EncoderSection):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
-    decoder: Literal["convnext"] = "convnext"
+    decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
