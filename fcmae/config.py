@@ -67,12 +67,18 @@ class ModelSection(EncoderSection):
     """The network: arguments of `fcmae.FCMAE`, by the same names."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_shape: Literal["random", "block", "grid"] = "random"
+    mask_group: Literal[1, 2, 4] = 1
+    """Side of the squares of patches that are hidden or shown together."""
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
     decoder: Literal["convnext"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
+    """Pixels as a target are normalised patch by patch."""
+    target: Literal["pixels", "hog"] = "pixels"
+    """What is predicted of hidden patches: pixels, or histograms of oriented gradients."""
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
     @property
