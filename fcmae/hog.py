@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients (HOG) of images, channel by channel; knows nothing of patches, masks or losses."""
+"""Histograms of oriented gradients (HOG) of images, channel by channel; knows no patches, masks or losses."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 ORIENTATIONS = 9
 """Bins of a histogram over half a turn, in which a gradient and its opposite are the same."""
 EPS = 0.01
-"""Added, squared, to a histogram's squared norm: half a level of 255 where images have unit variance, which is noise."""
+"""Added, squared, to a histogram's squared norm: noise of half a level of 255, where images have unit variance."""
 
 
 @torch.no_grad()
@@ -17,9 +17,9 @@ def hog(images: Tensor, cell: int) -> Tensor:
     """Histogram of oriented gradients of each cell of `cell` x `cell` pixels (Dalal and Triggs, CVPR 2005).
 
     Gradients are centred differences, [-1, 0, 1], and zero across the image's border. Each pixel votes, weighted by
-    its gradient's magnitude, for the two orientations nearest to its gradient's in proportion; that of bin k is k / 9
-    of half a turn, 0 for a gradient along x. Each channel has its histograms, and each histogram is normalised by its
-    L2 norm (MaskFeat, 2112.09133), or is near zero where there is next to no gradient.
+    its gradient's magnitude, for the two orientations nearest to its gradient's in proportion; that of bin k is
+    k / 9 of half a turn, 0 for a gradient along x. Each channel has histograms of its own, divided by their L2 norm
+    (MaskFeat, 2112.09133); they are near zero where there is next to no gradient.
 
     Args:
         images: (b, c, h, w), of about unit variance; h and w multiples of `cell`.

@@ -46,7 +46,7 @@ class Target(Protocol):
         ...
 
     def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
-        """Return the mean squared error of pred (b, m, num_values) of the hidden patches, as `hidden_patch_loss`."""
+        """Return the mean squared error of pred (b, m, num_values), the hidden patches; as `hidden_patch_loss`."""
         ...
 
 
@@ -65,10 +65,10 @@ class PixelTarget:
 
 @dataclass(frozen=True)
 class HOGTarget:
-    """Histograms of oriented gradients of the patch's cells (MaskFeat, 2112.09133), which ignore contrast and offset.
+    """Histograms of oriented gradients of the patch's cells (MaskFeat, 2112.09133): no brightness, no contrast.
 
-    A cell has 8 x 8 pixels, or as many as give a small patch four cells. Gradients at a patch's border reach one pixel
-    into its neighbours.
+    A cell has 8 x 8 pixels, or as many as give a small patch four cells. Gradients at a patch's border reach one
+    pixel into its neighbours.
     """
 
     def cell(self, patch: int) -> int:

@@ -27,12 +27,9 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     return min(max(int(num_patches * (1 - mask_ratio)), 1), num_patches - 1)
 
 
-def _uniform(
-    batch: int, *shape: int, generator: torch.Generator | None, device: torch.device | str | None
-) -> Tensor:
-    """Draw (batch, *shape) uniformly from [0, 1), on the device of the `generator` where there is one."""
-    device = device if generator is None else generator.device
-    return torch.rand(batch, *shape, generator=generator, device=device)
+def _uniform(*shape: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+    """Draw uniformly from [0, 1), on the device of the `generator` where there is one."""
+    return torch.rand(shape, generator=generator, device=device if generator is None else generator.device)
 
 
 def _lowest(keys: Tensor, p: int) -> Tensor:
@@ -58,27 +55,25 @@ def sample_visible_ids(
     return _lowest(_uniform(batch, num_patches, generator=generator, device=device), p)
 
 
-# Mask shapes: keys (b, L) of the cells of a grid, of which the lowest will be visible; drawn by a function that takes
-# a batch size and further axes, as `_uniform` does. None depends on how many are visible: masks lie within masks.
+# Mask shapes: functions of a batch size b, a grid and `_uniform`, which return keys (b, L) of the grid's cells. The
+# lowest keys will be visible; how many these are has no part in the keys, so that masks lie within masks.
 
-Draw = Callable[..., Tensor]
+Uniform = Callable[..., Tensor]
 
 
-def _random_keys(batch: int, grid: tuple[int, int], uniform: Draw) -> Tensor:
+def _random_keys(batch: int, grid: tuple[int, int], uniform: Uniform) -> Tensor:
     return uniform(batch, grid[0] * grid[1])
 
 
-def _grid_keys(batch: int, grid: tuple[int, int], uniform: Draw) -> Tensor:
+def _grid_keys(batch: int, grid: tuple[int, int], uniform: Uniform) -> Tensor:
     """Bayer's order of a square of 2^k cells per side, shifted cyclically by any offset.
 
     Its first quarter is one cell in each 2x2, its first half a chessboard, and so on in each 4x4, 8x8, ...
     """
     levels = max(1, (max(grid) - 1).bit_length())
     shifts = (uniform(batch, 2) * 2**levels).long()
-    y, x = (
-        torch.arange(side, device=shifts.device) + shift for side, shift in zip(grid, shifts[..., None].unbind(1))
-    )
-    y, x = y[:, :, None], x[:, None, :]
+    y = (torch.arange(grid[0], device=shifts.device) + shifts[:, :1])[:, :, None]
+    x = (torch.arange(grid[1], device=shifts.device) + shifts[:, 1:])[:, None, :]
     key = torch.zeros_like(y ^ x)
     for level in range(levels):  # the lowest bits of a place count most
         key = 4 * key + 2 * ((y ^ x) >> level & 1) + (y >> level & 1)
@@ -93,12 +88,12 @@ BLOCK_ASPECT = 0.3
 """Least ratio of a rectangle's sides (BEiT)."""
 
 
-def _block_keys(batch: int, grid: tuple[int, int], uniform: Draw) -> Tensor:
+def _block_keys(batch: int, grid: tuple[int, int], uniform: Uniform) -> Tensor:
     """Random rectangles, hidden one after the other, each from its centre outwards (BEiT, 2106.08254, algorithm 1).
 
     The last one thus ends as a smaller rectangle, where BEiT would draw a smaller one. What goes over an edge comes
-    in at the other side, so that all patches are hidden equally often: of BEiT's, which lie inside, 75 % hidden would
-    leave visible little but the image's border. What no rectangle covers is hidden last.
+    in at the other side, so that all patches are hidden equally often: of BEiT's, which lie inside, 75 % hidden
+    would leave visible little but the image's border. What no rectangle covers is hidden last.
     """
     area, aspect, *places = uniform(batch, 4, BLOCKS, 1).unbind(1)  # each (b, k, 1)
     area = (BLOCK_AREA[0] + (BLOCK_AREA[1] - BLOCK_AREA[0]) * area) * grid[0] * grid[1]
@@ -114,7 +109,7 @@ def _block_keys(batch: int, grid: tuple[int, int], uniform: Draw) -> Tensor:
     return -hidden_at - 0.01 * uniform(batch, grid[0] * grid[1])  # ties at random, such as within a row
 
 
-SHAPES: dict[str, Callable[[int, tuple[int, int], Draw], Tensor]] = {
+SHAPES: dict[str, Callable[[int, tuple[int, int], Uniform], Tensor]] = {
     "random": _random_keys,
     "block": _block_keys,
     "grid": _grid_keys,
@@ -160,7 +155,7 @@ class MaskSampler:
 
     @property
     def num_visible(self) -> int:
-        """p, the number of visible patches of each image: `count_visible` of the groups, each of group^2 patches."""
+        """p, the number of visible patches of each image: `count_visible` of the groups, times group^2."""
         return count_visible(math.prod(self.groups), self.ratio) * self.group**2
 
     def __call__(

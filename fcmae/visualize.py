@@ -53,7 +53,7 @@ def reconstruct(
 
 
 def visible_pixels(hidden_ids: Tensor, images: Tensor, patch: int) -> Tensor:
-    """Return which pixels of images (b, c, H, W) are not in the patches `hidden_ids` (b, m): booleans (b, 1, H, W)."""
+    """Return which pixels of images (b, c, H, W) are not in patches `hidden_ids` (b, m): booleans (b, 1, H, W)."""
     grid = grid_shape((images.shape[2], images.shape[3]), patch)
     visible = ~ids_to_booleans(hidden_ids, grid[0] * grid[1])[..., None]  # (b, L, 1)
     return unpatchify(visible.expand(-1, -1, patch * patch), patch, grid)
@@ -149,7 +149,7 @@ def draw_reconstructions(
 ) -> np.ndarray:
     """Draw what the model makes of images with these patches visible: uint8 (h, w, 3), see `draw_panels`.
 
-    Of HOG the histograms are drawn as strokes along edges: the image's, and those with the hidden patches predicted.
+    HOG is drawn as strokes along edges: the image's own, and that with the hidden patches predicted.
 
     Args:
         pixels: uint8 (b, c, H, W).

@@ -1,4 +1,4 @@
-"""Masks of every shape: exact in number, sorted, drawn by the generator alone, and regular or contiguous as named."""
+"""Masks of every shape: exact in number, sorted, drawn by the generator alone; regular or contiguous as named."""
 
 import itertools
 import math
