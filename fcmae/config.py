@@ -66,12 +66,18 @@ class ModelSection(EncoderSection):
     """The network: arguments of `fcmae.FCMAE`, by the same names."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_shape: Literal["random", "block", "grid"] = "random"
+    mask_group: Literal[1, 2, 4] = 1
+    """Side of the squares of patches that are hidden or shown together."""
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
     decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
+    """Pixels as a target are normalised patch by patch."""
+    target: Literal["pixels", "hog"] = "pixels"
+    """What is predicted of hidden patches: pixels, or histograms of oriented gradients."""
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
     @property
@@ -263,7 +269,7 @@ class RunConfig(Section):
     def _check_checkpointing(self) -> Self:
         if self.train.gradient_checkpointing and self.model.response == "batch_norm":
             raise ValueError(
-                "train.gradient_checkpointing=true runs each block twice, and model.response=batch_norm would count "
+                "train.gradient_checkpointing=true runs blocks twice, and model.response=batch_norm would count "
                 "its statistics twice: set train.gradient_checkpointing=false"
             )
         return self

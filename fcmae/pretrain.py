@@ -4,7 +4,6 @@ fcmae pretrain --config atto data.root=IMAGES output=runs/atto
 accelerate launch -m fcmae.pretrain --config atto data.root=IMAGES output=runs/atto
 """
 
-import functools
 import shlex
 
 from fcmae import arguments
@@ -29,7 +28,6 @@ from fcmae.data import (
 from fcmae.errors import UserError, blame
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights, require_network
-from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
@@ -46,7 +44,7 @@ from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 
-DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth")
+DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth", "target")
 """Of a configuration's section `model`: what makes two decoders the same network."""
 
 
@@ -95,8 +93,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     with blame("model"):
         model = FCMAE(**config.model.arguments)
     with blame("data.image_size"):
-        grid = grid_shape(config.data.size, model.patch_size)
-        count_visible(grid[0] * grid[1], config.model.mask_ratio)
+        draw_ids = model.mask_sampler(grid_shape(config.data.size, model.patch_size))
     with blame("train.gradient_checkpointing"):
         model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
@@ -109,7 +106,6 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     splits = None
     if config.eval.knn_every_epochs is not None:
         splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)
-    draw_ids = functools.partial(sample_visible_ids, 1, grid[0] * grid[1], config.model.mask_ratio)
     dataset = PretrainDataset(
         source,
         view=RandomView(config.data.size, config.data.crop_scale, config.data.hflip),
