@@ -208,12 +208,12 @@ def test_a_networks_figures_are_those_of_timms_with_its_weights(tap: str, tmp_pa
 @pytest.mark.parametrize(
     ("name", "kwargs", "channels"),
     [
-        ("convnext_atto", {}, 160),
-        ("convnext_atto", {"conv_mlp": True}, 160),
-        ("resnet18", {}, 64),
-        ("efficientnet_b0", {}, 16),
-        ("vit_tiny_patch16_224", {"img_size": 64}, 768),
-        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4}, 384),
+        ("test_convnext", {}, 96),
+        ("test_convnext", {"conv_mlp": True}, 96),
+        ("test_resnet", {}, 32),
+        ("test_efficientnet", {}, 16),
+        ("test_vit", {"img_size": 64}, 256),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4, "depths": (1, 1), "embed_dim": 24}, 96),
     ],
 )
 def test_timms_families_are_tapped_with_their_channels_last(
@@ -340,12 +340,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 def test_several_models_side_by_side(encoder_folder: Path, tmp_path: Path, call: Any) -> None:
     out = tmp_path / "out"
     model = f"mine={encoder_folder}"
-    code, printed, err = call(model, "timm:resnet18", "--data", PHOTOS, "--size", 32, "--output", out)
+    code, printed, err = call(model, "timm:test_resnet", "--data", PHOTOS, "--size", 32, "--output", out)
     assert code == 0, err
-    written = ["channels.png", "collapse.png", "diagnosis.json", "maps-mine.png", "maps-timm-resnet18.png"]
+    written = ["channels.png", "collapse.png", "diagnosis.json", "maps-mine.png", "maps-timm-test_resnet.png"]
     assert sorted(path.name for path in out.iterdir()) == written
     report = json.loads((out / "diagnosis.json").read_text())
-    mine, other = report["models"]["mine"], report["models"]["timm:resnet18"]
+    mine, other = report["models"]["mine"], report["models"]["timm:test_resnet"]
     assert mine["images"] == other["images"] == 13
     assert mine["tap"] == TAPS["act"]
     assert other["tap"] == TAPS["block"]
@@ -412,14 +412,14 @@ def test_images_that_do_not_decode_are_left_out_and_counted(
 
 
 def test_timms_weights_come_from_a_file(tmp_path: Path) -> None:
-    network = timm.create_model("resnet18", num_classes=5)
+    network = timm.create_model("test_resnet", num_classes=5)
     nn.init.constant_(network.layer1[0].conv1.weight, 0.25)
     save_file(network.state_dict(), tmp_path / "resnet.safetensors")
-    opened = open_subject(f"timm:resnet18@{tmp_path / 'resnet.safetensors'}")
+    opened = open_subject(f"timm:test_resnet@{tmp_path / 'resnet.safetensors'}")
     assert torch.equal(opened.network.layer1[0].conv1.weight, network.layer1[0].conv1.weight)  # pyright: ignore
     assert opened.preprocessing.image_size == (224, 224)
     with pytest.raises(UserError, match=r"resnet.safetensors: does not fit the model: \d+ tensors differ"):
-        open_subject(f"timm:resnet34@{tmp_path / 'resnet.safetensors'}")
+        open_subject(f"timm:test_efficientnet@{tmp_path / 'resnet.safetensors'}")
 
 
 @pytest.mark.parametrize(
@@ -427,15 +427,15 @@ def test_timms_weights_come_from_a_file(tmp_path: Path) -> None:
     [
         (["nowhere"], "nowhere: no such file or folder"),
         (["timm:resnet5000"], "timm:resnet5000: timm cannot build it"),
-        (["timm:resnet18", "--images", "0"], "--images 0: must be at least 1"),
-        (["timm:resnet18", "--size", "1", "2", "3"], "--size 1 2 3: give a side"),
-        (["timm:resnet18", "timm:resnet18"], "timm:resnet18: two models of this name"),
-        (["timm:resnet18", "--layers", "("], "--layers (: not a regular expression"),
-        (["timm:resnet18", "--layers", "nothing"], "matches --layers nothing; some of its"),
-        (["timm:resnet18", "--layers", "^layer4$", "--masked", "0.5"], "cannot leave out patches"),
-        (["timm:vgg11", "--size", "64"], "none of its blocks is known: name layers with --layers"),
-        (["timm:vit_tiny_patch16_224", "--size", "40"], "doesn't match model"),
-        (["timm:resnet18", "--layers", "global_pool|^fc$"], "no layer ran"),
+        (["timm:test_resnet", "--images", "0"], "--images 0: must be at least 1"),
+        (["timm:test_resnet", "--size", "1", "2", "3"], "--size 1 2 3: give a side"),
+        (["timm:test_resnet", "timm:test_resnet"], "timm:test_resnet: two models of this name"),
+        (["timm:test_resnet", "--layers", "("], "--layers (: not a regular expression"),
+        (["timm:test_resnet", "--layers", "nothing"], "matches --layers nothing; some of its"),
+        (["timm:test_resnet", "--layers", "^layer4$", "--masked", "0.5"], "cannot leave out patches"),
+        (["timm:test_mambaout", "--size", "64"], "none of its blocks is known: name layers with --layers"),
+        (["timm:test_vit", "--size", "40"], "doesn't match model"),
+        (["timm:test_resnet", "--layers", "global_pool|^fc$"], "no layer ran"),
         (["ENCODER", "--masked", "1.5"], "--masked 1.5: mask_ratio must lie inside (0, 1)"),
         (["ENCODER", "--size", "20", "--masked", "0.5"], "not a multiple of the patch size 8"),
         (["ENCODER", "--size", "7"], "smaller than a patch"),
@@ -462,8 +462,8 @@ def test_bad_input_gets_one_line(
 def test_names_are_given_before_an_equals_sign(tmp_path: Path) -> None:
     odd = tmp_path / "a=b"
     odd.mkdir()
-    named = name_models(["V1=runs/a", str(odd), "timm:resnet18@x=y"])
-    assert named == {"V1": "runs/a", str(odd): str(odd), "timm:resnet18@x=y": "timm:resnet18@x=y"}
+    named = name_models(["V1=runs/a", str(odd), "timm:test_resnet@x=y"])
+    assert named == {"V1": "runs/a", str(odd): str(odd), "timm:test_resnet@x=y": "timm:test_resnet@x=y"}
 
 
 def test_the_command_offers_the_taps_there_are() -> None:

@@ -186,7 +186,6 @@ FAMILIES = {
     "timm.BasicBlock": CONVOLUTIONAL,
     "timm.Bottleneck": CONVOLUTIONAL,
     "timm.PreActBottleneck": CONVOLUTIONAL,
-    "timm.ConvBnAct": CONVOLUTIONAL,
     "timm.DepthwiseSeparableConv": CONVOLUTIONAL,
     "timm.InvertedResidual": CONVOLUTIONAL,
     "timm.UniversalInvertedResidual": CONVOLUTIONAL,
