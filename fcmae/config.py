@@ -42,7 +42,7 @@ class EncoderSection(Section):
     variant: str | tuple[FourSizes, FourSizes]
     version: Literal[1, 2] = 2
     """1 for ConvNeXt V1, with LayerScale; 2 for V2, with GRN."""
-    response: Literal["auto", "none", "grn"] = AUTO
+    response: Literal["auto", "none", "grn", "lrn", "batch_norm", "layer_norm", "squeeze_excite", "cbam"] = AUTO
     """What stands at GRN's place; `auto` is GRN in version 2, none in version 1."""
     grn: GRNSection = GRNSection()
     in_chans: Positive = 3
@@ -52,8 +52,7 @@ class EncoderSection(Section):
     @property
     def network(self) -> dict[str, Any]:
         """Arguments of `fcmae.ConvNeXt`."""
-        values = self.model_dump(include=set(EncoderSection.model_fields))
-        return values | {"grn": self.grn.model_dump(exclude_defaults=True)}
+        return self.model_dump(include=set(EncoderSection.model_fields))
 
     @model_validator(mode="after")
     def _check_response(self) -> Self:
@@ -78,7 +77,7 @@ class ModelSection(EncoderSection):
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of `fcmae.FCMAE`."""
-        return self.model_dump() | self.network
+        return self.model_dump()
 
 
 class ClassifierSection(EncoderSection):
@@ -261,6 +260,15 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check_checkpointing(self) -> Self:
+        if self.train.gradient_checkpointing and self.model.response == "batch_norm":
+            raise ValueError(
+                "train.gradient_checkpointing=true runs each block twice, and model.response=batch_norm would count "
+                "its statistics twice: set train.gradient_checkpointing=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:

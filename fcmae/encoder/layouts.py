@@ -87,6 +87,10 @@ class Sites(ABC):
         """Sum over the active sites of each image: (b, c)."""
         return x.sum(tuple(range(1, x.ndim - 1)))
 
+    def max(self, x: Tensor) -> Tensor:
+        """Largest value over the active sites of each image: (b, c)."""
+        return x.amax(tuple(range(1, x.ndim - 1)))
+
     def norm(self, x: Tensor) -> Tensor:
         """L2 norm over the active sites of each image: (b, c), at least float32; gradient 0 where it is 0."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -156,6 +160,9 @@ class MaskedSites(DenseSites):
 
     def sum(self, x: Tensor) -> Tensor:
         return super().sum(self.scatter(x))
+
+    def max(self, x: Tensor) -> Tensor:
+        return super().max(torch.where(self.active(self.sites_per_patch), x, -torch.inf))
 
     def norm(self, x: Tensor) -> Tensor:
         return super().norm(self.scatter(x))
