@@ -27,7 +27,7 @@ from fcmae.data import (
     prefetch,
 )
 from fcmae.errors import UserError, blame
-from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, stage_distances
+from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights, require_network
 from fcmae.masking import count_visible, sample_visible_ids
@@ -178,12 +178,16 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
 
     # The collapse of features: how alike channels are, on always the same images with all patches visible
     if config.eval.collapse_every_epochs is not None:
+        if not (taps := block_taps(model.encoder, "act")):
+            raise UserError(
+                f"eval.collapse_every_epochs: no block of {config.model.variant} is known; set it to null"
+            )
         watched = fixed_images(source, COLLAPSE_IMAGES, config.data.size)
 
         def watch(step: int, log: MetricsLog) -> None:
             batches = (normalize(part.to(accelerator.device)) for part in watched.split(config.data.batch_size))
-            distances = stage_distances(model.encoder, batches)
-            trainer.say(f"step {step} · cosine distance {' '.join(f'{d:.3f}' for d in distances)} (stages 1 to 4)")
+            distances = stage_distances(model.encoder.features, model.encoder, taps, batches)
+            trainer.say(f"step {step} · cosine distance by stage {' '.join(f'{d:.3f}' for d in distances)}")
             log.record(step, {f"cosine_distance/stage_{i}": d for i, d in enumerate(distances, 1)})
 
         if len(watched):

@@ -130,7 +130,7 @@ def name_models(models: Sequence[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for model in models:
         name, equals, source = model.partition("=")
-        if not equals or os.path.exists(model) or model.startswith("timm:"):
+        if not equals or os.path.exists(model) or model.startswith(("timm:", "timm/")):
             name = source = model
         if not name or not source:
             raise UserError(f"{model}: give NAME=MODEL, such as V2=runs/mine")
@@ -225,14 +225,14 @@ def main(argv: list[str]) -> int:
     report: dict[str, Any] = {"data": options.data, "masked": options.masked, "models": {}}
 
     def runs(subject: "Subject", images: Images, name: str) -> Iterator["Callable[[], object]"]:
-        ids = None
+        encode = subject.encode
         if options.masked is not None:
             with blame(f"--masked {options.masked}"):
-                ids = mask_images(subject, options.masked)
+                encode = mask_images(subject, options.masked)
         shown = tqdm(total=len(images.dataset), desc=name, unit="images", disable=not sys.stderr.isatty())
         with shown:
             for batch in images.batches(options.batch, options.num_workers):
-                yield lambda batch=batch: subject.features(batch, ids(batch) if ids else None)
+                yield lambda batch=batch: encode(batch)
                 shown.update(len(batch))
                 counts[name] = counts.get(name, 0) + len(batch)
 
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> int:
             every = list(models[name])
             some = [every[(i + 1) * len(every) // LAYERS_SHOWN - 1] for i in range(LAYERS_SHOWN)]
             wanted = {layer: taps[layer] for layer in dict.fromkeys(some)}
-            maps = maps_of(subject.network, wanted, lambda s=subject, x=first: s.features(x))
+            maps = maps_of(subject.network, wanted, lambda s=subject, x=first: s.encode(x))
         pictures[name] = as_rgb(images.normalize.invert(first))[0].cpu(), maps
         subject.network.cpu()
         if idle := [layer for layer in taps if layer not in models[name]]:

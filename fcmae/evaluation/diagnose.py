@@ -180,8 +180,9 @@ class Family(NamedTuple):
 
 CONVOLUTIONAL = Family({}, 1)
 FAMILIES = {
-    # package.class of a block
-    "fcmae.Block": Family({"act": "act", "response": "grn"}, -1),
+    # class of a block, timm's by its package
+    "fcmae.encoder.convnext.Block": Family({"act": "act", "response": "grn"}, -1),
+    "fcmae.encoder.roadmap.Block": CONVOLUTIONAL,
     "timm.ConvNeXtBlock": Family({"act": "mlp.act", "response": "mlp.grn"}, 1),
     "timm.BasicBlock": CONVOLUTIONAL,
     "timm.Bottleneck": CONVOLUTIONAL,
@@ -218,8 +219,11 @@ def block_taps(network: nn.Module, tap: str) -> dict[str, Tap]:
     """Return what `tap` names in each block of `network`, by the block's name; empty if none is of `FAMILIES`."""
     found: dict[str, Tap] = {}
     for name, block in network.named_modules():
-        kind = f"{type(block).__module__.partition('.')[0]}.{type(block).__name__}"
-        if (family := FAMILIES.get(kind)) is None:
+        place, kind = type(block).__module__, type(block).__name__
+        family = FAMILIES.get(
+            f"{place}.{kind}" if place.startswith("fcmae.") else f"{place.partition('.')[0]}.{kind}"
+        )
+        if family is None:
             continue
         inside = family.points.get(tap, "")
         if inside and inside in dict(block.named_modules()):
@@ -327,21 +331,29 @@ def maps_of(network: nn.Module, taps: Mapping[str, Tap], run: Callable[[], objec
     return maps
 
 
-def stage_distances(encoder: ConvNeXt, images: Iterable[Tensor]) -> list[float]:
-    """Return the mean `cosine_distance` of the blocks of each stage at `act`, over batches of normalised images.
+def stage_distances(
+    encode: Callable[[Tensor], object], network: nn.Module, taps: Mapping[str, Tap], images: Iterable[Tensor]
+) -> list[float]:
+    """Return the mean `cosine_distance` of the layers of each stage, those with as many sites, over batches.
 
-    All patches are visible. Draws no random numbers, and leaves modes and gradients as they were.
+    Draws no random numbers, and leaves modes and gradients of `network` as they were.
+
+    Args:
+        encode: runs the network on normalised images.
+        taps: its layers, in the order in which they run.
     """
-    taps = block_taps(encoder, "act")
     sums: dict[str, Tensor] = {}
+    sites: dict[str, int] = {}
     number = 0
 
     def see(name: str, x: Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + cosine_distance(x.flatten(1, -2)).sum()
+        maps = x.flatten(1, -2)
+        sites[name] = maps.shape[1]
+        sums[name] = sums.get(name, 0.0) + cosine_distance(maps).sum()
 
-    with watching(encoder, taps, see):
+    with watching(network, taps, see):
         for batch in images:
             number += len(batch)
-            encoder.features(batch)
-    stages = [[sums[name] for name in taps if name.startswith(f"stages.{i}.")] for i in range(4)]
+            encode(batch)
+    stages = [[sums[name] for name in sums if sites[name] == size] for size in dict.fromkeys(sites.values())]
     return [float(torch.stack(stage).mean() / number) for stage in stages]

@@ -1,6 +1,7 @@
 """Networks to look into and their images, ours and timm's alike; knows neither statistics nor a command line."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +18,18 @@ from fcmae.data.sampling import one_pass
 from fcmae.data.shards import INDEX, PLAN
 from fcmae.data.sources import Subset, open_source
 from fcmae.data.views import PixelNormalizer, cover
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.convnext import ConvNeXt, resolve_response
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.load import load_weights
-from fcmae.masking import sample_visible_ids
+from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.patches import grid_shape
 from fcmae.seeding import seeded
 from fcmae.tensors import load_strictly
-from fcmae.weights.base import Preprocessing, build_encoder, describe_encoder
+from fcmae.weights.base import Preprocessing, Weights, build_encoder, describe_encoder
 from fcmae.weights.read import find_weights, read_tensors
 
-TIMM = "timm:"
+TIMM = re.compile("timm[:/]")
 """What timm's networks begin with."""
 
 
@@ -35,25 +37,12 @@ class Subject(NamedTuple):
     """A network, and how images are prepared for it."""
 
     network: nn.Module
+    encode: Callable[[Tensor], object]
+    """Runs the network on normalised images (b, c, h, w); raises ValueError if their size does not fit."""
     description: str
     preprocessing: Preprocessing
     """Completed."""
     in_chans: int
-
-    def features(self, images: Tensor, visible_ids: Tensor | None = None) -> object:
-        """Run the network without its classifier on normalised images (b, c, h, w).
-
-        Raises:
-            ValueError: if their size does not fit.
-        """
-        if isinstance(self.network, ConvNeXt):
-            return self.network.features(images, visible_ids)
-        try:
-            return self.network.forward_features(images)  # pyright: ignore[reportCallIssue]
-        except (AssertionError, RuntimeError) as error:  # whatever timm and torch raise for sizes
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(" ".join(str(error).split())) from error
 
 
 def _timm_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,7 +64,7 @@ def open_timm(source: str) -> Subject:
     Raises:
         UserError: if timm knows no such network, or the file or folder does not fit.
     """
-    name, _, file = source.removeprefix(TIMM).partition("@")
+    name, _, file = TIMM.sub("", source, count=1).partition("@")
     is_folder = Path(name).is_dir()
     try:
         with seeded(0):
@@ -83,8 +72,8 @@ def open_timm(source: str) -> Subject:
     except Exception as error:  # whatever timm raises for an unknown name, or a folder that is not its own
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{source}: timm cannot build it ({reason}); give {TIMM}NAME of timm.list_models(), {TIMM}NAME@FILE or "
-            f"{TIMM}FOLDER with config.json and model.safetensors"
+            f"{source}: timm cannot build it ({reason}); give timm:NAME of timm.list_models(), timm:NAME@FILE or "
+            "timm:FOLDER with config.json and model.safetensors"
         ) from error
     description = f"timm's {network.default_cfg.get('architecture') or name}, untrained"
     if is_folder:
@@ -93,6 +82,15 @@ def open_timm(source: str) -> Subject:
         path = find_weights(Path(file))
         load_strictly(network, _timm_tensors(network, read_tensors(path)), path)
         description = f"timm's {name} with {path}"
+
+    def encode(images: Tensor) -> object:
+        try:
+            return network.forward_features(images)
+        except (AssertionError, RuntimeError) as error:  # whatever timm and torch raise for sizes
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(" ".join(str(error).split())) from error
+
     known = resolve_model_data_config(network)
     channels, height, width = known["input_size"]
     preprocessing = Preprocessing(
@@ -103,7 +101,16 @@ def open_timm(source: str) -> Subject:
         interpolation=known["interpolation"],
         value_range=(0.0, 1.0),
     )
-    return Subject(network, description, preprocessing, channels)
+    return Subject(network, encode, description, preprocessing, channels)
+
+
+def _describe(network: nn.Module, weights: Weights) -> str:
+    if not isinstance(network, ConvNeXt):
+        return str(weights.network.get("variant"))
+    name = f"ConvNeXt V{network.version} {describe_encoder(weights.tensors)}"
+    parts = [network.response, *(f"{key} {value}" for key, value in network.grn.items())]
+    own = resolve_response(network.version, "auto") == network.response and network.grn in ({}, OWN_PARTS)
+    return name if own else f"{name} with {', '.join(parts)} at GRN's place"
 
 
 def open_subject(source: str, size: tuple[int, int] | None = None) -> Subject:
@@ -115,7 +122,7 @@ def open_subject(source: str, size: tuple[int, int] | None = None) -> Subject:
     Raises:
         UserError: if there is none.
     """
-    if source.startswith(TIMM):
+    if TIMM.match(source) and not Path(source).exists():
         subject = open_timm(source)
         return subject._replace(preprocessing=subject.preprocessing._replace(image_size=size)) if size else subject
     weights = load_weights(source)
@@ -125,12 +132,13 @@ def open_subject(source: str, size: tuple[int, int] | None = None) -> Subject:
         preprocessing = preprocessing._replace(image_size=size)
     with blame(str(weights.path)):
         preprocessing = preprocessing.completed(network)
-    version = f"ConvNeXt V{network.version} {describe_encoder(weights.tensors)}"
-    own = {1: "none", 2: "grn"}[network.version]
-    if network.response != own or network.grn:
-        parts = [network.response, *(f"{key} {value}" for key, value in network.grn.items())]
-        version += f" with {', '.join(parts)} at GRN's place"
-    return Subject(network, f"{version}, {weights.description}", preprocessing, network.in_chans)
+    return Subject(
+        network,
+        getattr(network, "features", network),  # with no work for a classifier where that can be left out
+        f"{_describe(network, weights)}, {weights.description}",
+        preprocessing,
+        network.in_chans,
+    )
 
 
 class Images(NamedTuple):
@@ -201,17 +209,23 @@ def open_images(root: str, split: str | None, number: int, subject: Subject, dev
     return Images(dataset, PixelNormalizer(known.mean, known.std).to(device), device)
 
 
-def mask_images(subject: Subject, mask_ratio: float) -> Callable[[Tensor], Tensor]:
-    """Return a function that draws visible ids for a batch of images, always the same ones in a pass.
+def mask_images(subject: Subject, mask_ratio: float) -> Callable[[Tensor], object]:
+    """Return a function that runs the network on some patches of each image, in a pass always the same ones.
 
     Raises:
-        UserError: if the network is not ours.
+        UserError: if the network is not our ConvNeXt.
         ValueError: if the ratio or the images' size does not fit.
     """
-    if not isinstance(subject.network, ConvNeXt):
-        raise UserError(f"--masked: {subject.description} cannot leave out patches; only our own networks can")
-    grid = grid_shape(subject.preprocessing.image_size, subject.network.patch_size)
-    generator = torch.Generator().manual_seed(0)
+    network = subject.network
+    if not isinstance(network, ConvNeXt):
+        raise UserError(f"--masked: {subject.description} cannot leave out patches; only our own ConvNeXt can")
+    grid = grid_shape(subject.preprocessing.image_size, network.patch_size)
     num_patches = grid[0] * grid[1]
-    sample_visible_ids(1, num_patches, mask_ratio)  # refuses what does not fit
-    return lambda images: sample_visible_ids(len(images), num_patches, mask_ratio, generator).to(images.device)
+    count_visible(num_patches, mask_ratio)
+    generator = torch.Generator().manual_seed(0)
+
+    def encode(images: Tensor) -> object:
+        ids = sample_visible_ids(len(images), num_patches, mask_ratio, generator)
+        return network.features(images, ids.to(images.device))
+
+    return encode
