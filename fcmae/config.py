@@ -242,10 +242,12 @@ class ProbeSection(Section):
 
 
 class OnlineProbeSection(ProbeSection):
-    """k-NN accuracy during pretraining; the labels never reach the training."""
+    """k-NN accuracy and feature collapse during pretraining, which neither changes; labels never reach it."""
 
     knn_every_epochs: Annotated[float, Field(gt=0)] | None = None
     """Also before the first and after the last step; null for never."""
+    collapse_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """When to log the cosine distance of each stage's channels, likewise; needs no labels."""
     num_images: Positive | None = 10000
 
 
