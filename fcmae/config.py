@@ -54,8 +54,7 @@ class EncoderSection(Section):
     @property
     def network(self) -> dict[str, Any]:
         """Arguments of `fcmae.ConvNeXt`."""
-        values = self.model_dump(include=set(EncoderSection.model_fields))
-        return values | {"grn": self.grn.model_dump(exclude_defaults=True)}
+        return self.model_dump(include=set(EncoderSection.model_fields))
 
     @model_validator(mode="after")
     def _check_response(self) -> Self:
@@ -80,7 +79,7 @@ class ModelSection(EncoderSection):
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of `fcmae.FCMAE`."""
-        return self.model_dump() | self.network
+        return self.model_dump()
 
 
 class ClassifierSection(EncoderSection):
@@ -261,6 +260,15 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check_checkpointing(self) -> Self:
+        if self.train.gradient_checkpointing and self.model.response == "batch_norm":
+            raise ValueError(
+                "train.gradient_checkpointing=true runs each block twice, and model.response=batch_norm would count "
+                "its statistics twice: set train.gradient_checkpointing=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:

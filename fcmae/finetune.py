@@ -45,19 +45,28 @@ from fcmae.weights.timm import write_timm_folder
 def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> str:
     """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
 
+    What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then.
+
     Raises:
         UserError: if the weights are another network's.
     """
     weights = load_weights(source)
     tensors = weights.tensors
-    require_network(model, weights, source)
+    response = known_of(weights, ["model.response"])["model.response"]
+    require_network(model, weights, source, may_differ=() if response == model.response else ("response", "grn"))
     classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
     keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("norm.", "head."))}
-    taken = {name: tensor for name, tensor in tensors.items() if keep or not name.startswith("head.")}
-    load_network(model, own | taken, weights.path)
     head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
-    return f"{weights.path} ({weights.description}), {head}"
+    parts = [f"{weights.path} ({weights.description})", head]
+    new = () if keep else ("head.",)
+    if response != model.response:
+        new = (*new, ".grn.")
+        parts.append(f"{model.response} in place of {response}")
+    taken = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in new)}
+    new = ("norm.", "head.", *new)
+    own = {name: tensor for name, tensor in model.state_dict().items() if any(part in name for part in new)}
+    load_network(model, own | taken, weights.path)
+    return ", ".join(parts)
 
 
 def evaluate(

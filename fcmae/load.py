@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, parse_config
 from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
 from fcmae.tensors import read_safetensors
@@ -63,7 +64,7 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     with report_damage(stored.file.with_name(STATE)):
         described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
         preprocessing = Preprocessing.of(described)
-        model = stored.state["config"]["model"]
+        model = stored.state["config"].get("model", {})
     tensors = read_safetensors(stored.file)
     network = {key: model[key] for key in ("response", "grn") if key in model}
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
@@ -108,14 +109,16 @@ def _shape_of(weights: Weights) -> ConvNeXt:
         return build_untrained(weights.tensors, num_classes=classes, network=weights.network)
 
 
-def require_network(encoder: ConvNeXt, weights: Weights, source: str | Path) -> None:
-    """Check that weights are those of such an encoder.
+def require_network(
+    encoder: ConvNeXt, weights: Weights, source: str | Path, *, may_differ: Collection[str] = ()
+) -> None:
+    """Check that weights are those of such an encoder, but for the keys that may differ.
 
     Raises:
         UserError: naming `source`, the value of init_from, and the key that differs.
     """
     for key, value in network_of(_shape_of(weights)).items():
-        if value != network_of(encoder)[key]:
+        if value != network_of(encoder)[key] and key not in may_differ:
             shown = describe_encoder(weights.tensors) if key == "variant" else value
             raise UserError(
                 f"init_from={source}: {weights.kind} weights with {key} {shown}; set model.{key} to that"
@@ -155,10 +158,12 @@ def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
         source = recipe.output
         with report_damage(stored.file.with_name(STATE)):
             sections = stored.state["config"]
-            known = {key: sections[section][name] for key in keys for section, name in [key.split(".")]}
+            split = [(key, *key.split(".")) for key in keys]
+            known = {key: sections[section][name] for key, section, name in split if name in sections[section]}
     elif keys and recipe.init_from is not None:
         source = recipe.init_from
         known = known_of(load_weights(source), keys)
+    known = {key: value for key, value in known.items() if value not in ({}, OWN_PARTS)}
     config = recipe.resolve(known, source)
     values = config.model_dump(mode="json")
     taken = (f"{key}={values[section][name]}" for key in known for section, name in [key.split(".")])

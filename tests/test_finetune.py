@@ -514,10 +514,8 @@ def test_auto_is_taken_from_init_from_said_and_kept_for_the_resumed_run(
     capsys.readouterr()
     assert run(*auto, f"init_from={tmp_path / 'run'}", "train.max_steps=1") == 0
     out = capsys.readouterr().out
-    assert (
-        "auto             model.variant=[[1, 1, 2, 1], [8, 16, 24, 32]], model.in_chans=3, model.stem_stride=1"
-        in out
-    )
+    assert "auto             model.variant=[[1, 1, 2, 1], [8, 16, 24, 32]], model.version=2" in out
+    assert "model.in_chans=3, model.stem_stride=1" in out
     assert f"data.image_size=[32, 32], data.mean=[0.4, 0.5, 0.6] (from {tmp_path / 'run'})" in out
     config = yaml.safe_load((tmp_path / "next" / "config.yaml").read_text())
     assert (config["model"]["stem_stride"], config["data"]["mean"]) == (1, [0.4, 0.5, 0.6])

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-import timm.layers
+import timm.layers.squeeze_excite
 import torch
 import torch.nn.functional as F
 from conftest import (
@@ -128,7 +128,7 @@ def test_batch_norm_counts_visible_sites_only() -> None:
 def test_squeeze_and_excite_is_timms() -> None:
     x, sites = x_and_sites()
     ours = randomise(SqueezeExcite(32).double())
-    theirs = timm.layers.SqueezeExcite(32, rd_channels=2).double()
+    theirs = timm.layers.squeeze_excite.SEModule(32, rd_channels=2).double()
     state = {name.split(".", 1)[1]: value for name, value in ours.state_dict().items()}
     names = {"0": "fc1", "2": "fc2"}
     theirs.load_state_dict(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
-from fcmae.encoder.responses import GRN, Response, make_response
+from fcmae.encoder.responses import GRN, OWN_PARTS, Response, make_response
 from fcmae.patches import grid_shape
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
@@ -227,9 +227,9 @@ class ConvNeXt(nn.Module):
         self.depths, self.dims = resolve_variant(variant)
         self.version: Version = version
         self.response = resolve_response(version, response)
-        self.grn = dict(grn or {})
+        self.grn = {**OWN_PARTS, **(grn or {})} if self.response == "grn" else {}
         self.block = functools.partial(
-            Block, response=make_response(self.response, self.grn), layer_scale=version == 1
+            Block, response=make_response(self.response, grn or {}), layer_scale=version == 1
         )
         """Builds a block like this network's from a number of channels."""
         self.in_chans = in_chans

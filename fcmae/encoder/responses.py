@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class GRN(Response):
 
     @property
     def mlp(self) -> Callable[[Tensor, nn.LayerNorm, nn.Linear, nn.Linear], Tensor] | None:
-        own = (self.aggregation, self.normalization, self.residual) == ("l2", "mean", True)
+        own = all(getattr(self, part) == value for part, value in OWN_PARTS.items())
         return self._mlp if own else None
 
     def _mlp(self, x: Tensor, norm: nn.LayerNorm, expand: nn.Linear, project: nn.Linear) -> Tensor:
@@ -226,6 +227,10 @@ RESPONSES: dict[str, Callable[..., Response]] = {
 """What can stand at GRN's place, by name: builders from a number of channels."""
 
 
+OWN_PARTS: Mapping[str, Any] = MappingProxyType({"aggregation": "l2", "normalization": "mean", "residual": True})
+"""Of GRN as the paper has it."""
+
+
 def make_response(name: str, grn: Mapping[str, Any]) -> Callable[[int], Response]:
     """Return the builder of `RESPONSES` by its name; `grn` holds arguments for `GRN`.
 
@@ -234,8 +239,10 @@ def make_response(name: str, grn: Mapping[str, Any]) -> Callable[[int], Response
     """
     if name not in RESPONSES:
         raise ValueError(f"unknown response {name!r}: choose from {', '.join(RESPONSES)}")
-    if grn and name != "grn":
+    if name == "grn":
+        return functools.partial(GRN, **grn)
+    if changed := [key for key, value in grn.items() if value != OWN_PARTS.get(key)]:
         raise ValueError(
-            f"response {name!r} has no parts of GRN, but {', '.join(grn)} is given: take response 'grn'"
+            f"response {name!r} has no parts of GRN, but {', '.join(changed)} is given: take response 'grn'"
         )
-    return functools.partial(RESPONSES[name], **grn)
+    return RESPONSES[name]
