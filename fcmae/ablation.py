@@ -11,10 +11,10 @@ import shlex
 import signal
 import statistics
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -24,11 +24,22 @@ from pydantic import BeforeValidator, Field, model_validator
 from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, Section, load_config, parse_config
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_path, write_text
-from fcmae.training.run_folder import HARMLESS, RunFolder
+from fcmae.training.run_folder import RunFolder
 
 Kind = Literal["pretrain", "finetune"]
-Measures = Literal["top1", "knn", "loss", "collapse"]
-CONFIGS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneRecipe}
+KINDS: dict[Kind, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneRecipe}
+PLACES = (
+    "output",
+    "resume",
+    "init_from",
+    "data.root",
+    "data.val_root",
+    "data.num_workers",
+    "checkpoint.",
+    "log.",
+    "visualize.",
+)
+"""Keys, or what they begin with, that may differ between runs that are the same."""
 
 
 # The grid
@@ -51,17 +62,17 @@ Settings = Annotated[dict[str, Any], BeforeValidator(flatten)]
 class Arm(Section):
     """One of what is compared."""
 
-    both: Settings = {}
+    both: Settings = Field(default_factory=dict)
     """Settings of pretraining and fine-tuning alike."""
-    pretrain: Settings | Literal[False] = {}
+    pretrain: Settings | Literal[False] = Field(default_factory=dict)
     """Settings of the pretraining; false to train from scratch."""
-    finetune: Settings = {}
+    finetune: Settings = Field(default_factory=dict)
     paper: float | None = None
     """The paper's figure for the first of `measure`; null where it has none."""
 
 
 class Bases(Section):
-    """What the arms change: shipped configurations, or files."""
+    """The configurations that arms change: shipped ones by name, or files."""
 
     pretrain: str
     finetune: str
@@ -77,13 +88,13 @@ class Grid(Section):
     output: str
     """Where the run folders and results.jsonl go; grids that share it share runs."""
     configs: Bases
-    both: Settings = {}
+    both: Settings = Field(default_factory=dict)
     """Settings of every arm, as in an arm."""
-    pretrain: Settings = {}
-    finetune: Settings = {}
+    pretrain: Settings = Field(default_factory=dict)
+    finetune: Settings = Field(default_factory=dict)
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
-    measure: Annotated[tuple[Measures, ...], Field(min_length=1)] = ("top1",)
-    """Columns of the table; the first is drawn."""
+    measure: Annotated[tuple[Literal["top1", "knn", "loss", "collapse"], ...], Field(min_length=1)] = ("top1",)
+    """Columns of the table; the first is compared and drawn."""
     reference: str | None = None
     """The arm that others are compared to, seed by seed; null for the first."""
     arms: Annotated[dict[str, Arm], Field(min_length=1)]
@@ -96,16 +107,16 @@ class Grid(Section):
     def _check(self) -> Self:
         if self.baseline not in self.arms:
             raise ValueError(f"reference: there is no arm {self.reference!r}; arms are {', '.join(self.arms)}")
-        places = [folder_name(name) for name in self.arms]
-        twice = next((name for name, place in zip(self.arms, places, strict=True) if places.count(place) > 1), None)
-        if twice is not None:
-            raise ValueError(f"arms: {twice!r} and another would share the folder {folder_name(twice)!r}")
+        places: dict[str, str] = {}
+        for arm in self.arms:
+            if (other := places.setdefault(folder_name(arm), arm)) != arm:
+                raise ValueError(f"arms: {other!r} and {arm!r} would share the folder {folder_name(arm)!r}")
         return self
 
 
 def folder_name(arm: str) -> str:
     """V2 + FCMAE -> v2-fcmae."""
-    return re.sub(r"[^\w.=]+", "-", arm.lower()).strip("-.") or "arm"
+    return re.sub(r"[^a-z0-9.=]+", "-", arm.lower()).strip("-.") or "arm"
 
 
 def as_argument(key: str, value: Any) -> str:
@@ -120,70 +131,83 @@ class Stage(NamedTuple):
     """A pretraining or fine-tuning of one seed."""
 
     kind: Kind
-    config: str
-    settings: dict[str, Any]
-    seed: int
+    base: str
+    """The configuration that it changes."""
+    changes: dict[str, Any]
     place: str
-    """Its run folder, below the grid's output, unless an equal stage has one already."""
-    start: "Stage | None" = None
+    """Its run folder, below the grid's output."""
+    start: "Stage | None"
     """The pretraining that a fine-tuning begins from."""
+    config: RunConfig
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes it the run that it is: all that is not as by default, but for where things are."""
+        flat = flatten(self.config.model_dump(mode="json", exclude_defaults=True))
+        return {key: value for key, value in flat.items() if not key.startswith(PLACES)}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two stages the same one."""
-        settings = {key: value for key, value in self.settings.items() if not key.startswith(HARMLESS)}
-        start = self.start and {"config": self.start.config, "settings": self.start.identity["settings"]}
-        return {"stage": self.kind, "config": self.config, "settings": settings, "seed": self.seed, "start": start}
+        """What two stages that are the same have in common, as a line of the results file has it."""
+        return {"stage": self.kind, "settings": self.settings, "start": self.start and self.start.settings}
 
-    def assignments(self, output: Path, start: str) -> list[str]:
-        """Return the KEY=VALUE of its command: its settings, and what places and seeds it."""
-        own = {"output": str(output), "resume": "auto", "init_from": start, "train.seed": self.seed}
-        return [as_argument(key, value) for key, value in (self.settings | own).items()]
+    @property
+    def key(self) -> str:
+        return json.dumps(self.identity, sort_keys=True)
 
 
 def stages_of(grid: Grid, name: str, arm: str, seed: int) -> list[Stage]:
-    """Return what an arm takes for a seed, in order; `name` is the grid's."""
+    """Return what an arm takes for a seed, in order; `name` is the grid's.
+
+    Raises:
+        UserError: naming the arm, if its settings are none.
+    """
     given = grid.arms[arm]
 
-    def stage(kind: Kind, changes: Settings, start: Stage | None = None) -> Stage:
-        settings = grid.both | getattr(grid, kind) | given.both | changes
-        place = f"{name}/{folder_name(arm)}/seed-{seed}/{kind}"
-        return Stage(kind, getattr(grid.configs, kind), settings, seed, place, start)
+    def stage(kind: Kind, own: dict[str, Any], start: Stage | None = None) -> Stage:
+        changes = grid.both | getattr(grid, kind) | given.both | own | {"train.seed": seed}
+        base, words = getattr(grid.configs, kind), [as_argument(key, value) for key, value in changes.items()]
+        try:
+            config = load_config(KINDS[kind], base, words)
+        except UserError as error:
+            raise UserError(f"arm {arm!r}, {kind}: {error}") from error
+        return Stage(kind, base, changes, f"{name}/{folder_name(arm)}/seed-{seed}/{kind}", start, config)
 
     if given.pretrain is False:
         return [stage("finetune", given.finetune)]
     first = stage("pretrain", given.pretrain)
+    for measure in grid.measure:
+        *sections, key = MEASURES[measure].needs.split(".")
+        if sections and getattr(getattr(first.config, sections[0]), key) is None:
+            raise UserError(
+                f"arm {arm!r}: measure: {measure} needs pretrain.{MEASURES[measure].needs}, which is null"
+            )
     return [first, stage("finetune", given.finetune, first)]
 
 
-def tasks_of(grid: Grid, name: str) -> list[tuple[int, str, list[Stage]]]:
-    """Return (seed, arm, stages), seed by seed, so that what there is after a while is of all arms."""
-    return [(seed, arm, stages_of(grid, name, arm, seed)) for seed in grid.seeds for arm in grid.arms]
+Task = tuple[int, str, list[Stage]]
+"""(seed, arm, stages)."""
 
 
-def check(grid: Grid, name: str) -> None:
-    """Check every arm's configurations, before any is run.
+def tasks_of(grid: Grid, name: str) -> list[Task]:
+    """Return the stages of all arms, seed by seed, so that what there is after a while is of all arms.
+
+    Equal stages have the place of the first of them.
 
     Raises:
-        UserError: naming the arm.
+        UserError: as `stages_of`.
     """
-    for arm in grid.arms:
-        for stage in stages_of(grid, name, arm, grid.seeds[0]):
-            try:
-                config = load_config(CONFIGS[stage.kind], stage.config, stage.assignments(Path(name), "null"))
-            except UserError as error:
-                raise UserError(f"arm {arm!r}, {stage.kind}: {error}") from error
-            for measure in grid.measure:
-                key = MEASURES[measure].key
-                if MEASURES[measure].kind == stage.kind and key and get(config, key) is None:
-                    raise UserError(f"measure: {measure} needs {stage.kind}.{key}, which is null")
+    places: dict[str, str] = {}
 
+    def shared(stage: Stage) -> Stage:
+        start = shared(stage.start) if stage.start else None
+        return stage._replace(place=places.setdefault(stage.key, stage.place), start=start)
 
-def get(config: Any, key: str) -> Any:
-    """Return the value of a dotted key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
+    return [
+        (seed, arm, [shared(stage) for stage in stages_of(grid, name, arm, seed)])
+        for seed in grid.seeds
+        for arm in grid.arms
+    ]
 
 
 # What they came to
@@ -194,14 +218,20 @@ Records = Sequence[Mapping[str, Any]]
 
 def last(records: Records, *names: str) -> float | None:
     """Return the last value under the first of the names that there is."""
-    found = (record[name] for name in names for record in reversed(records) if name in record)
-    return next(found, None)
+    return next((record[name] for name in names for record in reversed(records) if name in record), None)
 
 
 def tail_mean(records: Records, name: str, number: int = 20) -> float | None:
     """Return the mean of the last values under a name."""
     values = [record[name] for record in records if name in record][-number:]
     return statistics.mean(values) if values else None
+
+
+def cosine_distance(records: Records) -> float | None:
+    """Return the last mean over the stages of their channels' cosine distance; small where features collapse."""
+    found = [last(records, f"cosine_distance/stage_{number}") for number in range(1, 5)]
+    stages = [value for value in found if value is not None]
+    return statistics.mean(stages) if stages else None
 
 
 class Measure(NamedTuple):
@@ -213,46 +243,55 @@ class Measure(NamedTuple):
     """From a run's metrics; None where they have none."""
     scale: float
     digits: int
-    key: str = ""
+    needs: str = ""
     """What must not be null in the run's configuration."""
 
     def show(self, values: Iterable[float], sign: str = "") -> str:
         """The mean, and the least and greatest in brackets."""
         ordered = sorted(self.scale * value for value in values)
         if not ordered:
-            return "-"
-        mean, least, most = (f"{v:{sign}.{self.digits}f}" for v in (statistics.mean(ordered), ordered[0], ordered[-1]))
+            return ""
+        numbers = (statistics.mean(ordered), ordered[0], ordered[-1])
+        mean, least, most = (f"{number:{sign}.{self.digits}f}" for number in numbers)
         return f"{mean} ({least} to {most})" if len(ordered) > 1 else mean
 
 
 MEASURES: dict[str, Measure] = {
-    "top1": Measure("top-1, %", "finetune", lambda records: last(records, "ema_top1", "val_top1"), 100, 1),
-    "knn": Measure("k-NN, %", "pretrain", lambda records: last(records, "knn_top1"), 100, 1, "eval.knn_every_epochs"),
-    "loss": Measure("loss", "pretrain", lambda records: tail_mean(records, "loss"), 1, 3),
+    "top1": Measure("top-1, %", "finetune", lambda found: last(found, "ema_top1", "val_top1"), 100, 1),
+    "knn": Measure("k-NN, %", "pretrain", lambda found: last(found, "knn_top1"), 100, 1, "eval.knn_every_epochs"),
+    "loss": Measure("loss", "pretrain", lambda found: tail_mean(found, "loss"), 1, 3),
+    "collapse": Measure("cosine distance", "pretrain", cosine_distance, 1, 3, "eval.collapse_every_epochs"),
 }
+
+
+def read_scores(kind: Kind, run: Path) -> dict[str, float]:
+    """Return the measures that a finished run has."""
+    lines = RunFolder(run).metrics.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    found = {name: measure.read(records) for name, measure in MEASURES.items() if measure.kind == kind}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class Record(Section):
     """A line of the results file: a stage that has begun or, with scores, finished."""
 
     stage: Kind
-    config: str
     settings: dict[str, Any]
-    seed: int
     start: dict[str, Any] | None
+    """The settings of the pretraining that a fine-tuning began from."""
     run: str
-    """Below the folder of the results file."""
+    """Its folder, below that of the results file."""
     scores: dict[str, float] | None = None
     seconds: float | None = None
     """What it took; null where it was stopped in between."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        return self.model_dump(include={"stage", "config", "settings", "seed", "start"})
+        return self.model_dump(include={"stage", "settings", "start"})
 
 
 class Results:
-    """The results file: a line for each stage, replaced as a whole, so that a kill leaves no part of one."""
+    """The results file: a line for each stage, written as a whole, so that a kill leaves no part of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -264,9 +303,7 @@ class Results:
         Raises:
             UserError: if one is damaged.
         """
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         records = []
         for number, line in enumerate(lines, 1):
             with blame(f"{self.path}, line {number}"):
@@ -282,26 +319,23 @@ class Results:
 
     def find(self, stage: Stage) -> Record | None:
         """Return the line of a stage that has finished."""
-        return next((r for r in self.read() if r.scores is not None and r.identity == stage.identity), None)
-
-    def of_place(self, place: str) -> Record | None:
-        """Return the line of a run folder."""
-        return next((record for record in self.read() if record.run == place), None)
+        identity = stage.identity
+        return next((r for r in self.read() if r.scores is not None and r.identity == identity), None)
 
 
 Scores = dict[str, dict[int, dict[str, float]]]
 """Of arms, by name, seed and measure."""
 
 
-def scores_of(grid: Grid, name: str, results: Results) -> Scores:
+def scores_of(tasks: Sequence[Task], results: Results) -> Scores:
     """Return what the results file has of a grid's arms."""
     finished = [record for record in results.read() if record.scores is not None]
-    scores: Scores = {arm: {} for arm in grid.arms}
-    for seed, arm, stages in tasks_of(grid, name):
-        for stage in stages:
-            found = next((record for record in finished if record.identity == stage.identity), None)
-            if found is not None:
-                scores[arm].setdefault(seed, {}).update(found.scores or {})
+    scores: Scores = {arm: {} for _, arm, _ in tasks}
+    for seed, arm, stages in tasks:
+        for identity in (stage.identity for stage in stages):
+            for record in finished:
+                if record.identity == identity:
+                    scores[arm].setdefault(seed, {}).update(record.scores or {})
     return scores
 
 
@@ -312,6 +346,7 @@ class Runner:
     """Runs stages, each once, as subprocesses.
 
     Args:
+        output: the folder of the run folders.
         launcher: the words before `-m fcmae.pretrain`.
         jobs: how many may run at a time.
         say: prints a line.
@@ -325,52 +360,54 @@ class Runner:
         self.failed: set[str] = set()
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopped = False
-        self.locks: dict[str, threading.Lock] = {}
-        self.lock = threading.Lock()
-
-    def folder(self, stage: Stage) -> Path:
-        """Return the run folder of a stage: that of an equal one which has finished, else its own."""
-        found = self.results.find(stage)
-        return self.output / (found.run if found else stage.place)
+        self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def command(self, stage: Stage) -> list[str]:
-        start = str(self.folder(stage.start)) if stage.start else "null"
-        words = stage.assignments(self.output / stage.place, start)
-        return [*self.launcher, "-m", f"fcmae.{stage.kind}", "--config", stage.config, *words]
+        """Return what runs a stage."""
+        start = self.results.find(stage.start) if stage.start else None
+        begin = (start.run if start else stage.start.place) if stage.start else None
+        own = {
+            "output": str(self.output / stage.place),
+            "resume": "auto",
+            "init_from": None if begin is None else str(self.output / begin),
+        }
+        words = [as_argument(key, value) for key, value in (stage.changes | own).items()]
+        return [*self.launcher, "-m", f"fcmae.{stage.kind}", "--config", stage.base, *words]
 
     def require_unchanged(self, stage: Stage) -> None:
-        """Check that a run folder that is there was begun with the settings that are asked for.
+        """Check that the run in a stage's folder, if any, was begun with the same settings.
 
         Raises:
             UserError: naming the folder and what has changed.
         """
-        before, now = self.results.of_place(stage.place), stage.identity
         folder = self.output / stage.place
-        if before is None or before.identity == now or not folder.exists():
+        begun = next((record for record in self.results.read() if record.run == stage.place), None)
+        if begun is None or not folder.exists():
             return
-        old, new = (flatten({key: values[key] for key in ("config", "settings", "start")}) for values in (before.identity, now))
-        changed = ", ".join(f"{k}: {old.get(k)} -> {new.get(k)}" for k in old | new if old.get(k) != new.get(k))
-        raise UserError(f"{folder}: was begun with other settings ({changed}); delete it, or give output=ANOTHER")
+        old, new = flatten(begun.identity), flatten(stage.identity)
+        changed = [f"{key}: {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+        if changed:
+            raise UserError(
+                f"{folder}: was begun with other settings ({', '.join(changed)}); delete it, or give output=FOLDER"
+            )
 
     def finish(self, stage: Stage) -> bool:
-        """Run a stage if it has not finished; returns whether it has."""
-        key = json.dumps(stage.identity, sort_keys=True)
-        with self.lock:
-            lock = self.locks.setdefault(key, threading.Lock())
-        with lock:  # who wants the same waits for it
+        """Run a stage unless it has finished; returns whether it has."""
+        with self.locks[stage.place]:  # who wants the same waits for it
             if self.results.find(stage):
                 return True
-            if key in self.failed or self.stopped:
+            if stage.place in self.failed or self.stopped:
                 return False
             done = self.launch(stage)
             if not done:
-                self.failed.add(key)
+                self.failed.add(stage.place)
             return done
 
     def launch(self, stage: Stage) -> bool:
+        """Run a stage, its output in a file beside its folder; returns whether it ended well."""
         folder, command = self.output / stage.place, self.command(stage)
-        fresh = not folder.exists()
         record = Record(**stage.identity, run=stage.place)
+        fresh = not folder.exists()
         self.results.put(record)
         self.say(shlex.join(command))
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -385,18 +422,14 @@ class Runner:
             self.running.add(process)
             code = process.wait()
             self.running.discard(process)
-        if code:
-            if not self.stopped:
-                lines = log.read_text(encoding="utf-8").splitlines() or ["no output"]
-                self.say(f"failed ({code}): {lines[-1]}; its output is in {log}")
-            return False
-        lines = RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        found = {n: m.read(records) for n, m in MEASURES.items() if m.kind == stage.kind}
-        scores = {measure: value for measure, value in found.items() if value is not None}
-        seconds = round(time.monotonic() - begin, 1) if fresh else None
-        self.results.put(record.model_copy(update={"scores": scores, "seconds": seconds}))
-        return True
+        if code == 0:
+            seconds = round(time.monotonic() - begin, 1) if fresh else None
+            scores = read_scores(stage.kind, folder)
+            self.results.put(record.model_copy(update={"scores": scores, "seconds": seconds}))
+        elif not self.stopped:
+            last_line = (log.read_text(encoding="utf-8").splitlines() or ["no output"])[-1]
+            self.say(f"failed ({code}): {last_line}; its output is in {log}")
+        return code == 0
 
     def stop(self) -> None:
         """Begin nothing more, and end what runs."""
@@ -405,17 +438,14 @@ class Runner:
             process.terminate()
 
 
-def run(grid: Grid, name: str, runner: Runner, after_each: Callable[[], None]) -> list[str]:
-    """Run all stages of a grid that have not finished; returns the arms and seeds that failed.
+def run(grid: Grid, tasks: Sequence[Task], runner: Runner, after_each: Callable[[], object]) -> list[str]:
+    """Run all stages that have not finished; returns the arms and seeds that failed.
 
     Raises:
         UserError: before anything is run, if a run folder was begun with other settings.
     """
-    tasks = tasks_of(grid, name)
-    for _, _, stages in tasks:
-        for stage in stages:
-            if runner.results.find(stage) is None:
-                runner.require_unchanged(stage)
+    for stage in pending(tasks, runner.results):
+        runner.require_unchanged(stage)
     failures: list[str] = []
 
     def train(seed: int, arm: str, stages: list[Stage]) -> None:
@@ -424,9 +454,8 @@ def run(grid: Grid, name: str, runner: Runner, after_each: Callable[[], None]) -
             return
         if not done:
             failures.append(f"{arm}, seed {seed}")
-            runner.say(f"seed {seed} · {arm}: failed")
             return
-        found = scores_of(grid, name, runner.results)[arm][seed]
+        found = scores_of([(seed, arm, stages)], runner.results)[arm][seed]
         shown = (f"{MEASURES[m].title} {MEASURES[m].show([found[m]])}" for m in grid.measure if m in found)
         runner.say(f"seed {seed} · {arm}: {' · '.join(shown)}")
         after_each()
@@ -448,29 +477,26 @@ def run(grid: Grid, name: str, runner: Runner, after_each: Callable[[], None]) -
     return failures
 
 
-def pending(grid: Grid, name: str, results: Results) -> tuple[list[Stage], list[Record]]:
-    """Return the stages to run, in order, and those that have finished; of equal ones the first."""
-    wanted: dict[str, Stage] = {}
-    for _, _, stages in tasks_of(grid, name):
-        for stage in stages:
-            wanted.setdefault(json.dumps(stage.identity, sort_keys=True), stage)
-    found = {key: results.find(stage) for key, stage in wanted.items()}
-    return [wanted[key] for key in wanted if found[key] is None], [record for record in found.values() if record]
+def pending(tasks: Sequence[Task], results: Results) -> list[Stage]:
+    """Return the stages to run, in order; of equal ones the first."""
+    first: dict[str, Stage] = {}
+    for stage in (stage for *_, stages in tasks for stage in stages):
+        first.setdefault(stage.place, stage)
+    return [stage for stage in first.values() if results.find(stage) is None]
 
 
-def plan(grid: Grid, name: str, results: Results) -> str:
+def plan(grid: Grid, tasks: Sequence[Task], results: Results) -> str:
     """Say how many runs a grid takes and, as far as finished ones tell, how long."""
-    to_run, finished = pending(grid, name, results)
-    parts, total = [], 0.0
-    for kind, what in (("pretrain", "pretraining"), ("finetune", "fine-tuning")):
-        left = sum(stage.kind == kind for stage in to_run)
-        done = [record for record in finished if record.stage == kind]
+    left = pending(tasks, results)
+    numbers, seconds = [], 0.0
+    for kind, what in (("pretrain", "pretrainings"), ("finetune", "fine-tunings")):
+        number = sum(stage.kind == kind for stage in left)
         times = [record.seconds for record in results.read() if record.stage == kind and record.seconds]
-        total = total + left * statistics.mean(times) if times or not left else float("nan")
-        parts.append(f"{left + len(done)} {what}s ({len(done)} finished)")
-    shape = f"{len(grid.arms)} arms x {len(grid.seeds)} seeds"
-    time_left = f"; about {total / 60:.0f} minutes to go, one at a time" if total > 0 else ""
-    return f"{grid.title}: {shape}, {' and '.join(parts)}{time_left}"
+        seconds += number * (statistics.mean(times) if times else float("nan") if number else 0)
+        numbers.append(f"{number} {what}")
+    time_left = f", about {seconds / 60:.0f} minutes one at a time" if seconds > 0 else ""
+    shape = f"{len(grid.arms)} arms, {len(grid.seeds)} seeds"
+    return f"{grid.title}: {shape}; to run: {' and '.join(numbers)}{time_left}"
 
 
 # What it shows
@@ -478,57 +504,45 @@ def plan(grid: Grid, name: str, results: Results) -> str:
 
 def table(grid: Grid, scores: Scores) -> str:
     """Return a Markdown table: the paper's figure, means over seeds (least to greatest), and paired differences."""
-    first = MEASURES[grid.measure[0]]
-    others = [measure for measure in grid.measure[1:]]
-    against = f"against {grid.baseline}, same seed"
-    lines = [
-        f"| arm | paper | {first.title} | {against} | " + "".join(f"{MEASURES[m].title} | " for m in others) + "seeds |",
-        "|---|---:|---:|---:|" + "---:|" * len(others) + "---:|",
-    ]
-    base = scores[grid.baseline]
+    name, *others = grid.measure
+    first = MEASURES[name]
+    titles = ["arm", "paper", first.title, f"minus {grid.baseline}, same seed"]
+    titles += [*(MEASURES[other].title for other in others), "seeds"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    base = {seed: found[name] for seed, found in scores[grid.baseline].items() if name in found}
     for arm, by_seed in scores.items():
-        values = {m: {seed: found[m] for seed, found in by_seed.items() if m in found} for m in grid.measure}
-        own = values[grid.measure[0]]
-        pairs = [own[s] - base[s][grid.measure[0]] for s in own if grid.measure[0] in base.get(s, {})]
-        paper = "" if grid.arms[arm].paper is None else f"{grid.arms[arm].paper:g}"
-        cells = [arm, paper, first.show(own.values()), "" if arm == grid.baseline else first.show(pairs, "+")]
-        cells += [MEASURES[m].show(values[m].values()) for m in others]
+        own = {seed: found[name] for seed, found in by_seed.items() if name in found}
+        pairs = [own[seed] - base[seed] for seed in own.keys() & base.keys() if arm != grid.baseline]
+        paper = grid.arms[arm].paper
+        cells = [arm, "" if paper is None else f"{paper:g}", first.show(own.values()), first.show(pairs, "+")]
+        cells += [MEASURES[m].show(found[m] for found in by_seed.values() if m in found) for m in others]
         lines.append(f"| {' | '.join([*cells, str(len(own))])} |")
     return "\n".join(lines)
 
 
 def plot(grid: Grid, scores: Scores, picture: Path) -> None:
-    """Draw an arm a row: a dot for each seed and a line at their mean, and beside them the paper's figures.
+    """Draw an arm a row: a dot for each seed and a line at their mean, and beside them the paper's figures."""
+    from matplotlib.figure import Figure  # here: it takes a second to import
 
-    Raises:
-        UserError: without matplotlib.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("the plot needs matplotlib: pip install matplotlib") from error
-    measure = MEASURES[grid.measure[0]]
-    arms = list(grid.arms)
-    paper = {row: a.paper for row, a in enumerate(grid.arms.values()) if a.paper is not None}
-    columns = 2 if paper else 1
-    figure = Figure(figsize=(4 + 3.5 * columns, 1.4 + 0.34 * len(arms)), layout="constrained")
+    name = grid.measure[0]
+    measure = MEASURES[name]
+    columns = 1 + any(arm.paper is not None for arm in grid.arms.values())
+    figure = Figure(figsize=(4 + 3.5 * columns, 1.4 + 0.34 * len(grid.arms)), layout="constrained")
     axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
-    for row, arm in enumerate(arms):
+    for row, (arm, given) in enumerate(grid.arms.items()):
         colour = "tab:orange" if arm == grid.baseline else "tab:blue"
-        values = [measure.scale * f[grid.measure[0]] for f in scores[arm].values() if grid.measure[0] in f]
+        values = [measure.scale * found[name] for found in scores[arm].values() if name in found]
         if values:
             axes[0].plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2)
             axes[0].scatter(values, [row] * len(values), color=colour, s=18, alpha=0.7)
-        if row in paper:
-            axes[1].plot(paper[row], row, "D", color=colour, markersize=5)
-    axes[0].set_yticks(range(len(arms)), arms)
-    axes[0].set_ylim(len(arms) - 0.4, -0.6)
-    axes[0].set_xlabel(f"ours: {measure.title}")
-    axes[0].set_title(f"{grid.title}\n", loc="left", fontsize=11)
-    if paper:
-        axes[1].set_xlabel(f"the paper: {grid.source}", fontsize=9)
-    for one in axes:
+        if given.paper is not None:
+            axes[1].plot(given.paper, row, "D", color=colour, markersize=5)
+    axes[0].set_yticks(range(len(grid.arms)), list(grid.arms))
+    axes[0].set_ylim(len(grid.arms) - 0.4, -0.6)
+    for one, label in zip(axes, (f"ours: {measure.title}", grid.source), strict=False):
+        one.set_xlabel(label)
         one.grid(axis="x", alpha=0.3)
+    figure.suptitle(grid.title)
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

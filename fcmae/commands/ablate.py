@@ -64,42 +64,42 @@ def main(argv: list[str]) -> int:
 
     grid = load_config(ablation.Grid, options.grid, overrides)
     name, output = Path(options.grid).stem, Path(grid.output)
+    tasks = ablation.tasks_of(grid, name)
     results = ablation.Results(options.results or output / "results.jsonl")
     if options.table or options.plot:
-        if options.results and not options.results.exists():
-            raise UserError(f"{options.results}: no such file")
-        scores = ablation.scores_of(grid, name, results)
+        scores = ablation.scores_of(tasks, results)
         if not any(scores.values()):
-            raise UserError(f"{results.path}: no results of {options.grid}; make them: fcmae ablate {options.grid}")
+            raise UserError(f"{results.path}: has no results of {name}; make them: fcmae ablate {options.grid}")
         if options.table:
             print(ablation.table(grid, scores))
         if options.plot:
             ablation.plot(grid, scores, options.plot)
         return 0
 
-    ablation.check(grid, name)
-    launcher = shlex.split(options.launch) if options.launch else [sys.executable]
     runner = ablation.Runner(
-        output, results, launcher=launcher, jobs=options.jobs, say=lambda line: print(line, flush=True)
+        output,
+        results,
+        launcher=shlex.split(options.launch) if options.launch else [sys.executable],
+        jobs=options.jobs,
+        say=lambda line: print(line, flush=True),
     )
-    print(ablation.plan(grid, name, results), flush=True)
+    print(ablation.plan(grid, tasks, results), flush=True)
     if options.dry_run:
-        for stage in ablation.pending(grid, name, results)[0]:
+        for stage in ablation.pending(tasks, results):
             print(shlex.join(runner.command(stage)))
         return 0
+    table, picture = output / name / "table.md", output / name / "plot.png"
 
-    place = output / name
+    def show() -> str:
+        text = ablation.table(grid, ablation.scores_of(tasks, results))
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_text(table, text + "\n")
+        return text
 
-    def show() -> None:
-        scores = ablation.scores_of(grid, name, results)
-        write_text(place / "table.md", ablation.table(grid, scores) + "\n")
-
-    failures = ablation.run(grid, name, runner, show)
-    scores = ablation.scores_of(grid, name, results)
-    print(ablation.table(grid, scores))
-    if any(scores.values()):
-        ablation.plot(grid, scores, place / "plot.png")
-        print(f"\n{place / 'table.md'}, {place / 'plot.png'}; the runs are in {place}")
+    failures = ablation.run(grid, tasks, runner, show)
+    print(show())
+    ablation.plot(grid, ablation.scores_of(tasks, results), picture)
+    print(f"\n{table}, {picture}")
     for failure in failures:
         print(f"error: {failure}: failed", file=sys.stderr)
     return 1 if failures else 0

@@ -14,7 +14,7 @@ from fcmae.files import write_text
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "configs",
-        "List the configurations that come with fcmae, which --config takes by their names (and 'fcmae ablate' those "
+        "List the configurations that come with fcmae, which --config takes by their names ('fcmae ablate': those "
         "in ablations/), or copy one out.",
         examples="fcmae configs\nfcmae configs pretrain/tiny\nfcmae configs pretrain/tiny mine.yaml",
     )
