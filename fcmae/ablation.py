@@ -59,9 +59,15 @@ Settings = Annotated[dict[str, Any], BeforeValidator(flatten)]
 """Values of a configuration by dotted key, which may also be given as sections."""
 
 
+Configs = dict[Kind, str]
+"""The configurations that arms change: shipped ones by name, or files."""
+
+
 class Arm(Section):
     """One of what is compared."""
 
+    configs: Configs = Field(default_factory=dict)
+    """Others than the grid's."""
     both: Settings = Field(default_factory=dict)
     """Settings of pretraining and fine-tuning alike."""
     pretrain: Settings | Literal[False] = Field(default_factory=dict)
@@ -69,13 +75,6 @@ class Arm(Section):
     finetune: Settings = Field(default_factory=dict)
     paper: float | None = None
     """The paper's figure for the first of `measure`; null where it has none."""
-
-
-class Bases(Section):
-    """The configurations that arms change: shipped ones by name, or files."""
-
-    pretrain: str
-    finetune: str
 
 
 class Grid(Section):
@@ -87,7 +86,7 @@ class Grid(Section):
     """The paper and table that it repeats."""
     output: str
     """Where the run folders and results.jsonl go; grids that share it share runs."""
-    configs: Bases
+    configs: Configs = Field(default_factory=dict)
     both: Settings = Field(default_factory=dict)
     """Settings of every arm, as in an arm."""
     pretrain: Settings = Field(default_factory=dict)
@@ -166,9 +165,11 @@ def stages_of(grid: Grid, name: str, arm: str, seed: int) -> list[Stage]:
 
     def stage(kind: Kind, own: dict[str, Any], start: Stage | None = None) -> Stage:
         changes = grid.both | getattr(grid, kind) | given.both | own | {"train.seed": seed}
-        base, words = getattr(grid.configs, kind), [as_argument(key, value) for key, value in changes.items()]
         try:
-            config = load_config(KINDS[kind], base, words)
+            base = (grid.configs | given.configs).get(kind)
+            if base is None:
+                raise UserError(f"configs.{kind}: missing; it is the configuration that the arm changes")
+            config = load_config(KINDS[kind], base, [as_argument(key, value) for key, value in changes.items()])
         except UserError as error:
             raise UserError(f"arm {arm!r}, {kind}: {error}") from error
         return Stage(kind, base, changes, f"{name}/{folder_name(arm)}/seed-{seed}/{kind}", start, config)

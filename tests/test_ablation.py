@@ -96,7 +96,8 @@ def test_every_arm_of_every_shipped_grid_is_a_valid_configuration(path: Path) ->
     for stage in stages:
         if stage.start is not None:
             network, start = stage.config.model, stage.start.config.model
-            assert (network.variant, network.version) == (start.variant, start.version)
+            assert network.variant in (start.variant, "auto")
+            assert network.version in (start.version, "auto")
 
 
 def test_arms_run_seed_by_seed_and_equal_pretrainings_once(fake: list[str]) -> None:
@@ -237,6 +238,8 @@ def test_a_killed_grid_leaves_no_run_behind_and_goes_on(fake: list[str]) -> None
         (["both.model.mask_ratio=0.5"], ["arm 'V1 + FCMAE', finetune: ", "model.mask_ratio: unknown key"]),
         (["arms.odd={both: {model.response: paint}}"], ["arm 'odd', pretrain: ", "model.response", "'grn'"]),
         (["configs.pretrain=ato"], ["arm 'V1 + FCMAE', pretrain: ", "did you mean pretrain/atto?"]),
+        (["configs={finetune: finetune/atto}"], ["arm 'V1 + FCMAE', pretrain: configs.pretrain: missing"]),
+        (["configs.predict=x"], ["configs: ", "'pretrain' or 'finetune'"]),
         (["measure=[top1,speed]"], ["measure", "'knn'"]),
         (["measure=[knn]", "pretrain.eval.knn_every_epochs=null"], ["knn needs pretrain.eval.knn_every_epochs"]),
         (["seeds=[]"], ["seeds"]),
