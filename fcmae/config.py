@@ -70,7 +70,7 @@ class ModelSection(EncoderSection):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
-    decoder: Literal["convnext"] = "convnext"
+    decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
@@ -519,7 +519,7 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
-TASKS = {"finetune": "finetune", "ablations": "ablate"}
+TASKS = {"finetune": "finetune", "roadmap": "finetune", "ablations": "ablate"}
 """Commands by the folder of their configurations; others are of `pretrain`."""
 
 
