@@ -29,7 +29,7 @@ LEVELS = (
     {"visualize"},
     {"tasks", "evaluation"},
     {"story"},
-    {"recipe"},
+    {"recipe", "ablation"},
     {"arguments"},
     {"pretrain", "finetune"},
     {"commands"},
