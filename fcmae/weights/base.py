@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
+from fcmae.encoder.networks import build_network
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError
 from fcmae.files import write_json
@@ -80,7 +82,7 @@ class Preprocessing(NamedTuple):
         }
         return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
 
-    def completed(self, encoder: ConvNeXt) -> "Preprocessing":
+    def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
         Only class names may stay unknown.
@@ -290,7 +292,21 @@ class Weights(NamedTuple):
     ema: bool = False
     """Whether they are an EMA of the trained weights."""
     network: Mapping[str, Any] = NOTHING
-    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them."""
+    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them. Of
+    another network all arguments of `build_network`, `variant` among them, which says that it is another."""
+    classifier: str = "head"
+    """What the tensors of the classifier's last layer are called, see `Network`."""
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return count_classes(self.tensors, self.classifier)
+
+    @property
+    def network_name(self) -> str:
+        """The network for people, such as "ConvNeXt V2 atto" or "timm/resnet50"."""
+        name = f"ConvNeXt V{version_of(self.tensors)} {describe_encoder(self.tensors)}"
+        return self.network.get("variant") or name
 
     @property
     def description(self) -> str:
@@ -300,15 +316,15 @@ class Weights(NamedTuple):
         return f"{self.kind}, EMA" if self.ema else self.kind
 
 
-def count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Outputs of the classifier in tensors by our names; 0 without one."""
-    head = tensors.get("head.weight")
+def count_classes(tensors: Mapping[str, Tensor], classifier: str = "head") -> int:
+    """Outputs of the classifier in tensors by our names, or one called otherwise; 0 without one."""
+    head = tensors.get(f"{classifier}.weight")
     return 0 if head is None or head.ndim != 2 else head.shape[0]
 
 
 def build_untrained(
     tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0, network: Mapping[str, Any] = NOTHING
-) -> ConvNeXt:
+) -> Network:
     """Build the untrained network that has these tensors, by our names, and so many classes.
 
     Args:
@@ -317,6 +333,8 @@ def build_untrained(
     Raises:
         ValueError: if they are no whole encoder's.
     """
+    if "variant" in network:
+        return build_network(**network, num_classes=num_classes, drop_path=drop_path)
     depths, dims = encoder_shape(tensors)
     stem = tensors["downsample_layers.0.0.weight"]
     encoder = ConvNeXt(
@@ -341,7 +359,7 @@ def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path 
         UserError: naming `source`, both variants and up to ten tensors that differ.
     """
     problems = misfits(module, tensors)
-    if problems:
+    if problems and describe_encoder(module.state_dict()) != NO_CONVNEXT:
         raise UserError(
             f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
             f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
@@ -349,7 +367,7 @@ def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path 
     load_strictly(module, tensors, source)
 
 
-def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXt:
+def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> Network:
     """Build the network of `weights`, in float32, with them in it.
 
     Args:
@@ -360,11 +378,11 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
     """
     tensors = dict(weights.tensors)
     if num_classes is None:
-        num_classes = count_classes(tensors)
-    if num_classes != count_classes(tensors):
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+        num_classes = weights.num_classes
+    if num_classes != weights.num_classes:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{weights.classifier}.")}
     encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network)
-    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
+    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(encoder.head_names)}
     load_network(encoder, fresh | tensors, weights.path)
     return encoder
 
@@ -378,13 +396,13 @@ class Format:
 
     name: str
     """Of `fcmae export --to NAME`."""
-    write: Callable[[ConvNeXt, Preprocessing, Path], None]
+    write: Callable[[Any, Preprocessing, Path], None]
     """(network in float32, its preprocessing, an existing folder) -> files with tensors and description in it.
 
     Raises ValueError for a network that the format cannot hold, ImportError for a missing package."""
     compute: Callable[[Path, Tensor], Tensor]
     """(folder, images) -> what the network in the folder gives, in the images' dtype."""
-    how: Callable[[ConvNeXt, Path], str]
+    how: Callable[[Any, Path], str]
     """(network, folder) -> the code that loads what was written."""
     networks: Collection[tuple[Version, str]] | None = None
     """(version, response) of the networks that it can hold, whose GRN is the paper's; None for all there are."""
@@ -392,7 +410,7 @@ class Format:
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
-    prepend_preprocessing: Callable[[ConvNeXt, Preprocessing, Path], None] | None = None
+    prepend_preprocessing: Callable[[Any, Preprocessing, Path], None] | None = None
     """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
     probabilities, which is checked; of formats that can.
 
@@ -412,7 +430,7 @@ class Format:
         return self.networks is None or (own in self.networks and encoder.grn in ({}, OWN_PARTS))
 
     @torch.no_grad()
-    def verify(self, encoder: ConvNeXt, folder: Path) -> float:
+    def verify(self, encoder: Network, folder: Path) -> float:
         """Load what was written to `folder` and compute with it, on random images of two sizes and batch sizes.
 
         Returns:
@@ -450,12 +468,11 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
         yield values if isinstance(values, dict) else {}
 
 
-def write_description(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     """Write our `config.json`, for formats that have no place for preprocessing and class names."""
-    network = {
-        name: getattr(encoder, name)
-        for name in ("depths", "dims", "version", "response", "grn", "in_chans", "num_classes", "stem_stride")
-    }
+    network = encoder.arguments | {"num_classes": encoder.num_classes}
+    if isinstance(encoder, ConvNeXt):
+        network |= {"depths": encoder.depths, "dims": encoder.dims}
     write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
 
 

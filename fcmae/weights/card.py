@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.base import Network
+from fcmae.encoder.convnext import ConvNeXt
 from fcmae.files import write_text
 from fcmae.weights.base import Preprocessing
 
@@ -10,7 +11,7 @@ CARD = "README.md"
 
 
 def write_card(
-    encoder: ConvNeXt,
+    encoder: Network,
     use: Preprocessing,
     folder: Path,
     *,
@@ -26,11 +27,12 @@ def write_card(
         stride: in pixels of the images that `use` describes; None for the network's own.
         warning: a paragraph that comes first.
     """
-    name = variant_name(encoder.depths, encoder.dims)
-    size = name.capitalize() if name else f"{encoder.depths}, {encoder.dims}"
+    name = encoder.variant if isinstance(encoder.variant, str) else ", ".join(map(str, encoder.variant))
+    if isinstance(encoder, ConvNeXt):
+        name = f"ConvNeXt V{encoder.version} {name.capitalize()}"
     what = f"{encoder.num_classes} classes" if encoder.num_classes else "features, without classifier"
     height, width = use.image_size
-    text = f"""# ConvNeXt V{encoder.version} {size}: {what}
+    text = f"""# {name}: {what}
 {warning}
 | | |
 |---|---|

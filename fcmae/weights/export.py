@@ -4,14 +4,17 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes
 from fcmae.weights.base import Preprocessing, Weights, build_encoder
 from fcmae.weights.card import write_card
+from fcmae.weights.networks import OTHER_FORMATS, folder_format
 from fcmae.weights.official import PLAIN
 from fcmae.weights.read import FORMATS
+from fcmae.weights.timm import CODE as TIMM_CODE
 from fcmae.weights.timm import TIMM, write_timm_folder
 
 CODE = """import fcmae
@@ -42,20 +45,23 @@ def describe_response(encoder: ConvNeXt) -> str:
     return " ".join([f"ConvNeXt V{encoder.version}", *(["with", ", ".join(what)] if what else [])])
 
 
-def write_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -> None:
     """Write what a run leaves: a folder that timm loads, or, of a network that timm lacks, a plain one.
 
     We read both back exactly; the card in the folder says who else does.
 
     Raises:
-        ValueError: if preprocessing does not fit the encoder.
+        ValueError: if preprocessing does not fit the network.
     """
-    if TIMM.holds(encoder):
-        return write_timm_folder(encoder, preprocessing, folder)
-    use = preprocessing.completed(encoder)
+    if isinstance(network, ConvNeXt) and TIMM.holds(network):
+        return write_timm_folder(network, preprocessing, folder)
+    use = preprocessing.completed(network)
     folder.mkdir(parents=True, exist_ok=True)
-    PLAIN.write(encoder, use, folder)
-    write_card(encoder, use, folder, code=CODE, warning=WARNING.format(describe_response(encoder)))
+    form = PLAIN if isinstance(network, ConvNeXt) else folder_format(str(network.variant))
+    form.write(network, use, folder)
+    what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
+    timm = form.name == "timm"
+    write_card(network, use, folder, code=TIMM_CODE if timm else CODE, warning="" if timm else WARNING.format(what))
 
 
 def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:
@@ -71,14 +77,17 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
             written computes something else; then nothing is left.
     """
-    form = FORMATS[to]
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; name another folder")
+    encoder = build_encoder(weights).eval()
+    formats = FORMATS if encoder.family == "convnext" else OTHER_FORMATS[encoder.family]
+    if to not in formats:
+        raise UserError(f"--to {to}: holds our ConvNeXt alone, not {encoder.variant}; take {', '.join(formats)}")
+    form = formats[to]
     if with_preprocessing and form.prepend_preprocessing is None:
         able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)
         raise UserError(f"--with-preprocessing: not for --to {to}, only for {able}")
-    encoder = build_encoder(weights).eval()
-    if not form.holds(encoder):
+    if isinstance(encoder, ConvNeXt) and not form.holds(encoder):
         able = ", ".join(name for name, other in FORMATS.items() if other.holds(encoder))
         raise UserError(f"--to {to}: cannot hold a {describe_response(encoder)}; choose from {able}")
     with blame(str(weights.path)):

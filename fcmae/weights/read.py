@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError, blame
 from fcmae.tensors import misfits, read_safetensors
 from fcmae.weights.base import (
@@ -22,8 +23,8 @@ from fcmae.weights.base import (
     count_classes,
     describe_encoder,
     read_network,
-    version_of,
 )
+from fcmae.weights.networks import folder_format, read_variant
 from fcmae.weights.official import DENSE, PLAIN, SPARSE
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
 from fcmae.weights.timm import TIMM
@@ -135,14 +136,16 @@ def interpret(
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     like = describe_encoder(state)
     with blame(str(file) if like == NO_CONVNEXT else f"{file} (most like {like})"):
-        form = recognise(state)
+        network = read_variant(folder) or read_network(folder) if network is None else network
+        form = folder_format(network["variant"]) if "variant" in network else recognise(state)
         assert form.read is not None
         tensors, described = form.read(state, folder)
-        network = read_network(folder) if network is None else network
-        num_classes = count_classes(tensors)
         with torch.device("meta"):
+            classifier = build_network(**network).classifier if "variant" in network else "head"
+            num_classes = count_classes(tensors, classifier)
             untrained = build_untrained(tensors, num_classes=num_classes, network=network)
             problems = misfits(untrained, tensors)
+    weights = Weights(file, tensors, form.kind, network=network, classifier=classifier)
     known = preprocessing or described
     if not num_classes:
         known = known._replace(class_names=None)
@@ -150,10 +153,10 @@ def interpret(
         raise UserError(f"{file}: {num_classes} classes, but the files beside it name {len(known.class_names)}")
     if problems:
         raise UserError(
-            f"{file}: {form.kind} weights of a ConvNeXt V{version_of(tensors)} {describe_encoder(tensors)}, "
+            f"{file}: {form.kind} weights of {weights.network_name}, "
             f"but {len(problems)} tensors differ: {'; '.join(problems[:10])}"
         )
-    return Weights(file, tensors, form.kind, known, network=network)
+    return weights._replace(preprocessing=known)
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:

@@ -115,6 +115,27 @@ def shrink_stem(weight: Tensor, factor: int) -> Tensor:
     return weight[:, :, ::factor, ::factor] * factor**2
 
 
+def read_preprocessing(config: Mapping[str, Any], enlargement: int = 1) -> Preprocessing:
+    """Read what timm's `config.json` says of images, whose sides are `enlargement` times ours."""
+    cfg = config.get("pretrained_cfg", config)
+    values = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    values["class_names"] = config.get("label_names", cfg.get("label_names"))
+    if "input_size" in cfg:
+        values["image_size"] = [side // enlargement for side in cfg["input_size"][1:]]
+    return Preprocessing.of(values)
+
+
+def describe_preprocessing(use: Preprocessing) -> dict[str, Any]:
+    """Return what timm's `config.json` says of images, but for their size."""
+    described: dict[str, Any] = {
+        "interpolation": use.interpolation,
+        "crop_pct": use.crop_pct,
+        "mean": list(use.mean),
+        "std": list(use.std),
+    }
+    return described | ({"label_names": list(use.class_names)} if use.class_names is not None else {})
+
+
 def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
     """Read timm's tensors, and what `config.json` in `folder` says of them, if it is timm's.
 
@@ -133,12 +154,7 @@ def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Te
         if "architecture" not in config:
             return tensors, Preprocessing()
         enlargement = STEM_ENLARGEMENT[config.get("stem_stride", 4)]
-        cfg = config.get("pretrained_cfg", config)
-        values = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
-        values["class_names"] = config.get("label_names", cfg.get("label_names"))
-        if "input_size" in cfg:
-            values["image_size"] = [side // enlargement for side in cfg["input_size"][1:]]
-        preprocessing = Preprocessing.of(values)
+        preprocessing = read_preprocessing(config, enlargement)
     if enlargement != 1:
         name = "downsample_layers.0.0.weight"
         tensors[name] = shrink_stem(tensors[name], enlargement)
@@ -172,16 +188,11 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
         "num_classes": encoder.num_classes,
         "input_size": [encoder.in_chans, height * enlargement, width * enlargement],
         "pool_size": list(grid_shape((height, width), encoder.patch_size)),
-        "interpolation": use.interpolation,
-        "crop_pct": use.crop_pct,
-        "mean": list(use.mean),
-        "std": list(use.std),
         "first_conv": "stem.0",
         "classifier": "head.fc",
         "paper_ids": f"arXiv:{paper}",
+        **describe_preprocessing(use),
     }
-    if use.class_names is not None:
-        pretrained_cfg["label_names"] = list(use.class_names)
     if enlargement != 1:
         pretrained_cfg["description"] = (
             f"Trained by fcmae at {height} x {width} with stem_stride {encoder.stem_stride}, which timm lacks: "
