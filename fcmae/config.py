@@ -68,7 +68,7 @@ class ModelSection(EncoderSection):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
-    decoder: Literal["convnext"] = "convnext"
+    decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
@@ -515,6 +515,11 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
+def task_of(name: str) -> str:
+    """Return what a shipped configuration is for: "pretrain" or "finetune"."""
+    return "finetune" if name.startswith(("finetune/", "roadmap/")) else "pretrain"
+
+
 def find_shipped(name: str, task: str | None = None) -> Path:
     """Return a shipped configuration by its name, in which "TASK/" may be left out.
 
@@ -522,13 +527,12 @@ def find_shipped(name: str, task: str | None = None) -> Path:
         UserError: if there is none, with names like it.
     """
     shipped = shipped_configs()
-    fitting = [other for other in shipped if task is None or other.startswith("finetune/") == (task == "finetune")]
+    fitting = [other for other in shipped if task in (None, task_of(other))]
     for other in (name, f"{task}/{name}"):
         if other in fitting:
             return shipped[other]
     if name in shipped:
-        other = "pretrain" if task == "finetune" else "finetune"
-        raise UserError(f"--config {name}: is not for fcmae {task}, but for fcmae {other}")
+        raise UserError(f"--config {name}: is not for fcmae {task}, but for fcmae {task_of(name)}")
     words = {word for other in fitting for word in (other, other.rpartition("/")[2])}
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     near = difflib.get_close_matches(wanted, sorted(words), n=3, cutoff=0.6)

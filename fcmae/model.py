@@ -100,6 +100,7 @@ class FCMAE(nn.Module):
         self.decoder = DECODERS[decoder](
             self.encoder.dims,
             self.patch_size**2 * in_chans,
+            out_side=self.patch_size,
             dim=decoder_dim,
             depth=decoder_depth,
             block=self.encoder.block,

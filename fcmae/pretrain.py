@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.config import PretrainConfig, shipped_configs
+from fcmae.config import ModelSection, PretrainConfig, parse_config, shipped_configs
 from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
@@ -34,10 +34,11 @@ from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
 from fcmae.story import training_batches, try_run
+from fcmae.tensors import misfits
 from fcmae.training.launch import start_run
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
-from fcmae.training.run_folder import require_disk
+from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
@@ -45,31 +46,34 @@ from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 
+DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth")
+"""Of a configuration's section `model`: what makes two decoders the same network."""
 
-def start_from(model: FCMAE, source: str) -> str:
+
+def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
     """Load the weights of a whole FCMAE of ours, or of any ConvNeXt's encoder; returns what was done.
 
     Raises:
-        UserError: if the weights are another network's.
+        UserError: if the weights are another network's, or their decoder is another one.
     """
-    weights, (_, tensors) = load_weights(source), load_tensors(source)
+    weights, (file, tensors) = load_weights(source), load_tensors(source)
     require_network(model.encoder, weights, source)
     found = f"{weights.path} ({weights.description})"
     if not any(name.startswith("decoder.pred.") for name in tensors):
         encoder = {n: x for n, x in weights.tensors.items() if not n.startswith(model.encoder.head_names)}
         load_network(model.encoder, encoder, weights.path)
         return f"{found}, with a new decoder"
-    own = model.decoder.state_dict()
-    own_blocks = {name.split(".")[1] for name in own if name.startswith("decoder.")}
-    wanted = {"decoder_dim": len(own["proj.bias"]), "decoder_depth": len(own_blocks)}
-    blocks = {name.split(".")[2] for name in tensors if name.startswith("decoder.decoder.")}
-    has = {"decoder_dim": len(tensors["decoder.proj.bias"]), "decoder_depth": len(blocks)}
-    for key, value in has.items():
-        if value != wanted[key]:
-            raise UserError(
-                f"init_from={source}: {weights.kind} weights with {key} {value}; set model.{key} to that, or "
-                "name the run's encoder/ to start with a new decoder"
-            )
+    has = f"init_from={source}: {weights.kind} weights with"
+    otherwise = "or name the run's encoder/ to start with a new decoder"
+    if stored := stored_model(file):
+        run = parse_config(PretrainConfig, stored.state["config"], str(file.parent)).model
+        for key in DECODER_KEYS:
+            if getattr(run, key) != getattr(config, key):
+                raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, {otherwise}")
+    decoder = {n.removeprefix("decoder."): tensor for n, tensor in tensors.items() if n.startswith("decoder.")}
+    if problems := misfits(model.decoder, decoder):
+        keys = ", ".join(f"model.{key}" for key in DECODER_KEYS)
+        raise UserError(f"{has} another decoder ({'; '.join(problems[:3])}); set {keys} to its own, {otherwise}")
     load_network(model, tensors, weights.path)
     return f"{found}, with its decoder"
 
@@ -96,7 +100,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     with blame("train.gradient_checkpointing"):
         model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
-        accelerator.print(f"weights          {start_from(model, config.init_from)}")
+        accelerator.print(f"weights          {start_from(model, config.model, config.init_from)}")
     require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)

@@ -99,7 +99,7 @@ def draw_reconstructions(
         pixels: uint8 (b, c, H, W).
         visible_ids: int64 (b, p).
     """
-    device = model.decoder.mask_token.device
+    device = next(model.parameters()).device
     images, visible_ids = normalize(pixels.to(device)), visible_ids.to(device)
     training = model.training
     model.eval()
@@ -128,7 +128,7 @@ def draw_mask_ratios(
         ValueError: if a ratio or the image's size does not fit.
     """
     grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
-    images = normalize(pixels[None].to(model.decoder.mask_token.device))
+    images = normalize(pixels[None].to(next(model.parameters()).device))
     model.eval()
     reconstructions, visibles = [], []
     for ratio in mask_ratios:

@@ -14,6 +14,7 @@ from fcmae.config import (
     Section,
     load_config,
     shipped_configs,
+    task_of,
     to_yaml,
 )
 from fcmae.errors import UserError
@@ -21,7 +22,10 @@ from fcmae.errors import UserError
 ROOT = Path(__file__).parent.parent
 V2_VARIANTS = [name for name in VARIANTS if name not in ("small", "xlarge")]  # which are of V1 alone
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-SHIPPED_KINDS = [(FinetuneRecipe if path.parent.name == "finetune" else PretrainConfig, path) for path in SHIPPED]
+SHIPPED_KINDS = [
+    ({"finetune": FinetuneRecipe, "pretrain": PretrainConfig}[task_of(name)], path)
+    for name, path in shipped_configs().items()
+]
 MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fcmae import FCMAE, finetune, load_encoder, pretrain
 from fcmae.commands import evaluate, predict
+from fcmae.config import ModelSection
 from fcmae.data import save_arrays
 from fcmae.encoder.convnext import ConvNeXt
 from fcmae.encoder.networks import build_network
@@ -360,9 +361,12 @@ def test_features_are_probed_beside_a_random_network(
 
 
 def test_a_pretrained_network_goes_on_pretraining(pretrained: Path) -> None:
-    model = FCMAE("timm/test_resnet", decoder_dim=16)
-    assert "with its decoder" in pretrain.start_from(model, str(pretrained))
-    assert "new decoder" in pretrain.start_from(model, str(pretrained / "encoder"))
+    model, config = (
+        FCMAE("timm/test_resnet", decoder_dim=16),
+        ModelSection(variant="timm/test_resnet", decoder_dim=16),
+    )
+    assert "with its decoder" in pretrain.start_from(model, config, str(pretrained))
+    assert "new decoder" in pretrain.start_from(model, config, str(pretrained / "encoder"))
 
 
 def test_a_timm_network_is_exported_as_it_can_be(pretrained: Path, tmp_path: Path) -> None:

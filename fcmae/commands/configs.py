@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fcmae.arguments import add_path
 from fcmae.commands.arguments import command_parser
-from fcmae.config import find_shipped, shipped_configs
+from fcmae.config import find_shipped, shipped_configs, task_of
 from fcmae.errors import UserError
 from fcmae.files import write_text
 
@@ -44,6 +44,6 @@ def main(argv: list[str]) -> int:
     if target.exists():
         raise UserError(f"{target}: exists already; name another file: fcmae configs {name} FILE")
     write_text(target, source.read_text(encoding="utf-8"))
-    command = "finetune" if source.parent.name == "finetune" else "pretrain"
+    command = task_of(name)
     print(f"{target}  edit it, then: fcmae {command} --config {target}")
     return 0

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from fcmae.encoder.base import Network, Variant, Version
 from fcmae.encoder.convnext import ConvNeXt
 from fcmae.encoder.responses import OWN_PARTS
+from fcmae.encoder.roadmap import Roadmap
 
 
 def _timm(name: str, **kwargs: Any) -> Network:
@@ -23,7 +24,7 @@ class Family(NamedTuple):
     """Other arguments of `build_network` that `build` takes."""
 
 
-FAMILIES = {"timm": Family(_timm)}
+FAMILIES = {"timm": Family(_timm), "roadmap": Family(Roadmap, frozenset({"stem_stride"}))}
 """By what their variants begin with."""
 
 OWN = {"version": (2,), "response": ("auto",), "grn": ({}, OWN_PARTS), "stem_stride": (4,)}
@@ -61,7 +62,7 @@ def build_network(
     own: dict[str, Any] = {
         "version": version,
         "response": response,
-        "grn": dict(grn or {}),
+        "grn": {**OWN_PARTS, **(grn or {})},
         "stem_stride": stem_stride,
     }
     shared: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "drop_path": drop_path}

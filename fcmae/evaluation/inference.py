@@ -157,7 +157,7 @@ def reconstruct_images(
     Raises:
         ValueError: if a mask ratio is not inside (0, 1).
     """
-    normalize = PixelNormalizer(config.data.mean, config.data.std).to(model.decoder.mask_token.device)
+    normalize = PixelNormalizer(config.data.mean, config.data.std).to(next(model.parameters()).device)
     for image in images:
         before = image.pixels.shape[1], image.pixels.shape[2]
         after = fit_to_patches(*before, patch=model.patch_size, area=math.prod(config.data.size))
