@@ -87,8 +87,8 @@ ONLY_IN = {
 }
 
 WHEN_BUILT = {
-    # package: modules for one network of many, which import it inside functions, or are imported so themselves; that
-    # they lead to it does not count
+    # package: modules for one network of many, which import it inside functions, or are imported so themselves;
+    # that they lead to it does not count
     "timm": {"fcmae.decoder.transformer", "fcmae.encoder.timm_networks"},
 }
 
