@@ -361,10 +361,8 @@ def test_features_are_probed_beside_a_random_network(
 
 
 def test_a_pretrained_network_goes_on_pretraining(pretrained: Path) -> None:
-    model, config = (
-        FCMAE("timm/test_resnet", decoder_dim=16),
-        ModelSection(variant="timm/test_resnet", decoder_dim=16),
-    )
+    config = ModelSection(variant="timm/test_resnet", decoder_dim=16)
+    model = FCMAE(**config.arguments)
     assert "with its decoder" in pretrain.start_from(model, config, str(pretrained))
     assert "new decoder" in pretrain.start_from(model, config, str(pretrained / "encoder"))
 
