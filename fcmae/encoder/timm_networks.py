@@ -264,6 +264,7 @@ def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 REMEDY = "take a convolutional one, such as timm/resnet50"
 
 
+@torch.enable_grad()
 def try_out(network: TimmNetwork) -> set[str]:
     """Compute a copy on one visible patch amid hidden ones, and return the parameters its maps do not come from.
 
