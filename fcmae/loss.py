@@ -41,8 +41,12 @@ def hidden_patch_loss(pred: Tensor, images: Tensor, hidden: Tensor, patch: int, 
 class Target(Protocol):
     """What is predicted of a hidden patch, and how far off a prediction is."""
 
+    def side(self, patch: int) -> int:
+        """Return how many vectors are predicted along a side of a patch of `patch` pixels per side."""
+        ...
+
     def num_values(self, patch: int, in_chans: int) -> int:
-        """Return how many values are predicted of a patch of `patch` pixels per side."""
+        """Return how many values are predicted of a patch: side * side vectors, row by row."""
         ...
 
     def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
@@ -55,6 +59,9 @@ class PixelTarget:
     """The patch's pixels, with `norm_pix_loss` minus their mean and over their standard deviation (MAE)."""
 
     norm_pix_loss: bool
+
+    def side(self, patch: int) -> int:
+        return patch
 
     def num_values(self, patch: int, in_chans: int) -> int:
         return patch * patch * in_chans
@@ -75,12 +82,15 @@ class HOGTarget:
         """Return the pixels per side of a cell."""
         return min(8, patch // 2)
 
+    def side(self, patch: int) -> int:
+        return patch // self.cell(patch)
+
     def num_values(self, patch: int, in_chans: int) -> int:
-        return (patch // self.cell(patch)) ** 2 * in_chans * ORIENTATIONS
+        return self.side(patch) ** 2 * in_chans * ORIENTATIONS
 
     def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
         cell = self.cell(patch)
-        target = pick_patches(hog(images, cell), hidden, patch // cell)
+        target = pick_patches(hog(images, cell), hidden, self.side(patch))
         return F.mse_loss(pred.to(target.dtype), target)
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.decoder import DECODERS
-from fcmae.encoder.convnext import ConvNeXt, Layout, Variant, Version, require_layout
+from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version
+from fcmae.encoder.networks import build_network
 from fcmae.loss import TARGETS, Target
 from fcmae.masking import MaskSampler, hidden_ids, ids_to_booleans
 from fcmae.patches import grid_shape
@@ -36,7 +37,7 @@ class FCMAE(nn.Module):
     `set_fused(model, False)` runs the blocks of encoder and decoder module by module, see `ConvNeXt`.
 
     Args:
-        variant: a name of `fcmae.VARIANTS` or an explicit (depths, dims).
+        variant: a name of `fcmae.VARIANTS`, an explicit (depths, dims), or timm/NAME for a network of timm.
         version: 1 for ConvNeXt V1 (LayerScale), 2 for V2 (GRN).
         response: what stands at GRN's place; "auto" is the version's own, see `ConvNeXt`.
         grn: arguments of `GRN` other than its own.
@@ -85,7 +86,6 @@ class FCMAE(nn.Module):
         self.mask_shape = mask_shape
         self.mask_group = mask_group
         self.mask_sampler((mask_group, 2 * mask_group))  # refuses what is out of range on any grid
-        require_layout(layout)
         if decoder_depth < 1 or decoder_dim < 1:
             raise ValueError(f"got decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: both at least 1")
         if decoder not in DECODERS:
@@ -93,7 +93,7 @@ class FCMAE(nn.Module):
         if target not in TARGETS:
             raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
         self.target: Target = TARGETS[target](norm_pix_loss)
-        self.encoder = ConvNeXt(
+        encoder = build_network(
             variant,
             version=version,
             response=response,
@@ -102,10 +102,17 @@ class FCMAE(nn.Module):
             stem_stride=stem_stride,
             drop_path=drop_path,
         )
+        if not isinstance(encoder, MaskedNetwork):
+            raise ValueError(
+                f"variant {variant} is dense alone and cannot be pretrained: train it by fcmae finetune"
+            )
+        encoder.require_layout(layout)
+        self.encoder = encoder
         self.patch_size = self.encoder.patch_size
         self.decoder = DECODERS[decoder](
             self.encoder.dims,
             self.target.num_values(self.patch_size, in_chans),
+            out_side=self.target.side(self.patch_size),
             dim=decoder_dim,
             depth=decoder_depth,
             block=self.encoder.block,

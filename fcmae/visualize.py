@@ -155,7 +155,7 @@ def draw_reconstructions(
         pixels: uint8 (b, c, H, W).
         visible_ids: int64 (b, p).
     """
-    device = model.decoder.mask_token.device
+    device = next(model.parameters()).device
     training = model.training
     model.eval()
     columns = _columns(model, normalize, normalize(pixels.to(device)), visible_ids.to(device))
@@ -180,7 +180,7 @@ def draw_mask_ratios(
         ValueError: if a ratio or the image's size does not fit.
     """
     grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
-    images = normalize(pixels[None].to(model.decoder.mask_token.device))
+    images = normalize(pixels[None].to(next(model.parameters()).device))
     model.eval()
     rows = []
     for ratio in mask_ratios:

@@ -24,6 +24,7 @@ import torch
 from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 import fcmae.__main__
 import fcmae.training.trainer
@@ -337,7 +338,10 @@ def test_a_compiled_run_is_traced_whole_and_gives_the_losses_of_an_eager_one(
         compile_module(self, backend=backend, fullgraph=True)  # aot_eager: without minutes of code generation
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    assert run(*settings, f"output={tmp_path / 'compiled'}", "train.compile=true") == 0
+    graphs = counters["stats"]["unique_graphs"]
+    watched = "eval.collapse_every_epochs=0.4"  # by the same modules, uncompiled: the step is not traced again
+    assert run(*settings, f"output={tmp_path / 'compiled'}", "train.compile=true", watched) == 0
+    assert counters["stats"]["unique_graphs"] == graphs + 1
     tolerance = 1e-5 if precision == "no" else 1e-2
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=tolerance)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
@@ -570,6 +574,7 @@ def test_two_processes_evaluate_as_one(
     arguments: list[str], labelled: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
     settings = [*arguments, *labelled, "model.drop_path=0", "train.max_steps=2", "eval.num_images=39"]
+    settings += ["eval.collapse_every_epochs=1"]
     assert run(*settings, f"output={tmp_path / 'one'}") == 0
     command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
     command += [str(ROOT / "pretrain.py"), *settings, f"output={tmp_path / 'two'}", "data.batch_size=4"]
@@ -577,6 +582,16 @@ def test_two_processes_evaluate_as_one(
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("k-NN top1") == 2
     assert knn(tmp_path / "one") == knn(tmp_path / "two")
+    collapse = [
+        [
+            record["cosine_distance/stage_4"]
+            for record in records(tmp_path / run)
+            if "cosine_distance/stage_4" in record
+        ]
+        for run in ("one", "two")
+    ]
+    assert collapse[0] == pytest.approx(collapse[1], abs=1e-4)
+    assert len(collapse[0]) == 2
 
 
 def test_features_are_evaluated_in_bf16_and_on_held_out_images(
