@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt V2 to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
+"""Fine-tune a ConvNeXt to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
 
 fcmae finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
 fcmae finetune --evaluate runs/classifier
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
-from fcmae.encoder import ConvNeXt
+from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
 from fcmae.files import write_json
 from fcmae.load import known_of, load_weights, require_network, resolve_recipe
@@ -39,10 +39,10 @@ from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
 from fcmae.visualize import draw_confusion
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
-from fcmae.weights.timm import write_timm_folder
+from fcmae.weights.export import write_folder
 
 
-def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> str:
+def start_from(model: Network, source: str, class_names: tuple[str, ...]) -> str:
     """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
 
     What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then.
@@ -52,25 +52,30 @@ def start_from(model: ConvNeXt, source: str, class_names: tuple[str, ...]) -> st
     """
     weights = load_weights(source)
     tensors = weights.tensors
-    response = known_of(weights, ["model.response"])["model.response"]
-    require_network(model, weights, source, may_differ=() if response == model.response else ("response", "grn"))
-    classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    response, own_response = (
+        known_of(weights, ["model.response"]).get("model.response"),
+        model.arguments.get("response"),
+    )
+    changed = response != own_response
+    require_network(model, weights, source, may_differ=("response", "grn") if changed else ())
+    classes = weights.num_classes
     keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
     head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
     parts = [f"{weights.path} ({weights.description})", head]
-    new = () if keep else ("head.",)
-    if response != model.response:
-        new = (*new, ".grn.")
-        parts.append(f"{model.response} in place of {response}")
-    taken = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in new)}
-    new = ("norm.", "head.", *new)
-    own = {name: tensor for name, tensor in model.state_dict().items() if any(part in name for part in new)}
+    if changed:
+        parts.append(f"{own_response} in place of {response}")
+
+    def is_new(name: str) -> bool:
+        return (not keep and name.startswith(f"{model.classifier}.")) or (changed and ".grn." in name)
+
+    own = {name: x for name, x in model.state_dict().items() if name.startswith(model.head_names) or is_new(name)}
+    taken = {name: x for name, x in tensors.items() if not is_new(name)}
     load_network(model, own | taken, weights.path)
     return ", ".join(parts)
 
 
 def evaluate(
-    accelerator: Accelerator, model: ConvNeXt, dataset: EvaluationDataset, config: FinetuneConfig
+    accelerator: Accelerator, model: Network, dataset: EvaluationDataset, config: FinetuneConfig
 ) -> Scores:
     """Score a classifier on all images of a set, spread over the processes, each counted once.
 
@@ -153,19 +158,20 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         validation = classification.validation_set(config, class_names, config.model.in_chans, training=source)
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
-    # The network: a dense ConvNeXt V2, pretrained, with a new classifier of small weights
+    # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
-    model.gradient_checkpointing = config.train.gradient_checkpointing
+    with blame("train.gradient_checkpointing"):
+        model.gradient_checkpointing = config.train.gradient_checkpointing
     if checkpoint is None:
         started = start_from(model, config.init_from, class_names) if config.init_from else "from scratch"
     else:
         started = f"{checkpoint.path} (resumed)"
     if config.train.freeze_encoder:
         model.requires_grad_(False)
-        model.head.requires_grad_()
+        model.classifier_layer.requires_grad_()
         model.eval()  # without drop path
     require_disk(config, model, best=True, ema=config.train.ema_decay is not None)
 
@@ -175,12 +181,19 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
         return classification_loss(model, normalize(batch.images), batch.labels)
 
-    scales = layer_scales(
-        (name for name, _ in model.named_parameters()),
-        model.depths,
-        decay=config.optim.layer_decay,
-        decay_type=config.optim.layer_decay_type,
-    )
+    scales = None
+    if config.optim.layer_decay != 1:
+        if model.layer_depths is None:
+            raise UserError(
+                f"optim.layer_decay={config.optim.layer_decay}: layers are counted in our ConvNeXt, not in "
+                f"{model.variant}; set optim.layer_decay=1"
+            )
+        scales = layer_scales(
+            (name for name, _ in model.named_parameters()),
+            model.layer_depths,
+            decay=config.optim.layer_decay,
+            decay_type=config.optim.layer_decay_type,
+        )
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
@@ -222,7 +235,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
     )
 
-    # What remains: the best classifier, as timm loads it
+    # What remains: the best classifier, as timm loads it where it can
     if accelerator.is_main_process:
         folder = trainer.run
         final = stored_model(folder.path)
@@ -230,7 +243,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         load_network(model, read_safetensors(final.file), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
-        write_timm_folder(model, preprocessing, folder.model)
+        write_folder(model, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
             places["best"] = f"{folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})"

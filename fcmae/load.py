@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, parse_config
-from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.base import Network
+from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
@@ -20,7 +21,6 @@ from fcmae.weights.base import (
     Weights,
     build_encoder,
     build_untrained,
-    count_classes,
     describe_encoder,
     load_network,
     report_damage,
@@ -46,7 +46,7 @@ def load_tensors(
 
 
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
-    """Return the weights of a ConvNeXt V2 from a run or from a file of any format, recognised by content.
+    """Return the weights of a ConvNeXt from a run or from a file of any format, recognised by content.
 
     Args:
         path: a run folder, which stands for its best evaluated weights, or the newest where none were evaluated; a
@@ -56,7 +56,7 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         ema: take the EMA (True) or the raw weights (False); None for what a run evaluated, and elsewhere for raw.
 
     Raises:
-        UserError: if there are none, or they are damaged or no whole ConvNeXt V2; the message names the file.
+        UserError: if there are none, or they are damaged or no whole ConvNeXt; the message names the file.
     """
     stored = _stored_model(path, last, ema)
     if stored is None:
@@ -67,6 +67,8 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         model = stored.state["config"].get("model", {})
     tensors = read_safetensors(stored.file)
     network = {key: model[key] for key in ("response", "grn") if key in model}
+    if is_other(model.get("variant")):
+        network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
@@ -79,8 +81,8 @@ def load_encoder(
     ema: bool | None = None,
     num_classes: int | None = None,
     drop_path: float = 0.0,
-) -> ConvNeXt:
-    """Return the ConvNeXt V2 of a run or of any file of weights: `build_encoder` of `load_weights`.
+) -> Network:
+    """Return the network of a run or of any file of weights: `build_encoder` of `load_weights`.
 
     Raises:
         UserError: as `load_weights`.
@@ -89,37 +91,23 @@ def load_encoder(
     return build_encoder(weights, num_classes=num_classes, drop_path=drop_path)
 
 
-def network_of(encoder: ConvNeXt) -> dict[str, Any]:
-    """Return what a configuration's section `model` says of an encoder."""
-    shape = encoder.depths, encoder.dims
-    return {
-        "variant": variant_name(*shape) or shape,
-        "version": encoder.version,
-        "response": encoder.response,
-        "grn": encoder.grn,
-        "in_chans": encoder.in_chans,
-        "stem_stride": encoder.stem_stride,
-    }
-
-
-def _shape_of(weights: Weights) -> ConvNeXt:
+def _shape_of(weights: Weights) -> Network:
     """Return the network of weights without its tensors."""
     with torch.device("meta"):
-        classes = count_classes(weights.tensors)
-        return build_untrained(weights.tensors, num_classes=classes, network=weights.network)
+        return build_untrained(weights.tensors, num_classes=weights.num_classes, network=weights.network)
 
 
 def require_network(
-    encoder: ConvNeXt, weights: Weights, source: str | Path, *, may_differ: Collection[str] = ()
+    encoder: Network, weights: Weights, source: str | Path, *, may_differ: Collection[str] = ()
 ) -> None:
     """Check that weights are those of such an encoder, but for the keys that may differ.
 
     Raises:
         UserError: naming `source`, the value of init_from, and the key that differs.
     """
-    for key, value in network_of(_shape_of(weights)).items():
-        if value != network_of(encoder)[key] and key not in may_differ:
-            shown = describe_encoder(weights.tensors) if key == "variant" else value
+    for key, value in _shape_of(weights).arguments.items():
+        if value != encoder.arguments.get(key, value) and key not in may_differ:
+            shown = describe_encoder(weights.tensors) if key == "variant" and not is_other(value) else value
             raise UserError(
                 f"init_from={source}: {weights.kind} weights with {key} {shown}; set model.{key} to that"
             )
@@ -138,7 +126,7 @@ def known_of(weights: Weights, keys: Collection[str]) -> dict[str, Any]:
     if "data.mean" in keys or "data.std" in keys:
         with blame(str(weights.path)):
             images = images.completed(network)
-    known = {f"model.{key}": value for key, value in network_of(network).items()}
+    known = {f"model.{key}": value for key, value in network.arguments.items()}
     known |= {f"data.{key}": value for key, value in images._asdict().items() if value is not None}
     return {key: known[key] for key in keys if key in known}
 

@@ -4,7 +4,6 @@ fcmae pretrain --config atto data.root=IMAGES output=runs/atto
 accelerate launch -m fcmae.pretrain --config atto data.root=IMAGES output=runs/atto
 """
 
-import functools
 import shlex
 
 from fcmae import arguments
@@ -16,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.config import PretrainConfig
+from fcmae.config import ModelSection, PretrainConfig, parse_config, shipped_configs
 from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
@@ -30,55 +29,59 @@ from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights, require_network
-from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
 from fcmae.story import training_batches, try_run
+from fcmae.tensors import misfits
 from fcmae.training.launch import start_run
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
-from fcmae.training.run_folder import require_disk
+from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
 from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
-from fcmae.weights.timm import write_timm_folder
+from fcmae.weights.export import write_folder
+
+DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth", "target")
+"""Of a configuration's section `model`: what makes two decoders the same network."""
 
 
-def start_from(model: FCMAE, source: str) -> str:
-    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt V2's encoder; returns what was done.
+def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
+    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt's encoder; returns what was done.
 
     Raises:
-        UserError: if the weights are another network's.
+        UserError: if the weights are another network's, or their decoder is another one.
     """
-    weights, (_, tensors) = load_weights(source), load_tensors(source)
+    weights, (file, tensors) = load_weights(source), load_tensors(source)
     require_network(model.encoder, weights, source)
     found = f"{weights.path} ({weights.description})"
     if not any(name.startswith("decoder.pred.") for name in tensors):
-        encoder = {n: tensor for n, tensor in weights.tensors.items() if not n.startswith(("norm.", "head."))}
+        encoder = {n: x for n, x in weights.tensors.items() if not n.startswith(model.encoder.head_names)}
         load_network(model.encoder, encoder, weights.path)
         return f"{found}, with a new decoder"
-    own = model.decoder.state_dict()
-    own_blocks = {name.split(".")[1] for name in own if name.startswith("decoder.")}
-    wanted = {"decoder_dim": len(own["proj.bias"]), "decoder_depth": len(own_blocks)}
-    blocks = {name.split(".")[2] for name in tensors if name.startswith("decoder.decoder.")}
-    has = {"decoder_dim": len(tensors["decoder.proj.bias"]), "decoder_depth": len(blocks)}
-    for key, value in has.items():
-        if value != wanted[key]:
-            raise UserError(
-                f"init_from={source}: {weights.kind} weights with {key} {value}; set model.{key} to that, or "
-                "name the run's encoder/ to start with a new decoder"
-            )
+    has = f"init_from={source}: {weights.kind} weights with"
+    otherwise = "or name the run's encoder/ to start with a new decoder"
+    if stored := stored_model(file):
+        run = parse_config(PretrainConfig, stored.state["config"], str(file.parent)).model
+        for key in DECODER_KEYS:
+            if getattr(run, key) != getattr(config, key):
+                raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, {otherwise}")
+    decoder = {n.removeprefix("decoder."): tensor for n, tensor in tensors.items() if n.startswith("decoder.")}
+    if problems := misfits(model.decoder, decoder):
+        keys = ", ".join(f"model.{key}" for key in DECODER_KEYS)
+        raise UserError(f"{has} another decoder ({'; '.join(problems[:3])}); set {keys} to its own, {otherwise}")
     load_network(model, tensors, weights.path)
     return f"{found}, with its decoder"
 
 
 def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:
     """Return the name of the shipped configuration to fine-tune with after such a pretraining."""
-    if isinstance(config.model.variant, str) and config.model.stem_stride == 4 and num_images > 100_000:
-        return f"finetune/{config.model.variant}"
+    recipe = f"finetune/{config.model.variant}"
+    if recipe in shipped_configs() and config.model.stem_stride == 4 and num_images > 100_000:
+        return recipe
     return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
@@ -86,16 +89,16 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     """Pretrain as configured, or only try everything out; returns the exit code."""
     accelerator, checkpoint = start_run(config, dry_run=dry_run)
 
-    # The network: a sparse ConvNeXt V2 encoder and a light decoder
+    # The network: a sparse ConvNeXt encoder and a light decoder
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = FCMAE(**config.model.arguments)
     with blame("data.image_size"):
-        grid = grid_shape(config.data.size, model.patch_size)
-        count_visible(grid[0] * grid[1], config.model.mask_ratio)
-    model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
+        draw_ids = model.mask_sampler(grid_shape(config.data.size, model.patch_size))
+    with blame("train.gradient_checkpointing"):
+        model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
-        accelerator.print(f"weights          {start_from(model, config.init_from)}")
+        accelerator.print(f"weights          {start_from(model, config.model, config.init_from)}")
     require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
@@ -104,7 +107,6 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     splits = None
     if config.eval.knn_every_epochs is not None:
         splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)
-    draw_ids = functools.partial(sample_visible_ids, 1, grid[0] * grid[1], config.model.mask_ratio)
     dataset = PretrainDataset(
         source,
         view=RandomView(config.data.size, config.data.crop_scale, config.data.hflip),
@@ -205,7 +207,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     if accelerator.is_main_process:
         folder = trainer.run
         preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
-        write_timm_folder(model.encoder, preprocessing, folder.encoder)
+        write_folder(model.encoder, preprocessing, folder.encoder)
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

@@ -137,6 +137,17 @@ def test_scaling_measures_every_axis(
     assert axes["mask ratio"][0]["sites"] > axes["mask ratio"][1]["sites"]
 
 
+def test_decoders_measures_each_decoder(
+    modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module("decoders").main([*TINY, *ONCE, "--dim=64", f"--json={tmp_path / 'out.json'}"])
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text())["decoders"]
+    assert [row["decoder"] for row in rows][:3] == ["convnext", "convnext x 8", "unet"]
+    assert all(f"| {row['decoder']} | {row['parameters']:,} |" in out and row["ms"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1.0
+
+
 def test_profile_step_groups_the_time_of_a_step(
     modules: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from fcmae.config import (
     Section,
     load_config,
     shipped_configs,
+    task_of,
     to_yaml,
 )
 from fcmae.errors import UserError
@@ -21,7 +22,12 @@ from fcmae.errors import UserError
 ROOT = Path(__file__).parent.parent
 V2_VARIANTS = [name for name in VARIANTS if name not in ("small", "xlarge")]  # which are of V1 alone
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-SHIPPED_KINDS = [(FinetuneRecipe if path.parent.name == "finetune" else PretrainConfig, path) for path in SHIPPED]
+SHIPPED_KINDS = [
+    ({"finetune": FinetuneRecipe, "pretrain": PretrainConfig}[task], path)
+    for name, path in shipped_configs().items()
+    if (task := task_of(name)) != "ablate"
+]
+RUNS = [path for _, path in SHIPPED_KINDS]
 MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"
 
 
@@ -54,7 +60,7 @@ def error_of(path: Path, *overrides: str) -> str:
     return message
 
 
-@pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in SHIPPED])
+@pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in RUNS])
 def test_every_shipped_config_parses_and_leaves_out_no_key(kind: type[RunConfig], path: Path) -> None:
     config = load_config(kind, path)
     assert dotted_dict(yaml.safe_load(path.read_text())) == dotted(config)
@@ -65,12 +71,12 @@ def test_every_shipped_config_begins_with_command_hardware_time_and_result(path:
     header = [line for line in path.read_text().split("\n\n", 1)[0].splitlines() if line.startswith("#")]
     text = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert header
-    assert f"--config {path.relative_to(ROOT)}" in text
+    assert f"{'--config' if path in RUNS else 'fcmae ablate'} {path.relative_to(ROOT)}" in text
     for word in ("hardware", "time", "result"):
         assert f"\n# {word} " in text
 
 
-@pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in SHIPPED])
+@pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in RUNS])
 def test_every_recipes_learning_rate_peaks_where_others_do(kind: type[RunConfig], path: Path) -> None:
     config = load_config(kind, path)
     processes = 8 if "8 GPUs, as written" in path.read_text() else 1
@@ -119,6 +125,7 @@ def test_a_file_comes_before_a_shipped_config_of_its_name(
         (FinetuneConfig, "linear_probe", ["did you mean finetune/linear-probe?"]),
         (PretrainConfig, "finetune/atto", ["not for fcmae pretrain, but for fcmae finetune"]),
         (FinetuneConfig, "quickstart", ["not for fcmae finetune"]),
+        (PretrainConfig, "ablations/cifar10-grn", ["not for fcmae pretrain, but for fcmae ablate"]),
         (PretrainConfig, "zzz", ["no file, nor a shipped configuration; 'fcmae configs' lists them"]),
     ],
 )
@@ -170,6 +177,35 @@ def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -
     assert (train.ema_decay, config.model.head_init_scale) == (0.9999, 0.001)
     assert (data.auto_augment, data.erase_prob, data.crop_pct) == ("rand-m9-mstd0.5-inc1", 0.25, 0.875)
     assert config.evaluates_ema
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("tiny", 0.1), ("small", 0.4), ("base", 0.5), ("large", 0.5)])
+def test_there_is_a_recipe_of_the_v1_paper_for_each_of_its_sizes(name: str, drop_path: float) -> None:
+    """V1 paper, table 5."""
+    config = load_config(FinetuneRecipe, ROOT / "configs" / "finetune" / f"v1-{name}.yaml").resolve({}, "a test")
+    data, optim, train = config.data, config.optim, config.train
+    assert (config.model.variant, config.model.version, config.init_from) == (name, 1, None)
+    assert (config.model.drop_path, config.model.head_init_scale) == (drop_path, 1)
+    assert (optim.base_lr * 4096 / 256, optim.min_lr, optim.weight_decay, optim.betas) == (
+        4e-3,
+        1e-6,
+        0.05,
+        (0.9, 0.999),
+    )
+    assert data.batch_size * optim.accumulate * 8 == 4096
+    assert (optim.layer_decay, optim.clip_grad, optim.warmup_epochs, train.epochs) == (1, None, 20, 300)
+    assert (data.auto_augment, data.erase_prob, data.mixup, data.cutmix) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1)
+    assert (train.label_smoothing, train.ema_decay, data.size, data.crop_pct) == (0.1, 0.9999, (224, 224), 0.875)
+
+
+def test_the_v2_papers_baseline_differs_from_its_recipe_in_version_and_epochs() -> None:
+    ours, v2 = (
+        load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml") for name in ("v1-base", "base")
+    )
+    changed = {"output": ours.output, "model": ours.model, "train": ours.train}
+    assert (ours.model.version, ours.train.epochs) == (1, 800)
+    assert v2.model_copy(update=changed) == ours
+    assert ours.model.model_copy(update={"version": 2}) == v2.model
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The encoder is the official ConvNeXt V2: sizes, names, GRN, and what it refuses."""
+"""The encoder is the official ConvNeXt, V1 and V2: sizes, names, LayerScale, GRN, and what it refuses."""
 
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from conftest import TINY, gradients, randomise, relative_error, small_encoder, smooth_images, some_ids
 from torch import nn
 
-from fcmae.encoder.convnext import VARIANTS, ConvNeXt, Layout, Variant
+from fcmae.encoder.convnext import VARIANTS, ConvNeXt, Layout, Variant, Version
 from fcmae.encoder.layouts import DenseSites
 from fcmae.encoder.responses import GRN
 from fcmae.model import FCMAE
+from fcmae.training.optim import build_adamw, layer_scales
 
 COUNTS = {
     # variant: classifier of 1000 classes, encoder, decoder side (official code, 224 px, decoder of 512 x 1)
@@ -24,6 +25,20 @@ COUNTS = {
     "base": (88_717_800, 87_690_752, 4_231_680),
     "large": (197_956_840, 196_416_768, 4_493_824),
     "huge": (660_289_640, 657_467_008, 5_149_184),
+}
+
+
+COUNTS_V1 = {
+    # variant: classifier of 1000 classes (timm and the official code)
+    "atto": 3_695_520,
+    "femto": 5_217_784,
+    "pico": 9_045_672,
+    "nano": 15_593_560,
+    "tiny": 28_589_128,
+    "small": 50_223_688,
+    "base": 88_591_464,
+    "large": 197_767_336,
+    "xlarge": 350_196_968,
 }
 
 
@@ -80,8 +95,40 @@ def test_parameter_counts_are_the_official_ones(variant: str) -> None:
     assert (count(classifier), count(model.encoder), count(model.decoder)) == COUNTS[variant]
 
 
-def test_there_are_eight_variants_of_v2_and_two_more_of_v1() -> None:
-    assert VARIANTS.keys() == COUNTS.keys() | {"small", "xlarge"}
+@pytest.mark.parametrize("variant", COUNTS_V1)
+def test_parameter_counts_of_version_1_are_the_official_ones(variant: str) -> None:
+    with torch.device("meta"):
+        assert count(ConvNeXt(variant, version=1, num_classes=1000)) == COUNTS_V1[variant]
+
+
+def test_the_variants_are_those_of_both_papers_and_timms_small_ones() -> None:
+    assert VARIANTS.keys() == COUNTS.keys() | COUNTS_V1.keys()
+
+
+def test_a_block_of_version_1_is_the_papers_formula() -> None:
+    encoder = small_encoder(version=1)
+    block, sites = encoder.stages[1][0], DenseSites((5, 4))  # pyright: ignore[reportIndexIssue]
+    x = torch.randn(2, 5, 4, 16, dtype=torch.float64)
+    conv = block.dwconv
+    h = F.conv2d(x.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=3, groups=16).permute(0, 2, 3, 1)
+    h = F.layer_norm(h, (16,), block.norm.weight, block.norm.bias, 1e-6)
+    h = F.gelu(h @ block.pwconv1.weight.T + block.pwconv1.bias) @ block.pwconv2.weight.T + block.pwconv2.bias
+    assert relative_error(block(x, sites), x + block.gamma * h) <= 1e-12
+    fresh = ConvNeXt(TINY, version=1)
+    assert all(torch.equal(p, torch.full_like(p, 1e-6)) for n, p in fresh.named_parameters() if "gamma" in n)
+    assert not any("grn" in name for name in fresh.state_dict())
+
+
+def test_layer_scale_takes_no_weight_decay_and_the_rate_of_its_block() -> None:
+    encoder = ConvNeXt(TINY, version=1, num_classes=3)
+    scales = layer_scales((name for name, _ in encoder.named_parameters()), TINY[0], decay=0.5, decay_type="single")
+    optimizer = build_adamw(encoder, weight_decay=0.1, betas=(0.9, 0.95), scales=scales)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for i, j in ((0, 0), (1, 0), (2, 0), (2, 1), (3, 0)):
+        block = encoder.stages[i][j]  # pyright: ignore[reportIndexIssue]
+        gamma, weight = groups[id(block.gamma)], groups[id(block.pwconv1.weight)]
+        assert (gamma["weight_decay"], weight["weight_decay"]) == (0, 0.1)
+        assert gamma["lr_scale"] == weight["lr_scale"]
 
 
 @pytest.mark.parametrize(
@@ -170,9 +217,13 @@ def test_with_classes_the_output_is_the_head_over_the_norm_over_the_mean() -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["dense", "masked", "packed"])
-def test_autocast_is_close_to_float32_and_its_gradients_are_finite(layout: Layout, dtype: torch.dtype) -> None:
-    encoder = small_encoder(stem_stride=2).float()
+@pytest.mark.parametrize(
+    ("version", "layout"), [(2, "dense"), (2, "masked"), (2, "packed"), (1, "dense"), (1, "packed")]
+)
+def test_autocast_is_close_to_float32_and_its_gradients_are_finite(
+    version: Version, layout: Layout, dtype: torch.dtype
+) -> None:
+    encoder = small_encoder(stem_stride=2, version=version).float()
     images = smooth_images(2, 3, 64, 64, torch.float32)
     ids = None if layout == "dense" else some_ids(2, 16, 6)
     expected = encoder.features(images, ids, layout)

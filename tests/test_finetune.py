@@ -532,6 +532,25 @@ def test_auto_is_taken_from_init_from_said_and_kept_for_the_resumed_run(
     assert "mean: auto" in capsys.readouterr().out
 
 
+def test_grn_can_be_dropped_and_added_at_fine_tuning(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_grn, without = tmp_path / "run", tmp_path / "without"
+    start = (*arguments, "train.max_steps=1", "train.ema_decay=null", "optim.base_lr=0", "optim.min_lr=0")
+    assert run(*start) == 0
+    capsys.readouterr()
+    assert run(*start, f"output={without}", f"init_from={with_grn}", "model.response=none") == 0
+    assert "none in place of grn" in capsys.readouterr().out
+    assert run(*start, f"output={tmp_path / 'again'}", f"init_from={without}", "model.response=grn") == 0
+    assert "grn in place of none" in capsys.readouterr().out
+    first, dropped, again = weights(with_grn), weights(without), weights(tmp_path / "again")
+    assert set(first) - set(dropped) == {name for name in first if ".grn." in name}
+    assert first.keys() == again.keys()
+    assert all(torch.equal(dropped[name], first[name]) for name in dropped)
+    assert all(torch.equal(again[name], first[name]) for name in dropped)
+    assert not any(again[name].any() for name in again if ".grn." in name)
+
+
 def test_what_has_no_classifier_cannot_be_evaluated(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

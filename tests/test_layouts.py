@@ -66,6 +66,19 @@ def test_every_layout_agrees_with_masked(
     assert all(grad.abs().max() > 0 for grad in masked.values())
 
 
+@pytest.mark.parametrize("stem_stride", [4, 1])
+@pytest.mark.parametrize("layout", SPARSE)
+def test_every_layout_computes_version_1_alike(layout: Layout, stem_stride: int) -> None:
+    encoder = small_encoder(version=1, stem_stride=stem_stride)
+    patch = encoder.patch_size
+    images = torch.randn(2, 3, 2 * patch, 3 * patch, dtype=torch.float64)
+    for ids, reference in ((some_ids(2, 6, 3), "masked"), (torch.arange(6).expand(2, 6), "dense")):
+        expected = features_and_gradients(encoder, images, None if reference == "dense" else ids, reference)
+        assert_same(features_and_gradients(encoder, images, ids, layout), expected)
+        assert all(expected[name].abs().max() > 0 for name in expected)
+    assert expected["stages.2.1.gamma"].shape == (24,)
+
+
 @pytest.mark.parametrize("filling", [1e3, float("nan")])
 @pytest.mark.parametrize("layout", SPARSE)
 def test_hidden_pixels_never_reach_the_encoder(layout: Layout, filling: float) -> None:

@@ -301,6 +301,20 @@ def test_packed_and_masked_train_alike_and_resume_each_other(arguments: list[str
     assert list(losses(tmp_path / "masked")) == list(range(1, 15))
 
 
+def test_other_masks_and_targets_train_and_resume_to_the_bit(arguments: list[str], tmp_path: Path) -> None:
+    arguments = [*arguments, "model.mask_shape=block", "model.mask_group=2", "model.target=hog"]
+    assert run(*arguments) == 0
+    assert weights(tmp_path / "run")["decoder.pred.bias"].shape == (2 * 2 * 9 * 3,)
+    again = f"output={tmp_path / 'again'}"
+    assert run(*arguments, again) == 0
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000012")
+    assert run(*arguments, again, "resume=auto") == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "again")
+    assert losses(tmp_path / "run")[12] < losses(tmp_path / "run")[1]
+    pictures = (tmp_path / name / "reconstructions" / "step-00000012.png" for name in ("run", "again"))
+    assert len({path.read_bytes() for path in pictures}) == 1
+
+
 def test_bf16_and_clipping_train(arguments: list[str], tmp_path: Path) -> None:
     assert (
         run(*arguments, "train.precision=bf16", "optim.clip_grad=1.0", "train.max_steps=60", "optim.base_lr=0.3")
@@ -612,6 +626,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("data.image_size=[32,30]", ["width 30", "24 and 32"]),
         ("data.image_size=8", ["at least two patches"]),
         ("model.mask_ratio=1", ["model.mask_ratio"]),
+        ("model.mask_shape=blocks", ["model.mask_shape", "'random', 'block' or 'grid'", "'blocks'"]),
+        ("model.mask_group=3", ["model.mask_group", "1, 2 or 4"]),
+        ("data.image_size=24 model.mask_group=2", ["data.image_size", "mask_group=2", "3 x 3", "of 2 patches"]),
+        ("model.target=sift", ["model.target", "'pixels' or 'hog'"]),
         ("model.variant=atoo", ["model", "unknown variant 'atoo'", "atto"]),
         ("optim.base_rl=1", ["did you mean 'optim.base_lr'?"]),
         ("init_from=/nowhere/at/all", ["/nowhere/at/all"]),
@@ -621,7 +639,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, parts: list[str]
 ) -> None:
-    line = failure(capsys, *arguments, override)
+    line = failure(capsys, *arguments, *override.split())
     assert all(part in line for part in parts), line
     assert not (tmp_path / "run").exists()
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-import transformers
 from conftest import TINY, randomise, relative_error, small_encoder
 from safetensors.torch import save_file
 from weight_files import MEAN, NAMES, STD, same
 
 from fcmae import FCMAE, ConvNeXt, load_encoder
+from fcmae.encoder.convnext import Version
+from fcmae.encoder.responses import RESPONSES
 from fcmae.errors import UserError
-from fcmae.weights.base import IMAGENET, Preprocessing, describe_encoder, load_network
+from fcmae.weights.base import IMAGENET, Preprocessing, describe_encoder, load_network, version_of
 from fcmae.weights.official import dense_to_official_sparse
 from fcmae.weights.read import FORMATS, find_weights, interpret, read_weights
 from fcmae.weights.timm import to_timm, write_timm_folder
@@ -48,15 +48,14 @@ def test_every_format_is_recognised_whatever_the_file_is_called(tmp_path: Path) 
         assert read_weights(str(tmp_path / name)).kind == "timm"
 
 
-def test_each_format_recognises_its_own_names_only() -> None:
-    state = small_encoder().state_dict()
-    states = {
-        "timm": to_timm(state),
-        "transformers": to_transformers(state),
-        "official": state,
-        "official-sparse": dense_to_official_sparse(state),
-    }
+@pytest.mark.parametrize("version", [1, 2])
+def test_each_format_recognises_its_own_names_only(version: Version) -> None:
+    state = small_encoder(version=version).state_dict()
+    states = {"timm": to_timm(state), "transformers": to_transformers(state), "official": state}
+    if version == 2:
+        states["official-sparse"] = dense_to_official_sparse(state)
     for name, tensors in states.items():
+        assert version_of(tensors) == version
         assert [form.name for form in FORMATS.values() if form.recognises(tensors)] == [name]
 
 
@@ -88,19 +87,36 @@ def test_a_wrapped_or_whole_model_is_unwrapped() -> None:
     assert same(interpret(Path("x"), model.state_dict()).tensors, model.encoder.state_dict())
 
 
-def test_weights_of_v1_are_refused() -> None:
-    config = transformers.ConvNextConfig(depths=list(TINY[0]), hidden_sizes=list(TINY[1]))
-    with torch.device("meta"):
-        v1 = [timm.create_model("convnext_atto").state_dict(), transformers.ConvNextModel(config).state_dict()]
-    v1.append(timm.create_model("convnext_atto", ls_init_value=None, device="meta").state_dict())
-    v1.append({"downsample_layers.0.0.weight": torch.zeros(8, 3, 4, 4), "stages.0.0.gamma": torch.zeros(8)})
-    for state in v1:
-        with pytest.raises(UserError, match=r"^x.*: ConvNeXt V1 weights"):
-            interpret(Path("x"), state)
+@pytest.mark.parametrize("response", sorted(RESPONSES))
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_bare_file_tells_its_version_and_whether_it_has_grn(
+    version: Version, response: str, tmp_path: Path
+) -> None:
+    encoder = small_encoder(version=version, response=response).float()
+    torch.save(encoder.state_dict(), tmp_path / "x.pth")
+    if response in ("none", "grn", "lrn"):
+        found = load_encoder(tmp_path / "x.pth")
+        assert found.version == version
+        assert found.response == {"lrn": "none"}.get(response, response)  # LRN has no parameters to tell it by
+        assert same(found.state_dict(), encoder.state_dict())
+    else:
+        with pytest.raises(UserError, match=r"x\.pth .*grn\.\w.*, of another response than GRN.*; give the run or"):
+            read_weights(tmp_path / "x.pth")
+
+
+def test_half_a_version_is_refused() -> None:
+    state = small_encoder(version=1).state_dict()
+    for odd in (
+        {name: value for name, value in state.items() if name != "stages.0.0.gamma"},
+        small_encoder(version=2).state_dict() | {"stages.1.0.gamma": torch.zeros(16)},
+        state | {"stages.0.0.grn.gamma": torch.zeros(1, 1, 1, 32)},
+    ):
+        with pytest.raises(UserError, match=r"^x: official dense weights of a ConvNeXt V1 .* tensors differ: "):
+            interpret(Path("x"), odd)
 
 
 def test_other_networks_are_refused_with_a_glimpse_of_their_names() -> None:
-    with pytest.raises(UserError, match=r"^x: no ConvNeXt V2.*it holds 2 tensors: 'conv1\.weight', 'fc\.bias'"):
+    with pytest.raises(UserError, match=r"^x: no ConvNeXt in .*it holds 2 tensors: 'conv1\.weight', 'fc\.bias'"):
         interpret(Path("x"), {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)})
     with pytest.raises(UserError, match=r"^x: .*it holds no tensors"):
         interpret(Path("x"), {})
@@ -140,7 +156,7 @@ def test_the_classifier_can_be_kept_dropped_or_replaced(tmp_path: Path) -> None:
         assert relative_error(load_encoder(tmp_path / "x.pth")(images), classifier(images)) == 0
         assert relative_error(classifier.head(features(images)), classifier(images)) <= 1e-6
     other = load_encoder(tmp_path / "x.pth", num_classes=9, drop_path=0.5)
-    assert other.head.weight.shape == (9, 32)
+    assert other.state_dict()["head.weight"].shape == (9, 32)
     assert torch.equal(other.state_dict()["norm.weight"], classifier.state_dict()["norm.weight"])
     torch.save(features.state_dict(), tmp_path / "features.pth")
     assert same(load_encoder(tmp_path / "features.pth").state_dict(), features.state_dict())
@@ -272,8 +288,10 @@ def test_weights_of_another_variant_are_refused_with_both_names() -> None:
 @pytest.mark.parametrize("name", ["atto", "tiny", "huge"])
 def test_a_variant_is_recognised_by_its_tensors(name: str) -> None:
     with torch.device("meta"):
-        assert describe_encoder(FCMAE(name).state_dict()) == name
-    assert describe_encoder({"weight": torch.zeros(1)}) == "no ConvNeXt V2"
+        for version in (1, 2):
+            state = FCMAE(name, version=version).state_dict()
+            assert (describe_encoder(state), version_of(state)) == (name, version)
+    assert describe_encoder({"weight": torch.zeros(1)}) == "no ConvNeXt"
     assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXt(((1, 1, 1, 1), (8, 8, 16, 16))).state_dict())
 
 

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import ROOT, TINY, randomise, small_encoder
+from conftest import ROOT, TINY, randomise, small_encoder, smooth_images
 from PIL import Image
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
@@ -24,18 +24,21 @@ from weight_files import MEAN, NAMES, STD, classifier, same, weights_of
 from fcmae import load_encoder
 from fcmae.data import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.responses import RESPONSES
 from fcmae.errors import UserError
 from fcmae.evaluation.inference import Picture, classify
+from fcmae.load import network_of
 from fcmae.weights.base import Weights, build_encoder
-from fcmae.weights.export import FORMATS, export
+from fcmae.weights.export import FORMATS, export, write_folder
 from fcmae.weights.read import read_weights
 
 LIGHT = ("timm", "transformers", "official", "plain")
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("to", LIGHT)
-def test_a_classifier_comes_back_whole(to: str, tmp_path: Path) -> None:
-    weights = classifier()
+def test_a_classifier_comes_back_whole(to: str, version: int, tmp_path: Path) -> None:
+    weights = classifier(version=version)
     written = export(weights, to, tmp_path / "out")
     assert written.difference <= 1e-10
     back = read_weights(tmp_path / "out")
@@ -45,9 +48,11 @@ def test_a_classifier_comes_back_whole(to: str, tmp_path: Path) -> None:
     assert back.preprocessing.completed(encoder) == weights.preprocessing.completed(encoder)
 
 
-@pytest.mark.parametrize("to", [*LIGHT, "official-sparse"])
-def test_an_encoder_comes_back_whole(to: str, tmp_path: Path) -> None:
-    kwargs: dict[str, Any] = {"in_chans": 5, "stem_stride": 1}
+@pytest.mark.parametrize(
+    ("to", "version"), [*((to, version) for to in LIGHT for version in (1, 2)), ("official-sparse", 2)]
+)
+def test_an_encoder_comes_back_whole(to: str, version: int, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = {"in_chans": 5, "stem_stride": 1, "version": version}
     weights = weights_of(small_encoder(**kwargs), mean=(0.5,) * 5, std=(0.2,) * 5, image_size=(16, 16))
     export(weights, to, tmp_path / "out")
     assert same(read_weights(tmp_path / "out").tensors, weights.tensors)
@@ -59,6 +64,74 @@ def test_what_a_format_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path)
         export(classifier(stem_stride=2), "timm", tmp_path / "out")
     with pytest.raises(UserError, match=r"--to official-sparse: the official sparse code has no classifier"):
         export(classifier(), "official-sparse", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+UNUSUAL = [
+    # arguments of ConvNeXt, the words for it
+    *(({"response": name}, f"V2 with response={name}") for name in RESPONSES if name not in ("none", "grn")),
+    ({"version": 1, "response": "layer_norm"}, "V1 with response=layer_norm"),
+    ({"grn": {"aggregation": "l1"}}, "V2 with grn.aggregation=l1"),
+    ({"grn": {"residual": False}}, "V2 with grn.residual=False"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "words"), UNUSUAL, ids=[words for _, words in UNUSUAL])
+def test_what_stands_at_grns_place_is_held_by_programs_and_plain_files_alone(
+    kwargs: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    weights = unusual(**kwargs)
+    for to in ("timm", "transformers", "official", "official-sparse"):
+        with pytest.raises(UserError) as caught:
+            export(weights, to, tmp_path / "out")
+        held = f"--to {to}: cannot hold a ConvNeXt {words}; choose from plain, onnx, torch-export"
+        assert str(caught.value) == held
+    assert export(weights, "plain", tmp_path / "out").difference <= 1e-10
+    assert_reads_back(tmp_path / "out", weights)
+
+
+def unusual(**kwargs: Any) -> Weights:
+    """A classifier's weights that say what network it is, as a run's do."""
+    network = {key: value for key, value in kwargs.items() if key in ("response", "grn")}
+    return classifier(**kwargs)._replace(network=network)
+
+
+def assert_reads_back(folder: Path, weights: Weights) -> None:
+    back, wanted = read_weights(folder), build_encoder(weights)
+    assert same(back.tensors, weights.tensors)
+    assert back.preprocessing == weights.preprocessing.completed(wanted)
+    found = build_encoder(back).eval()
+    assert network_of(found) == network_of(wanted)
+    images = smooth_images(1, 3, 64, 64).float()
+    with torch.no_grad():
+        assert torch.equal(found(images), wanted.eval()(images))
+
+
+@pytest.mark.parametrize(("kwargs", "words"), UNUSUAL[-2:], ids=[words for _, words in UNUSUAL[-2:]])
+def test_a_run_leaves_a_plain_folder_of_a_network_that_timm_lacks(
+    kwargs: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    weights = unusual(**kwargs)
+    ordinary = classifier()
+    write_folder(build_encoder(ordinary), ordinary.preprocessing, tmp_path)
+    assert "timm.create_model(" in (tmp_path / "README.md").read_text()
+    write_folder(build_encoder(weights), weights.preprocessing, tmp_path)  # in place of the other
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert_reads_back(tmp_path, weights)
+    card = (tmp_path / "README.md").read_text()
+    assert f"**fcmae alone computes this network**, a ConvNeXt {words}: timm" in card
+    assert 'fcmae.load_encoder("' in card
+    assert "create_model" not in card
+
+
+def test_grn_or_nothing_at_the_other_versions_place_is_refused_where_there_is_no_such(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="official-sparse: cannot hold a ConvNeXt V1; choose from timm, transf"):
+        export(weights_of(small_encoder(version=1)), "official-sparse", tmp_path / "out")
+    for to in ("transformers", "official"):
+        with pytest.raises(
+            UserError, match=f"{to}: cannot hold a ConvNeXt V1 with response=grn; choose from timm,"
+        ):
+            export(classifier(version=1, response="grn"), to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

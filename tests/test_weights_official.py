@@ -10,10 +10,24 @@ from conftest import TINY, randomise, relative_error, small_encoder, some_ids
 from torch import Tensor, nn
 from weight_files import classifier, same
 
+from fcmae import load_encoder
 from fcmae.encoder.convnext import ConvNeXt
 from fcmae.encoder.minkowski import import_engine
 from fcmae.weights.export import export
 from fcmae.weights.official import dense_to_official_sparse, from_official_dense, official_sparse_to_dense
+
+
+def test_v1_has_the_official_names_and_shapes_and_its_classifier_is_read_from_under_model(tmp_path: Path) -> None:
+    encoder = small_encoder(version=1, num_classes=3).float()
+    state = encoder.state_dict()
+    block = ("gamma", "dwconv.weight", "dwconv.bias", "norm.weight", "norm.bias")
+    block += ("pwconv1.weight", "pwconv1.bias", "pwconv2.weight", "pwconv2.bias")
+    assert {name.removeprefix("stages.2.1.") for name in state if name.startswith("stages.2.1.")} == set(block)
+    assert state["stages.2.1.gamma"].shape == (24,)
+    torch.save({"model": state}, tmp_path / "convnext.pth")
+    found = load_encoder(tmp_path / "convnext.pth")
+    assert (found.version, found.response, found.num_classes) == (1, "none", 3)
+    assert same(found.state_dict(), state)
 
 
 def test_official_names_there_and_back_are_the_identity() -> None:

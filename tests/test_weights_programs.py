@@ -33,12 +33,14 @@ def run_program(folder: Path, images: Tensor) -> Tensor:
     return torch.export.load(folder / "model.pt2").module()(images).detach()
 
 
-@pytest.mark.parametrize("stem_stride", [4, 1])
+@pytest.mark.parametrize(("stem_stride", "version"), [(4, 2), (1, 2), (4, 1)])
 @pytest.mark.parametrize(("to", "compute"), [("onnx", run_onnx), ("torch-export", run_program)])
-def test_a_program_takes_any_batch_and_size(to: str, compute: Any, stem_stride: int, tmp_path: Path) -> None:
-    weights = classifier(stem_stride=stem_stride)
+def test_a_program_takes_any_batch_and_size(
+    to: str, compute: Any, stem_stride: int, version: int, tmp_path: Path
+) -> None:
+    weights = classifier(stem_stride=stem_stride, version=version)
     export(weights, to, tmp_path / "out")
-    encoder = small_encoder(num_classes=3, stem_stride=stem_stride).float().eval()
+    encoder = small_encoder(num_classes=3, stem_stride=stem_stride, version=version).float().eval()
     encoder.load_state_dict(weights.tensors)
     sizes = [(1, 3, 64, 64), (3, 3, 96, 70), (2, 3, 65, 224), (5, 3, 101, 160)]
     if stem_stride == 1:

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from weight_files import MEAN, NAMES, STD, same, weights_of
 
-from fcmae.encoder.convnext import VARIANTS, ConvNeXt
-from fcmae.weights.base import Preprocessing
+from fcmae.encoder.convnext import VARIANTS, ConvNeXt, Version
+from fcmae.errors import UserError
+from fcmae.weights.base import Preprocessing, build_encoder
 from fcmae.weights.export import export
-from fcmae.weights.read import read_weights
+from fcmae.weights.read import interpret, read_weights
 from fcmae.weights.timm import enlarge_stem, from_timm, shrink_stem, timm_config, to_timm, write_timm_folder
 
 
@@ -24,10 +25,13 @@ def timm_model(name: str, **kwargs: Any) -> Any:
     return timm.create_model(name, **kwargs)
 
 
-@pytest.mark.parametrize("variant", ["atto", "pico", "tiny"])
-def test_timm_gives_the_same_logits(variant: str) -> None:
-    ours = randomise(ConvNeXt(variant, num_classes=10).double(), std=0.3).eval()
-    theirs = timm_model(f"convnextv2_{variant}", num_classes=10, dtype=torch.float64).eval()
+FAMILIES = {1: "convnext", 2: "convnextv2"}
+
+
+@pytest.mark.parametrize(("version", "variant"), [(2, "atto"), (2, "pico"), (2, "tiny"), (1, "atto"), (1, "tiny")])
+def test_timm_gives_the_same_logits(version: Version, variant: str) -> None:
+    ours = randomise(ConvNeXt(variant, version=version, num_classes=10).double(), std=0.3).eval()
+    theirs = timm_model(f"{FAMILIES[version]}_{variant}", num_classes=10, dtype=torch.float64).eval()
     state = ours.state_dict()
     theirs.load_state_dict(to_timm(state), strict=True)
     for size in ((64, 64), (70, 101)):  # also where windows of the stem and the downsampling are not filled
@@ -38,10 +42,12 @@ def test_timm_gives_the_same_logits(variant: str) -> None:
     assert same(to_timm(from_timm(theirs.state_dict())), theirs.state_dict())
 
 
-@pytest.mark.parametrize("variant", ["atto", "tiny"])
-def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_features(variant: str) -> None:
-    ours = randomise(ConvNeXt(variant).double(), std=0.3).eval()
-    theirs = timm_model(f"convnextv2_{variant}", num_classes=0, dtype=torch.float64).eval()
+@pytest.mark.parametrize(("version", "variant"), [(2, "atto"), (2, "tiny"), (1, "femto")])
+def test_an_encoder_without_classes_loads_strictly_into_timm_and_gives_the_same_features(
+    version: Version, variant: str
+) -> None:
+    ours = randomise(ConvNeXt(variant, version=version).double(), std=0.3).eval()
+    theirs = timm_model(f"{FAMILIES[version]}_{variant}", num_classes=0, dtype=torch.float64).eval()
     theirs.load_state_dict(to_timm(ours.state_dict()), strict=True)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
@@ -57,13 +63,60 @@ def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
     assert same(to_timm(from_timm(to_timm(state))), to_timm(state))
 
 
-def test_every_variant_has_the_names_and_shapes_of_timms() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_variant_has_the_names_and_shapes_of_timms(version: Version) -> None:
     for variant in VARIANTS:
         with torch.device("meta"):
-            ours = ConvNeXt(variant, num_classes=1000).state_dict()
-        theirs = timm_model(f"convnextv2_{variant}", device="meta").state_dict()
-        shapes = {name: tensor.shape for name, tensor in to_timm(ours).items()}
+            ours = ConvNeXt(variant, version=version, num_classes=1000)
+        config = timm_config(ours, Preprocessing())
+        named = config["architecture"] == f"{FAMILIES[version]}_{variant}"
+        assert named == ("model_args" not in config) == ((version, variant) not in {(1, "huge"), (2, "xlarge")})
+        theirs = timm_model(config["architecture"], device="meta", **config.get("model_args", {})).state_dict()
+        shapes = {name: tensor.shape for name, tensor in to_timm(ours.state_dict()).items()}
         assert shapes == {name: tensor.shape for name, tensor in theirs.items()}, variant
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("response", ["none", "grn"])
+def test_timm_holds_both_versions_with_and_without_grn(version: Version, response: str, tmp_path: Path) -> None:
+    encoder = small_encoder(version=version, response=response, num_classes=3)
+    weights = weights_of(encoder, class_names=NAMES)
+    assert export(weights, "timm", tmp_path / "out").difference <= 1e-10
+    back = build_encoder(read_weights(tmp_path / "out"))
+    assert (back.version, back.response) == (version, response)
+    assert same(back.state_dict(), weights.tensors)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == f"{FAMILIES[version]}_tiny"
+    paper = {1: "arXiv:2201.03545", 2: "arXiv:2301.00808"}[version]
+    assert config["pretrained_cfg"]["paper_ids"] == paper
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith(f"# ConvNeXt V{version} (1, 1, 2, 1), (8, 16, 24, 32): 3 classes\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("convnext_atto_ols", r"an overlapping stem \(timm's convnext_\*_ols\), which fcmae lacks"),
+        ("convnext_nano_ols", "an overlapping stem"),
+        ("convnext_tiny_hnf", r"the norm before the pooling \(timm's convnext_\*_hnf\), which fcmae lacks"),
+        ("convnext_large_mlp", r"a hidden layer in its classifier \(timm's convnext_\*_mlp\), which fcmae lacks"),
+        ("convnext_atto_rms", r"missing downsample_layers\.0\.1\.bias"),
+        ("convnext_xxlarge", "timm's convnext_xxlarge, whose norms have another eps"),
+    ],
+)
+def test_timms_other_convnexts_are_refused_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        interpret(Path("x"), timm_model(name, device="meta").state_dict())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_timms_with_what_tensors_do_not_show_is_refused(tmp_path: Path) -> None:
+    write_timm_folder(small_encoder(version=1).float(), Preprocessing(MEAN, STD, (64, 64)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] |= {"act_layer": "relu", "norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="made with another act_layer and norm_eps, which fcmae lacks"):
+        read_weights(tmp_path)
 
 
 def test_a_final_norm_that_does_something_is_kept() -> None:
@@ -80,8 +133,8 @@ def test_unknown_keys_are_refused_by_name() -> None:
         to_timm(state | extra)
     with pytest.raises(ValueError, match=r"unknown keys 'encoder\.norm\.weight'$"):
         to_timm(state | {"encoder.norm.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"unknown keys 'stages\.0\.blocks\.0\.gamma'$"):
-        from_timm(to_timm(state) | {"stages.0.blocks.0.gamma": torch.zeros(8)})
+    with pytest.raises(ValueError, match=r"unknown keys 'stages\.0\.blocks\.0\.beta'$"):
+        from_timm(to_timm(state) | {"stages.0.blocks.0.beta": torch.zeros(8)})
     with pytest.raises(ValueError, match=r"unknown keys 'stages\.4\.0\.norm\.weight'$"):
         to_timm(state | {"stages.4.0.norm.weight": torch.zeros(8)})
 

@@ -14,28 +14,30 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from weight_files import MEAN, NAMES, STD, classifier, same
 
 from fcmae.data import PixelNormalizer, cover
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.convnext import VARIANTS, ConvNeXt, Version
 from fcmae.errors import UserError
-from fcmae.weights.base import Preprocessing
+from fcmae.weights.base import Preprocessing, build_encoder
 from fcmae.weights.export import export
 from fcmae.weights.read import read_weights
 from fcmae.weights.transformers import from_transformers, to_transformers
 
 
-def small_transformers(num_classes: int, **kwargs: Any) -> Any:
+def small_transformers(num_classes: int, *, version: Version = 2, **kwargs: Any) -> Any:
     """transformers' float64 network of variant `TINY`."""
     names = {i: str(i) for i in range(num_classes)}
-    config = transformers.ConvNextV2Config(
+    kind = {1: "ConvNext", 2: "ConvNextV2"}[version]
+    config = getattr(transformers, f"{kind}Config")(
         depths=list(TINY[0]), hidden_sizes=list(TINY[1]), id2label=names, layer_norm_eps=1e-6, **kwargs
     )
-    kind = transformers.ConvNextV2ForImageClassification if num_classes else transformers.ConvNextV2Model
-    return kind(config).double().eval()
+    kind += "ForImageClassification" if num_classes else "Model"
+    return getattr(transformers, kind)(config).double().eval()
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("stem_stride", [4, 2, 1])
-def test_transformers_gives_the_same_logits(stem_stride: int) -> None:
-    ours = small_encoder(num_classes=10, stem_stride=stem_stride).eval()
-    theirs = small_transformers(10, patch_size=stem_stride)
+def test_transformers_gives_the_same_logits(stem_stride: int, version: Version) -> None:
+    ours = small_encoder(num_classes=10, stem_stride=stem_stride, version=version).eval()
+    theirs = small_transformers(10, patch_size=stem_stride, version=version)
     theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
@@ -43,8 +45,10 @@ def test_transformers_gives_the_same_logits(stem_stride: int) -> None:
     assert same(from_transformers(theirs.state_dict()), ours.state_dict())
 
 
-def test_transformers_gives_the_same_features() -> None:
-    ours, theirs = small_encoder(in_chans=5).eval(), small_transformers(0, num_channels=5)
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_gives_the_same_features(version: Version) -> None:
+    ours = small_encoder(in_chans=5, version=version).eval()
+    theirs = small_transformers(0, num_channels=5, version=version)
     theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True)
     images = torch.randn(2, 5, 64, 96, dtype=torch.float64)
     with torch.no_grad():
@@ -53,9 +57,9 @@ def test_transformers_gives_the_same_features() -> None:
 
 
 @pytest.mark.parametrize("num_classes", [0, 7])
-@pytest.mark.parametrize("variant", ["atto", TINY])
-def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
-    state = randomise(ConvNeXt(variant, num_classes=num_classes)).state_dict()
+@pytest.mark.parametrize(("version", "variant"), [(2, "atto"), (2, TINY), (1, "atto"), (1, TINY)])
+def test_there_and_back_is_the_identity(version: Version, variant: Any, num_classes: int) -> None:
+    state = randomise(ConvNeXt(variant, version=version, num_classes=num_classes)).state_dict()
     theirs = to_transformers(state)
     assert same(from_transformers(theirs), state)
     assert same(to_transformers(from_transformers(theirs)), theirs)
@@ -74,6 +78,29 @@ def test_transformers_loads_it_with_names_and_the_same_pixels(tmp_path: Path) ->
     ours = PixelNormalizer(MEAN, STD)(pixels)
     assert theirs.shape == (1, 3, 64, 64)
     assert float((theirs[0] - ours).abs().max()) <= 1.01 / 255 / min(STD)  # a step of 8 bits, from rounding
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_variant_has_the_names_and_shapes_of_transformers(version: Version) -> None:
+    kind = {1: "ConvNext", 2: "ConvNextV2"}[version]
+    for depths, dims in VARIANTS.values():
+        config = getattr(transformers, f"{kind}Config")(depths=list(depths), hidden_sizes=list(dims), num_labels=7)
+        with torch.device("meta"):
+            ours = to_transformers(ConvNeXt((depths, dims), version=version, num_classes=7).state_dict())
+            theirs = getattr(transformers, f"{kind}ForImageClassification")(config).state_dict()
+        assert {name: v.shape for name, v in ours.items()} == {name: v.shape for name, v in theirs.items()}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_transformers_holds_networks_without_grn(version: Version, tmp_path: Path) -> None:
+    weights = classifier(version=version, response="none")
+    assert export(weights, "transformers", tmp_path / "out").difference <= 1e-10
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
+        "ConvNextForImageClassification"
+    ]
+    back = build_encoder(read_weights(tmp_path / "out"))
+    assert (back.version, back.response) == (version, "none")
+    assert same(back.state_dict(), weights.tensors)
 
 
 def save_folder(folder: Path, prepare: dict[str, Any]) -> None:

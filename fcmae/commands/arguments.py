@@ -48,10 +48,7 @@ def load_source(options: argparse.Namespace) -> "Weights":
 
 def report_source(weights: "Weights") -> None:
     """Print which weights were taken, and what had to be assumed of them."""
-    from fcmae.weights.base import describe_encoder
-
-    network = describe_encoder(weights.tensors)
-    print(f"{weights.path}: {weights.description}, ConvNeXt V2 {network}", file=sys.stderr)
+    print(f"{weights.path}: {weights.description}, {weights.network_name}", file=sys.stderr)
     unknown = [name for name in ("mean", "std", "image_size") if getattr(weights.preprocessing, name) is None]
     if unknown:
         print(

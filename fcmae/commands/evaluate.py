@@ -11,7 +11,7 @@ from fcmae.config import DataSection, EvaluateConfig, override_config, parse_con
 from fcmae.errors import UserError, blame
 
 if TYPE_CHECKING:
-    from fcmae.encoder.convnext import ConvNeXt
+    from fcmae.encoder.base import Network
     from fcmae.evaluation.probes import Splits
     from fcmae.weights.base import Weights
 
@@ -61,7 +61,7 @@ def images_of(weights: "Weights") -> dict[str, Any]:
 
 
 def measure(
-    encoder: "ConvNeXt", splits: "Splits", data: DataSection, *, knn: bool, linear: bool, name: str
+    encoder: "Network", splits: "Splits", data: DataSection, *, knn: bool, linear: bool, name: str
 ) -> dict[str, Any]:
     """Return the accuracies of frozen features: `knn`, by number of neighbours, and `linear`."""
     from fcmae.data import PixelNormalizer
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
 
     from fcmae.data import open_source, seeded
-    from fcmae.encoder import ConvNeXt
+    from fcmae.encoder.networks import build_network
     from fcmae.evaluation.probes import labelled_splits
     from fcmae.patches import grid_shape
     from fcmae.weights.base import build_encoder
@@ -148,9 +148,7 @@ def main(argv: list[str]) -> int:
     result |= measure(encoder, splits, data, **wanted, name="features")
     if options.baseline:
         with seeded(0):
-            random = ConvNeXt(
-                (encoder.depths, encoder.dims), in_chans=encoder.in_chans, stem_stride=encoder.stem_stride
-            )
+            random = build_network(**encoder.arguments)
         result["baseline"] = measure(random, splits, data, **wanted, name="random encoder")
     if options.json:
         print(json.dumps(result))

@@ -21,7 +21,8 @@ class ConvNeXtDecoder(nn.Module):
 
     Args:
         in_dims: widths of the encoder's stages; only the last is read.
-        out_dim: values per patch, patch * patch * in_chans.
+        out_dim: values per patch.
+        out_side: not read, as a 1x1 prediction knows no order of its values.
         dim: width of the decoder.
         depth: number of blocks.
         block: builds a block of so many channels.
@@ -34,6 +35,7 @@ class ConvNeXtDecoder(nn.Module):
         in_dims: Sequence[int],
         out_dim: int,
         *,
+        out_side: int,
         dim: int = 512,
         depth: int = 1,
         block: Callable[[int], Block] = Block,

@@ -5,21 +5,18 @@ Version 1 scales each branch by a learnt factor per channel (LayerScale), versio
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version, require_ids, require_images
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
 from fcmae.encoder.minkowski import MinkowskiSites, import_engine
 from fcmae.encoder.packed import PackedSites
 from fcmae.encoder.responses import GRN, OWN_PARTS, Response, make_response
 from fcmae.patches import grid_shape
-
-Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
-Version = Literal[1, 2]
-Variant = str | tuple[tuple[int, ...], tuple[int, ...]]
 
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     # name: (depths, dims), V2's Appendix A.1 and V1's section 3; "small" and "xlarge" are V1's, "huge" is V2's
@@ -181,7 +178,7 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(MaskedNetwork):
     """ConvNeXt V1 or V2 encoder and classifier with the official dense parameter names.
 
     Without classes the final LayerNorm has no parameters: released FCMAE weights and our own pretrained
@@ -225,6 +222,7 @@ class ConvNeXt(nn.Module):
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"drop_path must lie in [0, 1), got {drop_path}")
         self.depths, self.dims = resolve_variant(variant)
+        self.variant = variant_name(self.depths, self.dims) or (self.depths, self.dims)
         self.version: Version = version
         self.response = resolve_response(version, response)
         self.grn = {**OWN_PARTS, **(grn or {})} if self.response == "grn" else {}
@@ -256,17 +254,33 @@ class ConvNeXt(nn.Module):
         self.head = nn.Linear(self.dims[-1], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
+    @property
+    def classifier_layer(self) -> nn.Module:
+        return self.head
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return ("norm.", "head.")
+
+    @property
+    def layer_depths(self) -> tuple[int, ...]:
+        return self.depths
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        own = {"version": self.version, "response": self.response, "grn": self.grn, "stem_stride": self.stem_stride}
+        return super().arguments | own
+
+    def require_layout(self, layout: Layout) -> None:
+        require_layout(layout)
+
     def sites(self, images: Tensor, visible_ids: Tensor | None, layout: Layout) -> Sites:
         """Return the first stage's layout for these images; "auto" is packed with `visible_ids`, else dense.
 
         Raises:
             ValueError: if shapes do not fit, or the layout is unknown or needs ids that are missing.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(
-                f"images must be (b, {self.in_chans}, height, width), got {tuple(images.shape)}: "
-                "in_chans and the data must agree"
-            )
+        require_images(images, self.in_chans)
         height, width = images.shape[2], images.shape[3]
         if layout == "auto":
             layout = "dense" if visible_ids is None else "packed"
@@ -280,13 +294,7 @@ class ConvNeXt(nn.Module):
         require_layout(layout)
         if visible_ids is None:
             raise ValueError(f"layout {layout!r} needs visible_ids")
-        if visible_ids.dtype != torch.int64 or visible_ids.ndim != 2 or len(visible_ids) != len(images):
-            raise ValueError(
-                f"visible_ids must be int64 (b, p) with b = {len(images)}, "
-                f"got {visible_ids.dtype} {tuple(visible_ids.shape)}"
-            )
-        if not 1 <= visible_ids.shape[1] <= grid[0] * grid[1]:
-            raise ValueError(f"{visible_ids.shape[1]} visible patches do not fit a grid of {grid[0]} x {grid[1]}")
+        require_ids(visible_ids, len(images), grid)
         return LAYOUTS[layout](grid, visible_ids)
 
     def _block(self, block: nn.Module, x: Tensor, sites: Sites) -> Tensor:

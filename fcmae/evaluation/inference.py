@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from fcmae.config import PretrainConfig
 from fcmae.data.images import PIL_MODES, decode, refuse_pages
 from fcmae.data.views import PixelNormalizer, cover
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.base import Network
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
@@ -93,7 +93,7 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
 
 @torch.inference_mode()
 def classify(
-    network: ConvNeXt,
+    network: Network,
     images: Iterable[Picture],
     *,
     preprocessing: Preprocessing,
@@ -157,10 +157,11 @@ def reconstruct_images(
     Raises:
         ValueError: if a mask ratio is not inside (0, 1).
     """
-    normalize = PixelNormalizer(config.data.mean, config.data.std).to(model.decoder.mask_token.device)
+    normalize = PixelNormalizer(config.data.mean, config.data.std).to(next(model.parameters()).device)
     for image in images:
         before = image.pixels.shape[1], image.pixels.shape[2]
-        after = fit_to_patches(*before, patch=model.patch_size, area=math.prod(config.data.size))
+        masked_together = model.patch_size * model.mask_group
+        after = fit_to_patches(*before, patch=masked_together, area=math.prod(config.data.size))
         pixels = v2.functional.resize(
             image.pixels, list(after), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
         )

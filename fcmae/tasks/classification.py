@@ -28,7 +28,8 @@ from fcmae.data import (
     overlap,
     share_of_each_class,
 )
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.base import Network
+from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError, blame
 from fcmae.metrics import accuracies, accuracy, confusion_matrix, per_class
 
@@ -121,17 +122,17 @@ def validation_set(
 # The network and its loss
 
 
-def build_classifier(config: FinetuneConfig, num_classes: int) -> ConvNeXt:
-    """Return an untrained dense ConvNeXt V2 whose classifier has small weights.
+def build_classifier(config: FinetuneConfig, num_classes: int) -> Network:
+    """Return an untrained dense network whose classifier has small weights.
 
     Raises:
         UserError: if there is no such network.
     """
     with blame("model"):
-        model = ConvNeXt(**config.model.network, num_classes=num_classes)
-    assert isinstance(model.head, nn.Linear)
+        model = build_network(**config.model.network, num_classes=num_classes)
+    assert isinstance(model.classifier_layer, nn.Linear)
     with torch.no_grad():
-        model.head.weight.mul_(config.model.head_init_scale)
+        model.classifier_layer.weight.mul_(config.model.head_init_scale)
     return model
 
 

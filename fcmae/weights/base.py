@@ -1,4 +1,4 @@
-"""What formats of ConvNeXt V2 weights share: weights, preprocessing, names, the interface; knows no one of them."""
+"""What formats of ConvNeXt weights share: weights, preprocessing, names, the interface; knows no one of them."""
 
 import json
 import re
@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.encoder.convnext import ConvNeXt, variant_name
+from fcmae.encoder.base import Network
+from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
+from fcmae.encoder.networks import build_network
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError
 from fcmae.files import write_json
 from fcmae.tensors import load_strictly, misfits
@@ -79,7 +82,7 @@ class Preprocessing(NamedTuple):
         }
         return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
 
-    def completed(self, encoder: ConvNeXt) -> "Preprocessing":
+    def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
         Only class names may stay unknown.
@@ -153,7 +156,7 @@ OUR_NAMES: Names = {
 }
 """Every name of a `ConvNeXt`, which are the official dense ones."""
 
-OURS = "a ConvNeXt V2 encoder in official dense names"
+OURS = "a ConvNeXt encoder in official dense names"
 
 
 def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]:
@@ -205,11 +208,14 @@ def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[i
     missing = [name for name in convs if name not in state]
     missing += [f"stages.{i}.0" for i in range(4) if not blocks[i]]
     if missing:
-        raise ValueError(f"not a whole ConvNeXt V2 encoder: {', '.join(missing)} missing")
+        raise ValueError(f"not a whole ConvNeXt encoder: {', '.join(missing)} missing")
     for name in convs:
         if state[name].ndim != 4:
             raise ValueError(f"{name} is {tuple(state[name].shape)}, no convolution's weight")
     return tuple(1 + max(numbers) for numbers in blocks), tuple(state[name].shape[0] for name in convs)
+
+
+NO_CONVNEXT = "no ConvNeXt"
 
 
 def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
@@ -222,9 +228,30 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
         if found and value.ndim > 1:
             blocks[int(found[1])][int(found[2])] = value.shape[1 if found[3] == "kernel" else 0]
     if not all(blocks):
-        return "no ConvNeXt V2"
+        return NO_CONVNEXT
     depths, dims = [len(stage) for stage in blocks], [next(iter(stage.values())) for stage in blocks]
     return variant_name(tuple(depths), tuple(dims)) or f"depths {depths}, dims {dims}"
+
+
+def version_of(names: Collection[str]) -> Version:
+    """Tell the version by the names of tensors in any format: the first has LayerScale."""
+    scales = (name for name in names if name.endswith((".gamma", ".layer_scale_parameter")))
+    return 1 if any(".grn." not in name for name in scales) else 2
+
+
+def response_of(names: Collection[str]) -> str:
+    """Tell what stands at GRN's place by our names: GRN as the paper has it, or nothing.
+
+    Raises:
+        ValueError: for another's parameters.
+    """
+    parts = {name.partition(".grn.")[2] for name in names if ".grn." in name}
+    if other := sorted(parts - {"gamma", "beta"}):
+        raise ValueError(
+            f"its blocks hold grn.{other[0]}, of another response than GRN, and nothing beside it says which; give "
+            "the run or the exported folder"
+        )
+    return "grn" if parts else "none"
 
 
 def idle_norm(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -251,7 +278,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Weights(NamedTuple):
-    """The weights of a ConvNeXt V2, and what is known of their use."""
+    """The weights of a ConvNeXt, and what is known of their use."""
 
     path: Path
     """The file they were read from."""
@@ -265,7 +292,21 @@ class Weights(NamedTuple):
     ema: bool = False
     """Whether they are an EMA of the trained weights."""
     network: Mapping[str, Any] = NOTHING
-    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them."""
+    """What tensors do not show: `response` and `grn`, arguments of `ConvNeXt`; none where nothing says them. Of
+    another network all arguments of `build_network`, `variant` among them, which says that it is another."""
+    classifier: str = "head"
+    """What the tensors of the classifier's last layer are called, see `Network`."""
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return count_classes(self.tensors, self.classifier)
+
+    @property
+    def network_name(self) -> str:
+        """The network for people, such as "ConvNeXt V2 atto" or "timm/resnet50"."""
+        name = f"ConvNeXt V{version_of(self.tensors)} {describe_encoder(self.tensors)}"
+        return self.network.get("variant") or name
 
     @property
     def description(self) -> str:
@@ -275,15 +316,15 @@ class Weights(NamedTuple):
         return f"{self.kind}, EMA" if self.ema else self.kind
 
 
-def count_classes(tensors: Mapping[str, Tensor]) -> int:
-    """Outputs of the classifier in tensors by our names; 0 without one."""
-    head = tensors.get("head.weight")
+def count_classes(tensors: Mapping[str, Tensor], classifier: str = "head") -> int:
+    """Outputs of the classifier in tensors by our names, or one called otherwise; 0 without one."""
+    head = tensors.get(f"{classifier}.weight")
     return 0 if head is None or head.ndim != 2 else head.shape[0]
 
 
 def build_untrained(
     tensors: Mapping[str, Tensor], *, num_classes: int, drop_path: float = 0.0, network: Mapping[str, Any] = NOTHING
-) -> ConvNeXt:
+) -> Network:
     """Build the untrained network that has these tensors, by our names, and so many classes.
 
     Args:
@@ -292,12 +333,14 @@ def build_untrained(
     Raises:
         ValueError: if they are no whole encoder's.
     """
+    if "variant" in network:
+        return build_network(**network, num_classes=num_classes, drop_path=drop_path)
     depths, dims = encoder_shape(tensors)
     stem = tensors["downsample_layers.0.0.weight"]
     encoder = ConvNeXt(
         (depths, dims),
-        version=1 if "stages.0.0.gamma" in tensors else 2,
-        response=network.get("response") or ("grn" if "stages.0.0.grn.gamma" in tensors else "none"),
+        version=version_of(tensors),
+        response=network.get("response") or response_of(tensors),
         grn=network.get("grn"),
         in_chans=stem.shape[1],
         num_classes=num_classes,
@@ -310,13 +353,13 @@ def build_untrained(
 
 
 def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load tensors strictly into a ConvNeXt V2 or what contains one; as `load_strictly`, but names both variants.
+    """Load tensors strictly into a ConvNeXt or what contains one; as `load_strictly`, but names both variants.
 
     Raises:
         UserError: naming `source`, both variants and up to ten tensors that differ.
     """
     problems = misfits(module, tensors)
-    if problems:
+    if problems and describe_encoder(module.state_dict()) != NO_CONVNEXT:
         raise UserError(
             f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
             f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
@@ -324,7 +367,7 @@ def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path 
     load_strictly(module, tensors, source)
 
 
-def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> ConvNeXt:
+def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path: float = 0.0) -> Network:
     """Build the network of `weights`, in float32, with them in it.
 
     Args:
@@ -335,11 +378,11 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
     """
     tensors = dict(weights.tensors)
     if num_classes is None:
-        num_classes = count_classes(tensors)
-    if num_classes != count_classes(tensors):
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+        num_classes = weights.num_classes
+    if num_classes != weights.num_classes:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{weights.classifier}.")}
     encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network)
-    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(("norm.", "head."))}
+    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(encoder.head_names)}
     load_network(encoder, fresh | tensors, weights.path)
     return encoder
 
@@ -349,23 +392,25 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way to store a ConvNeXt V2: how it is recognised, read, written and checked against the network."""
+    """A way to store a ConvNeXt: how it is recognised, read, written and checked against the network."""
 
     name: str
     """Of `fcmae export --to NAME`."""
-    write: Callable[[ConvNeXt, Preprocessing, Path], None]
+    write: Callable[[Any, Preprocessing, Path], None]
     """(network in float32, its preprocessing, an existing folder) -> files with tensors and description in it.
 
     Raises ValueError for a network that the format cannot hold, ImportError for a missing package."""
     compute: Callable[[Path, Tensor], Tensor]
     """(folder, images) -> what the network in the folder gives, in the images' dtype."""
-    how: Callable[[ConvNeXt, Path], str]
+    how: Callable[[Any, Path], str]
     """(network, folder) -> the code that loads what was written."""
+    networks: Collection[tuple[Version, str]] | None = None
+    """(version, response) of the networks that it can hold, whose GRN is the paper's; None for all there are."""
     dtype: torch.dtype = torch.float64
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
-    prepend_preprocessing: Callable[[ConvNeXt, Preprocessing, Path], None] | None = None
+    prepend_preprocessing: Callable[[Any, Preprocessing, Path], None] | None = None
     """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
     probabilities, which is checked; of formats that can.
 
@@ -379,8 +424,13 @@ class Format:
 
     Raises ValueError for names or shapes that are not the format's, UserError for a damaged description."""
 
+    def holds(self, encoder: ConvNeXt) -> bool:
+        """Whether the format has what stands at GRN's place in this network."""
+        own = (encoder.version, encoder.response)
+        return self.networks is None or (own in self.networks and encoder.grn in ({}, OWN_PARTS))
+
     @torch.no_grad()
-    def verify(self, encoder: ConvNeXt, folder: Path) -> float:
+    def verify(self, encoder: Network, folder: Path) -> float:
         """Load what was written to `folder` and compute with it, on random images of two sizes and batch sizes.
 
         Returns:
@@ -418,12 +468,11 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
         yield values if isinstance(values, dict) else {}
 
 
-def write_description(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     """Write our `config.json`, for formats that have no place for preprocessing and class names."""
-    network = {
-        name: getattr(encoder, name)
-        for name in ("depths", "dims", "version", "response", "grn", "in_chans", "num_classes", "stem_stride")
-    }
+    network = encoder.arguments | {"num_classes": encoder.num_classes}
+    if isinstance(encoder, ConvNeXt):
+        network |= {"depths": encoder.depths, "dims": encoder.dims}
     write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
 
 

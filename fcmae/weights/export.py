@@ -1,13 +1,30 @@
-"""A network in the formats of others: written aside, checked against ours on random images, then given its name."""
+"""A network in the formats of others, checked against ours before it gets its name; and the folder a run leaves."""
 
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from fcmae.encoder.base import Network
+from fcmae.encoder.convnext import ConvNeXt, resolve_response
+from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes
-from fcmae.weights.base import Weights, build_encoder
+from fcmae.weights.base import Preprocessing, Weights, build_encoder
+from fcmae.weights.card import write_card
+from fcmae.weights.networks import OTHER_FORMATS, folder_format
+from fcmae.weights.official import PLAIN
 from fcmae.weights.read import FORMATS
+from fcmae.weights.timm import CODE as TIMM_CODE
+from fcmae.weights.timm import TIMM, write_timm_folder
+
+CODE = """import fcmae
+
+model = fcmae.load_encoder("PATH/OF/THIS/FOLDER").eval()"""
+
+WARNING = """
+**fcmae alone computes this network**, a {}: timm, transformers and the official code have no such.
+`fcmae export THIS_FOLDER --to onnx` or `--to torch-export` makes a program of it that others run.
+"""
 
 
 class Exported(NamedTuple):
@@ -18,6 +35,33 @@ class Exported(NamedTuple):
     """Largest on random images, relative to the largest output."""
     how: str
     """To load it."""
+
+
+def describe_response(encoder: ConvNeXt) -> str:
+    """Name the version and, where it is not the version's own, what stands at GRN's place, in words of a config."""
+    parts = [f"grn.{part}={value}" for part, value in encoder.grn.items() if value != OWN_PARTS[part]]
+    own = encoder.response == resolve_response(encoder.version, "auto")
+    what = [*([] if own else [f"response={encoder.response}"]), *parts]
+    return " ".join([f"ConvNeXt V{encoder.version}", *(["with", ", ".join(what)] if what else [])])
+
+
+def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write what a run leaves: a folder that timm loads, or, of a network that timm lacks, a plain one.
+
+    We read both back exactly; the card in the folder says who else does.
+
+    Raises:
+        ValueError: if preprocessing does not fit the network.
+    """
+    if isinstance(network, ConvNeXt) and TIMM.holds(network):
+        return write_timm_folder(network, preprocessing, folder)
+    use = preprocessing.completed(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    form = PLAIN if isinstance(network, ConvNeXt) else folder_format(str(network.variant))
+    form.write(network, use, folder)
+    what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
+    timm = form.name == "timm"
+    write_card(network, use, folder, code=TIMM_CODE if timm else CODE, warning="" if timm else WARNING.format(what))
 
 
 def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:
@@ -33,13 +77,19 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
             written computes something else; then nothing is left.
     """
-    form = FORMATS[to]
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output {output}: exists already; name another folder")
+    encoder = build_encoder(weights).eval()
+    formats = FORMATS if encoder.family == "convnext" else OTHER_FORMATS[encoder.family]
+    if to not in formats:
+        raise UserError(f"--to {to}: holds our ConvNeXt alone, not {encoder.variant}; take {', '.join(formats)}")
+    form = formats[to]
     if with_preprocessing and form.prepend_preprocessing is None:
         able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)
         raise UserError(f"--with-preprocessing: not for --to {to}, only for {able}")
-    encoder = build_encoder(weights).eval()
+    if isinstance(encoder, ConvNeXt) and not form.holds(encoder):
+        able = ", ".join(name for name, other in FORMATS.items() if other.holds(encoder))
+        raise UserError(f"--to {to}: cannot hold a {describe_response(encoder)}; choose from {able}")
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(encoder)
     needed = 2**20 + sum(value.nbytes for value in encoder.state_dict().values())

@@ -9,7 +9,7 @@ import torch
 from einops import EinopsError, rearrange
 from torch import Tensor
 
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.convnext import ConvNeXt, Version
 from fcmae.tensors import read_safetensors, write_safetensors
 from fcmae.weights.base import (
     MODEL,
@@ -22,6 +22,7 @@ from fcmae.weights.base import (
     build_encoder,
     convert,
     read_description,
+    read_network,
     without_idle_norm,
     write_description,
 )
@@ -41,7 +42,9 @@ SPARSE_NAMES: Names = {
     "stages.{stage}.{block}.grn.gamma": "stages.{stage}.{block}.grn.gamma",
     "stages.{stage}.{block}.grn.beta": "stages.{stage}.{block}.grn.beta",
 }
-"""Every name there is; it has no final norm and no classifier. `_kernel_to_weight` and (1, c) are its shapes."""
+"""Every name there is, of version 2 alone; it has no final norm and no classifier.
+
+`_kernel_to_weight` and (1, c) are its shapes."""
 
 
 def _without_decoder(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -60,8 +63,9 @@ def from_official_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: if a key is unknown.
     """
+    grn = (".grn.gamma", ".grn.beta")
     out = convert(_without_decoder(state), OUR_NAMES, OURS)
-    return without_idle_norm({name: v.reshape(1, 1, 1, -1) if ".grn." in name else v for name, v in out.items()})
+    return without_idle_norm({name: v.reshape(1, 1, 1, -1) if name.endswith(grn) else v for name, v in out.items()})
 
 
 def _kernel_to_weight(kernel: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ def official_sparse_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ) from error
 
     table = {sparse: ours for ours, sparse in SPARSE_NAMES.items()} | dict(OUR_NAMES)
-    return convert(_without_decoder(state), table, "an official ConvNeXt V2 encoder over MinkowskiEngine", reshape)
+    return convert(_without_decoder(state), table, "an official ConvNeXt encoder over MinkowskiEngine", reshape)
 
 
 def dense_to_official_sparse(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,8 +134,9 @@ def is_dense(names: Collection[str]) -> bool:
     return (stem in names or f"encoder.{stem}" in names) and not is_sparse(names)
 
 
-def _compute(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-    return build_encoder(Weights(Path(TORCH_FILE), tensors, "")).to(images.dtype).eval()(images)
+def _compute(tensors: dict[str, Tensor], folder: Path, images: Tensor) -> Tensor:
+    weights = Weights(folder, tensors, "", network=read_network(folder))
+    return build_encoder(weights).to(images.dtype).eval()(images)
 
 
 def _official(
@@ -140,6 +145,7 @@ def _official(
     recognises: Callable[[Collection[str]], bool],
     to_ours: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     from_ours: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    networks: Collection[tuple[Version, str]],
 ) -> Format:
     """A file as the official scripts save and load them, our description beside it."""
 
@@ -148,11 +154,12 @@ def _official(
         write_description(encoder, preprocessing, folder)
 
     def compute(folder: Path, images: Tensor) -> Tensor:
-        return _compute(to_ours(torch.load(folder / TORCH_FILE, weights_only=True)["model"]), images)
+        return _compute(to_ours(torch.load(folder / TORCH_FILE, weights_only=True)["model"]), folder, images)
 
     return Format(
         name=name,
         kind=kind,
+        networks=networks,
         recognises=recognises,
         read=lambda state, folder: (to_ours(state), read_description(folder)),
         write=write,
@@ -161,13 +168,21 @@ def _official(
     )
 
 
-DENSE = _official("official", "official dense", is_dense, from_official_dense, dict)
+DENSE = _official(
+    "official",
+    "official dense",
+    is_dense,
+    from_official_dense,
+    dict,
+    networks=((1, "none"), (2, "none"), (2, "grn")),
+)
 SPARSE = _official(
     "official-sparse",
     "official sparse (MinkowskiEngine)",
     is_sparse,
     official_sparse_to_dense,
     dense_to_official_sparse,
+    networks=((2, "grn"),),
 )
 
 
@@ -179,7 +194,7 @@ def write_plain(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -
 PLAIN = Format(
     name="plain",
     write=write_plain,
-    compute=lambda folder, images: _compute(from_official_dense(read_safetensors(folder / MODEL)), images),
+    compute=lambda folder, images: _compute(from_official_dense(read_safetensors(folder / MODEL)), folder, images),
     how=lambda encoder, folder: f'safetensors.torch.load_file("{folder / MODEL}")',
 )
 """Read as `DENSE` is, whose names it has."""

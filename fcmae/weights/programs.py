@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.base import Network
 from fcmae.weights.base import Format, Preprocessing, write_description
 
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 
 
-def _example(encoder: ConvNeXt) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+def _example(encoder: Network) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
     """Example inputs of the network, and their axes that may take other sizes."""
     patch = encoder.patch_size
     # sides of less than two patches end as one site, which torch would take for a constant
@@ -25,7 +25,7 @@ def _example(encoder: ConvNeXt) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any
     return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),), (axes,)
 
 
-def write_onnx(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def write_onnx(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     import onnxruntime  # noqa: F401  # before the export, which takes longer than reporting that it is missing
 
     images, axes = _example(encoder)
@@ -97,7 +97,7 @@ def _preparing(use: Preprocessing) -> list[Any]:
     return nodes
 
 
-def prepend_preprocessing(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give probabilities.
 
     Raises:
@@ -141,7 +141,7 @@ def prepend_preprocessing(encoder: ConvNeXt, preprocessing: Preprocessing, folde
         raise ValueError(f"--with-preprocessing: probabilities differ from the network's by {difference:.1e}")
 
 
-def write_program(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
+def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     images, (axes,) = _example(encoder)
     # torch 2.8 cannot prove for dimensions with names what it need not prove for those without
     free = {axis: torch.export.Dim.DYNAMIC(min=dim.min) for axis, dim in axes.items()}

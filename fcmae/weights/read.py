@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError, blame
 from fcmae.tensors import misfits, read_safetensors
 from fcmae.weights.base import (
     MODEL,
+    NO_CONVNEXT,
     Format,
     Preprocessing,
     Weights,
@@ -22,6 +24,7 @@ from fcmae.weights.base import (
     describe_encoder,
     read_network,
 )
+from fcmae.weights.networks import folder_format, read_variant
 from fcmae.weights.official import DENSE, PLAIN, SPARSE
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
 from fcmae.weights.timm import TIMM
@@ -102,7 +105,7 @@ def recognise(state: Mapping[str, Tensor]) -> Format:
     if found is None:
         names = ", ".join(map(repr, list(state)[:3]))
         raise ValueError(
-            "no ConvNeXt V2 in our, timm's, transformers' or the official names; "
+            "no ConvNeXt in our, timm's, transformers' or the official names; "
             + (f"it holds {len(state)} tensors: {names}, ..." if state else "it holds no tensors")
         )
     return found
@@ -116,7 +119,7 @@ def interpret(
     preprocessing: Preprocessing | None = None,
     network: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """Return the ConvNeXt V2 that is in tensors of any format.
+    """Return the ConvNeXt that is in tensors of any format.
 
     Args:
         file: where they come from, for messages.
@@ -126,21 +129,23 @@ def interpret(
         network: likewise, see `Weights`.
 
     Raises:
-        UserError: if they are no whole ConvNeXt V2; the message names the file.
+        UserError: if they are no whole ConvNeXt; the message names the file.
     """
     for prefix in ("module.", "_orig_mod.") * 2:  # left by DistributedDataParallel and torch.compile
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     like = describe_encoder(state)
-    with blame(str(file) if like == "no ConvNeXt V2" else f"{file} (most like {like})"):
-        form = recognise(state)
+    with blame(str(file) if like == NO_CONVNEXT else f"{file} (most like {like})"):
+        network = read_variant(folder) or read_network(folder) if network is None else network
+        form = folder_format(network["variant"]) if "variant" in network else recognise(state)
         assert form.read is not None
         tensors, described = form.read(state, folder)
-        network = read_network(folder) if network is None else network
-        num_classes = count_classes(tensors)
         with torch.device("meta"):
+            classifier = build_network(**network).classifier if "variant" in network else "head"
+            num_classes = count_classes(tensors, classifier)
             untrained = build_untrained(tensors, num_classes=num_classes, network=network)
             problems = misfits(untrained, tensors)
+    weights = Weights(file, tensors, form.kind, network=network, classifier=classifier)
     known = preprocessing or described
     if not num_classes:
         known = known._replace(class_names=None)
@@ -148,14 +153,14 @@ def interpret(
         raise UserError(f"{file}: {num_classes} classes, but the files beside it name {len(known.class_names)}")
     if problems:
         raise UserError(
-            f"{file}: {form.kind} weights of a ConvNeXt V2 {describe_encoder(tensors)}, "
+            f"{file}: {form.kind} weights of {weights.network_name}, "
             f"but {len(problems)} tensors differ: {'; '.join(problems[:10])}"
         )
-    return Weights(file, tensors, form.kind, known, network=network)
+    return weights._replace(preprocessing=known)
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
-    """Read the weights of a ConvNeXt V2 in any format, recognised by content; a pickle's code is never run.
+    """Read the weights of a ConvNeXt in any format, recognised by content; a pickle's code is never run.
 
     Args:
         path: an exported folder or file of weights (safetensors or PyTorch): ours, timm's, transformers' or the
@@ -163,7 +168,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> Weights:
         ema: take the EMA of the weights, which scripts of timm and the official code keep beside them.
 
     Raises:
-        UserError: if there are none, or they are damaged or no whole ConvNeXt V2; the message names the file.
+        UserError: if there are none, or they are damaged or no whole ConvNeXt; the message names the file.
     """
     file = find_weights(Path(path))
     folder = file.parent if file.name in WEIGHT_FILES else None

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fcmae.encoder.convnext import ConvNeXt, variant_name
-from fcmae.files import write_json, write_text
+from fcmae.encoder.convnext import ConvNeXt, Version, resolve_response, variant_name
+from fcmae.files import write_json
 from fcmae.patches import grid_shape
 from fcmae.tensors import write_safetensors
 from fcmae.weights.base import (
@@ -23,6 +23,7 @@ from fcmae.weights.base import (
     idle_norm,
     without_idle_norm,
 )
+from fcmae.weights.card import write_card
 
 NAMES: Names = {
     # ours (official dense)                  timm
@@ -31,6 +32,7 @@ NAMES: Names = {
     "stages.{stage}.{block}.dwconv.{p}": "stages.{stage}.blocks.{block}.conv_dw.{p}",
     "stages.{stage}.{block}.norm.{p}": "stages.{stage}.blocks.{block}.norm.{p}",
     "stages.{stage}.{block}.pwconv{n}.{p}": "stages.{stage}.blocks.{block}.mlp.fc{n}.{p}",
+    "stages.{stage}.{block}.gamma": "stages.{stage}.blocks.{block}.gamma",
     "stages.{stage}.{block}.grn.gamma": "stages.{stage}.blocks.{block}.mlp.grn.weight",
     "stages.{stage}.{block}.grn.beta": "stages.{stage}.blocks.{block}.mlp.grn.bias",
     "norm.{p}": "head.norm.{p}",
@@ -39,10 +41,23 @@ NAMES: Names = {
 """Every name there is; besides, GRN is (1, 1, 1, c) here and (c,) there, and `CONV_MLP` reshapes pwconv."""
 
 CONV_MLP = ("atto", "femto", "pico", "nano")
-"""The variants whose pwconv1 and pwconv2 timm holds as 1x1 convolutions (out, in, 1, 1)."""
+"""The variants, of both versions, whose pwconv1 and pwconv2 timm holds as 1x1 convolutions (out, in, 1, 1)."""
 
-CARD = "README.md"
-"""What the Hugging Face Hub shows of a folder."""
+FAMILIES: dict[Version, tuple[str, str]] = {1: ("convnext", "2201.03545"), 2: ("convnextv2", "2301.00808")}
+"""How timm's names of a version begin, and its paper."""
+
+LACKING = ("convnext_huge", "convnextv2_xlarge")
+"""Variants of ours that timm has no name for."""
+
+OTHERS = {
+    # a name in timm's ConvNeXts that are other networks: what they have
+    "stem.2.weight": "an overlapping stem (timm's convnext_*_ols)",
+    "norm_pre.weight": "the norm before the pooling (timm's convnext_*_hnf)",
+    "head.pre_logits.fc.weight": "a hidden layer in its classifier (timm's convnext_*_mlp)",
+}
+
+XXLARGE, XXLARGE_SHAPE = "convnext_xxlarge", ((3, 4, 30, 3), (384, 768, 1536, 3072))
+"""The one variant of timm's whose norms have another eps."""
 
 STEM_ENLARGEMENT = {4: 1, 2: 2, 1: 1}
 """How much larger timm has to see the images, by our stem_stride.
@@ -71,13 +86,15 @@ def to_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape the state dict of a timm convnextv2 for a `ConvNeXt`.
+    """Rename and reshape the state dict of a timm convnext or convnextv2 for a `ConvNeXt`.
 
     Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXt` without classes has none.
 
     Raises:
-        ValueError: if a key is unknown, as those of ConvNeXt V1 or of timm's patch_size 2 are.
+        ValueError: if a key is unknown, as those of timm's patch_size 2 are, or one of `OTHERS`.
     """
+    if found := next((what for name, what in OTHERS.items() if name in state), None):
+        raise ValueError(f"a network with {found}, which fcmae lacks")
 
     def reshape(name: str, tensor: Tensor) -> Tensor:
         if ".grn." in name:
@@ -85,7 +102,7 @@ def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return tensor[:, :, 0, 0] if ".mlp.fc" in name and tensor.ndim == 4 else tensor
 
     table = {theirs: ours for ours, theirs in NAMES.items()}
-    return without_idle_norm(convert(state, table, "a timm convnextv2", reshape))
+    return without_idle_norm(convert(state, table, "a timm convnext or convnextv2", reshape))
 
 
 def enlarge_stem(weight: Tensor, factor: int) -> Tensor:
@@ -98,21 +115,47 @@ def shrink_stem(weight: Tensor, factor: int) -> Tensor:
     return weight[:, :, ::factor, ::factor] * factor**2
 
 
+def read_preprocessing(config: Mapping[str, Any], enlargement: int = 1) -> Preprocessing:
+    """Read what timm's `config.json` says of images, whose sides are `enlargement` times ours."""
+    cfg = config.get("pretrained_cfg", config)
+    values = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    values["class_names"] = config.get("label_names", cfg.get("label_names"))
+    if "input_size" in cfg:
+        values["image_size"] = [side // enlargement for side in cfg["input_size"][1:]]
+    return Preprocessing.of(values)
+
+
+def describe_preprocessing(use: Preprocessing) -> dict[str, Any]:
+    """Return what timm's `config.json` says of images, but for their size."""
+    described: dict[str, Any] = {
+        "interpolation": use.interpolation,
+        "crop_pct": use.crop_pct,
+        "mean": list(use.mean),
+        "std": list(use.std),
+    }
+    return described | ({"label_names": list(use.class_names)} if use.class_names is not None else {})
+
+
 def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
-    """Read timm's tensors, and what `config.json` in `folder` says of them, if it is timm's."""
+    """Read timm's tensors, and what `config.json` in `folder` says of them, if it is timm's.
+
+    Raises:
+        ValueError: as `from_timm`, and for networks that differ in what tensors do not show.
+    """
     tensors = from_timm(state)
+    with description(folder) as config:
+        changed = {"act_layer", "norm_eps"} & dict(config.get("model_args", {})).keys()
+        architecture = config.get("architecture", XXLARGE)
+    if encoder_shape(tensors) == XXLARGE_SHAPE and architecture == XXLARGE:
+        raise ValueError(f"timm's {XXLARGE}, whose norms have another eps than those of fcmae")
+    if changed:
+        raise ValueError(f"made with another {' and '.join(sorted(changed))}, which fcmae lacks")
     with description(folder) as config:
         if "architecture" not in config:
             return tensors, Preprocessing()
         enlargement = STEM_ENLARGEMENT[config.get("stem_stride", 4)]
-        cfg = config.get("pretrained_cfg", config)
-        values = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
-        values["class_names"] = config.get("label_names", cfg.get("label_names"))
-        if "input_size" in cfg:
-            values["image_size"] = [side // enlargement for side in cfg["input_size"][1:]]
-        preprocessing = Preprocessing.of(values)
+        preprocessing = read_preprocessing(config, enlargement)
     if enlargement != 1:
-        encoder_shape(tensors)
         name = "downsample_layers.0.0.weight"
         tensors[name] = shrink_stem(tensors[name], enlargement)
     return tensors, preprocessing
@@ -128,10 +171,14 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
     height, width = use.image_size
     enlargement = STEM_ENLARGEMENT[encoder.stem_stride]
 
+    family, paper = FAMILIES[encoder.version]
     name = variant_name(encoder.depths, encoder.dims)
+    name = None if f"{family}_{name}" in LACKING else name
     model_args: dict[str, Any] = {}
     if name is None:
         model_args |= {"depths": list(encoder.depths), "dims": list(encoder.dims)}
+    if encoder.response != resolve_response(encoder.version, "auto"):
+        model_args["use_grn"] = encoder.response == "grn"
     if encoder.in_chans != 3:
         model_args["in_chans"] = encoder.in_chans
     if encoder.stem_stride * enlargement != 4:
@@ -141,16 +188,11 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
         "num_classes": encoder.num_classes,
         "input_size": [encoder.in_chans, height * enlargement, width * enlargement],
         "pool_size": list(grid_shape((height, width), encoder.patch_size)),
-        "interpolation": use.interpolation,
-        "crop_pct": use.crop_pct,
-        "mean": list(use.mean),
-        "std": list(use.std),
         "first_conv": "stem.0",
         "classifier": "head.fc",
-        "paper_ids": "arXiv:2301.00808",
+        "paper_ids": f"arXiv:{paper}",
+        **describe_preprocessing(use),
     }
-    if use.class_names is not None:
-        pretrained_cfg["label_names"] = list(use.class_names)
     if enlargement != 1:
         pretrained_cfg["description"] = (
             f"Trained by fcmae at {height} x {width} with stem_stride {encoder.stem_stride}, which timm lacks: "
@@ -158,7 +200,7 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
             f"{width * enlargement}; with pixels repeated the features are exactly the same."
         )
     return {
-        "architecture": f"convnextv2_{name or 'tiny'}",
+        "architecture": f"{family}_{name or 'tiny'}",
         "num_classes": encoder.num_classes,
         "num_features": encoder.dims[-1],
         "global_pool": "avg",
@@ -168,38 +210,26 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
     }
 
 
-def model_card(encoder: ConvNeXt, config: Mapping[str, Any]) -> str:
-    """Return what the folder of a network says of itself to people, as Markdown; `config` is its `timm_config`."""
-    use = config["pretrained_cfg"]
-    name = variant_name(encoder.depths, encoder.dims)
-    what = f"{encoder.num_classes} classes" if encoder.num_classes else "features, without classifier"
-    channels, height, width = use["input_size"]
-    enlargement = STEM_ENLARGEMENT[encoder.stem_stride]
-    warning = f"""
-**For images enlarged {enlargement} times.** It was trained at {height // enlargement} x {width // enlargement} with
-stem_stride {encoder.stem_stride}, which timm lacks. Its stem is rewritten here: timm takes the image at {height} x
-{width}, {enlargement} times as large, and then computes the same (exactly, where the enlargement repeats pixels;
-nearly, where it interpolates). Images of the original size give other, worse features.
-`fcmae.load_encoder` undoes this, and takes images of the original size.
-"""
-    return f"""# ConvNeXt V2 {name.capitalize() if name else f"{encoder.depths}, {encoder.dims}"}: {what}
-{warning if enlargement != 1 else ""}
-| | |
-|---|---|
-| images | {channels} channels, {height} x {width} pixels |
-| mean, std | {use["mean"]}, {use["std"]}, of pixels in [0, 1] |
-| resizing | {use["interpolation"]}, the centre {use["crop_pct"]:g} of the side cropped out |
-| total stride | {encoder.patch_size * enlargement} |
-
-```python
-import timm
+CODE = """import timm
 from timm.data import create_transform, resolve_model_data_config
 
 model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
-transform = create_transform(**resolve_model_data_config(model))
-```
+transform = create_transform(**resolve_model_data_config(model))"""
 
-Trained with fcmae (arXiv 2301.00808).
+
+def enlargement_warning(encoder: ConvNeXt, image_size: tuple[int, int]) -> str:
+    """Return what the card of a network for enlarged images has to say: nothing for others."""
+    enlargement = STEM_ENLARGEMENT[encoder.stem_stride]
+    if enlargement == 1:
+        return ""
+    height, width = image_size
+    large = f"{height * enlargement} x\n{width * enlargement}"
+    return f"""
+**For images enlarged {enlargement} times.** It was trained at {height} x {width} with
+stem_stride {encoder.stem_stride}, which timm lacks. Its stem is rewritten here: timm takes the image at {large}, \
+{enlargement} times as large, and then computes the same (exactly, where the enlargement repeats pixels;
+nearly, where it interpolates). Images of the original size give other, worse features.
+`fcmae.load_encoder` undoes this, and takes images of the original size.
 """
 
 
@@ -209,7 +239,7 @@ def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: P
     With stem_stride 2 timm's model takes images enlarged twice (see `STEM_ENLARGEMENT`).
 
     Raises:
-        ValueError: as `timm_config`.
+        ValueError: as `timm_config`, or if timm does not hold the network.
     """
     config = timm_config(encoder, preprocessing)
     state = to_timm(encoder.state_dict())
@@ -217,7 +247,16 @@ def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: P
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / MODEL, state)
     write_json(folder / CONFIG, config, indent=2)
-    write_text(folder / CARD, model_card(encoder, config))
+    use, enlargement = preprocessing.completed(encoder), STEM_ENLARGEMENT[encoder.stem_stride]
+    height, width = use.image_size
+    write_card(
+        encoder,
+        use._replace(image_size=(height * enlargement, width * enlargement)),
+        folder,
+        code=CODE,
+        stride=encoder.patch_size * enlargement,
+        warning=enlargement_warning(encoder, use.image_size),
+    )
 
 
 def write_same_size(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
@@ -243,6 +282,7 @@ def compute(folder: Path, images: Tensor) -> Tensor:
 TIMM = Format(
     name="timm",
     kind="timm",
+    networks=((1, "none"), (1, "grn"), (2, "none"), (2, "grn")),
     recognises=lambda names: "stem.0.weight" in names,
     read=read,
     write=write_same_size,

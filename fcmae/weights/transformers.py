@@ -1,5 +1,6 @@
-"""transformers' format: names of its ConvNextV2 models, and folders that `from_pretrained` loads."""
+"""transformers' format: names of its ConvNext and ConvNextV2 models, and folders that `from_pretrained` loads."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.convnext import ConvNeXt, Version
 from fcmae.weights.base import (
     OURS,
     Format,
@@ -17,19 +18,21 @@ from fcmae.weights.base import (
     description,
     encoder_shape,
     idle_norm,
+    response_of,
     without_idle_norm,
 )
 
 PREPROCESSOR = "preprocessor_config.json"
 
 NAMES: Names = {
-    # ours (official dense)                  transformers' ConvNextV2Model; with a classifier under "convnextv2."
+    # ours (official dense)                  transformers; with a classifier under "convnext." or "convnextv2."
     "downsample_layers.0.0.{p}": "embeddings.patch_embeddings.{p}",
     "downsample_layers.0.1.{p}": "embeddings.layernorm.{p}",
     "downsample_layers.{later}.{layer}.{p}": "encoder.stages.{later}.downsampling_layer.{layer}.{p}",
     "stages.{stage}.{block}.dwconv.{p}": "encoder.stages.{stage}.layers.{block}.dwconv.{p}",
     "stages.{stage}.{block}.norm.{p}": "encoder.stages.{stage}.layers.{block}.layernorm.{p}",
     "stages.{stage}.{block}.pwconv{n}.{p}": "encoder.stages.{stage}.layers.{block}.pwconv{n}.{p}",
+    "stages.{stage}.{block}.gamma": "encoder.stages.{stage}.layers.{block}.layer_scale_parameter",
     "stages.{stage}.{block}.grn.gamma": "encoder.stages.{stage}.layers.{block}.grn.weight",
     "stages.{stage}.{block}.grn.beta": "encoder.stages.{stage}.layers.{block}.grn.bias",
     "norm.{p}": "layernorm.{p}",
@@ -38,12 +41,20 @@ NAMES: Names = {
 """Every name there is; the shapes are ours."""
 
 
+KINDS: dict[tuple[Version, str], tuple[str, dict[str, Any]]] = {
+    # (version, response): what transformers calls it, arguments of its configuration
+    (1, "none"): ("ConvNext", {}),
+    (2, "none"): ("ConvNext", {"layer_scale_init_value": 0.0}),  # which leaves LayerScale out
+    (2, "grn"): ("ConvNextV2", {}),
+}
+
+
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the state dict of a `ConvNeXt` for transformers.
 
-    With a classifier it is one of `ConvNextV2ForImageClassification`, without of `ConvNextV2Model`; a state without
-    final norm gets one of weight 1 and bias 0. Their configuration must say `layer_norm_eps=1e-6`: its default is
-    another number.
+    With a classifier it is one of `ConvNextV2ForImageClassification`, without of `ConvNextV2Model`, or of
+    `ConvNext...` where there is no GRN; a state without final norm gets one of weight 1 and bias 0. Their
+    configuration must say `layer_norm_eps=1e-6`: its default is another number.
 
     Raises:
         ValueError: if a key is unknown, or the four stages are not all there.
@@ -52,20 +63,23 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out = convert(state, NAMES, OURS) | idle_norm(state, "layernorm")
     if "head.weight" not in state:
         return out
-    return {name if name.startswith("classifier.") else f"convnextv2.{name}": value for name, value in out.items()}
+    inner = "convnextv2" if response_of(state) == "grn" else "convnext"
+    return {name if name.startswith("classifier.") else f"{inner}.{name}": value for name, value in out.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state dict of a `ConvNextV2ForImageClassification` or `ConvNextV2Model` for a `ConvNeXt`.
+    """Rename the state dict of transformers' `ConvNext...` or `ConvNextV2...` for a `ConvNeXt`.
+
+    That is a `...ForImageClassification` or a `...Model`.
 
     Without classifier, a final norm of weight 1 and bias 0 is left out: a `ConvNeXt` without classes has none.
 
     Raises:
         ValueError: if a key is unknown.
     """
-    plain = {name.removeprefix("convnextv2."): value for name, value in state.items()}
+    plain = {re.sub(r"^convnext(v2)?\.", "", name): value for name, value in state.items()}
     table = {theirs: ours for ours, theirs in NAMES.items()}
-    return without_idle_norm(convert(plain, table, "a transformers ConvNextV2"))
+    return without_idle_norm(convert(plain, table, "a transformers ConvNext or ConvNextV2"))
 
 
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -117,7 +131,8 @@ def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None
     height, width = use.image_size
     transformers.utils.logging.disable_progress_bar()
     names = use.class_names or tuple(f"LABEL_{i}" for i in range(encoder.num_classes))
-    config = transformers.ConvNextV2Config(
+    kind, arguments = KINDS[encoder.version, encoder.response]
+    config = getattr(transformers, f"{kind}Config")(
         num_channels=encoder.in_chans,
         patch_size=encoder.stem_stride,
         hidden_sizes=list(encoder.dims),
@@ -126,9 +141,9 @@ def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None
         image_size=min(height, width),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
+        **arguments,
     )
-    kind = transformers.ConvNextV2ForImageClassification if encoder.num_classes else transformers.ConvNextV2Model
-    model = kind(config)
+    model = getattr(transformers, f"{kind}{'ForImageClassification' if encoder.num_classes else 'Model'}")(config)
     model.load_state_dict(to_transformers(encoder.state_dict()))
     model.save_pretrained(folder)
     # resizes and crops as we do; ConvNextImageProcessor would squash images at 384 px and above
@@ -155,8 +170,9 @@ def compute(folder: Path, images: Tensor) -> Tensor:
 TRANSFORMERS = Format(
     name="transformers",
     kind="transformers",
+    networks=KINDS.keys(),
     recognises=lambda names: any(
-        f"{prefix}embeddings.patch_embeddings.weight" in names for prefix in ("", "convnextv2.")
+        f"{prefix}embeddings.patch_embeddings.weight" in names for prefix in ("", "convnext.", "convnextv2.")
     ),
     read=read,
     write=write,

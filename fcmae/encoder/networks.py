@@ -1,0 +1,79 @@
+"""Networks by the name of their variant: our ConvNeXt, timm/NAME, roadmap/STEP; knows how none of them computes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from fcmae.encoder.base import Network, Variant, Version
+from fcmae.encoder.convnext import ConvNeXt
+from fcmae.encoder.responses import OWN_PARTS
+from fcmae.encoder.roadmap import Roadmap
+
+
+def _timm(name: str, **kwargs: Any) -> Network:
+    from fcmae.encoder.timm_networks import TimmNetwork  # which imports timm: two seconds
+
+    return TimmNetwork(name, **kwargs)
+
+
+class Family(NamedTuple):
+    """Networks whose variants begin alike, as those of timm do in timm/resnet50."""
+
+    build: Callable[..., Network]
+    """(name behind the slash, in_chans=, num_classes=, drop_path=) -> the network."""
+    keys: frozenset[str] = frozenset()
+    """Other arguments of `build_network` that `build` takes."""
+
+
+FAMILIES = {"timm": Family(_timm), "roadmap": Family(Roadmap, frozenset({"stem_stride"}))}
+"""By what their variants begin with."""
+
+OWN = {"version": 2, "response": "auto", "grn": OWN_PARTS, "stem_stride": 4}
+"""Arguments that not every family takes, as they are where they are not given."""
+
+
+def is_other(variant: Variant | None) -> bool:
+    """Whether a variant is of a family other than our ConvNeXt."""
+    return isinstance(variant, str) and "/" in variant
+
+
+def build_network(
+    variant: Variant,
+    *,
+    version: Version = 2,
+    response: str = "auto",
+    grn: Mapping[str, Any] | None = None,
+    in_chans: int = 3,
+    num_classes: int = 0,
+    stem_stride: int = 4,
+    drop_path: float = 0.0,
+) -> Network:
+    """Return the untrained network of a variant.
+
+    Args:
+        variant: of ConvNeXt, see `ConvNeXt`, or FAMILY/NAME of `FAMILIES`, such as timm/resnet50.
+        version, response, grn, stem_stride: of ConvNeXt, and of families that take them.
+        in_chans: channels of the images.
+        num_classes: outputs of the classifier; 0 gives pooled features instead.
+        drop_path: stochastic depth of the last block.
+
+    Raises:
+        ValueError: if there is no such network, or an argument is not for it.
+    """
+    own: dict[str, Any] = {
+        "version": version,
+        "response": response,
+        "grn": {**OWN_PARTS, **(grn or {})},
+        "stem_stride": stem_stride,
+    }
+    shared: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "drop_path": drop_path}
+    if not isinstance(variant, str) or not is_other(variant):
+        return ConvNeXt(variant, **own, **shared)
+    family, _, name = variant.partition("/")
+    if family not in FAMILIES:
+        known = " or ".join(f"{other}/NAME" for other in FAMILIES)
+        raise ValueError(f"unknown variant {variant!r}: before a slash stands {known}")
+    builder = FAMILIES[family]
+    for key in OWN.keys() - builder.keys:
+        if own.pop(key) != OWN[key]:
+            raise ValueError(f"{key} is for our ConvNeXt: leave model.{key} at {OWN[key]} with variant {variant}")
+    return builder.build(name, **own, **shared)
