@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "decode and shrink images once, for data.name=arrays",
     "pretrain": "pretrain FCMAE on images without labels",
     "evaluate": "k-NN and linear probe accuracy of an encoder's frozen features",
+    "diagnose": "feature collapse, layer by layer: cosine distance, dead and duplicate channels",
     "finetune": "fine-tune a classifier on labelled images, or evaluate one",
     "predict": "print the top classes of images",
     "reconstruct": "draw original | masked | reconstruction of images",

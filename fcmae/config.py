@@ -68,12 +68,18 @@ class ModelSection(EncoderSection):
     """The network: arguments of `fcmae.FCMAE`, by the same names."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_shape: Literal["random", "block", "grid"] = "random"
+    mask_group: Literal[1, 2, 4] = 1
+    """Side of the squares of patches that are hidden or shown together."""
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
     decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
+    """Pixels as a target are normalised patch by patch."""
+    target: Literal["pixels", "hog"] = "pixels"
+    """What is predicted of hidden patches: pixels, or histograms of oriented gradients."""
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
     @property
@@ -238,10 +244,12 @@ class ProbeSection(Section):
 
 
 class OnlineProbeSection(ProbeSection):
-    """k-NN accuracy during pretraining; the labels never reach the training."""
+    """k-NN accuracy and feature collapse during pretraining, which neither changes; labels never reach it."""
 
     knn_every_epochs: Annotated[float, Field(gt=0)] | None = None
     """Also before the first and after the last step; null for never."""
+    collapse_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """When to log the cosine distance of each stage's channels, likewise; needs no labels."""
     num_images: Positive | None = 10000
 
 
@@ -265,7 +273,7 @@ class RunConfig(Section):
     def _check_checkpointing(self) -> Self:
         if self.train.gradient_checkpointing and self.model.response == "batch_norm":
             raise ValueError(
-                "train.gradient_checkpointing=true runs each block twice, and model.response=batch_norm would count "
+                "train.gradient_checkpointing=true runs blocks twice, and model.response=batch_norm would count "
                 "its statistics twice: set train.gradient_checkpointing=false"
             )
         return self

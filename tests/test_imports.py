@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     # A room imports from rooms on earlier lines and from itself; rooms on one line do not know each other.
     {"errors"},
-    {"files", "seeding", "metrics", "patches", "masking"},
+    {"files", "seeding", "metrics", "patches", "masking", "hog"},
     {"tensors", "config"},
     {"ops"},
     {"encoder"},
@@ -39,7 +39,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 MODELS = {"fcmae.ops", "fcmae.encoder", "fcmae.decoder", "fcmae.loss", "fcmae.model"}
 DISK = {"fcmae.files", "fcmae.tensors", "safetensors", "json", "pathlib"}
-TRAINING = {"fcmae.masking.sample_visible_ids", "torch.optim", "accelerate", "timm"}
+TRAINING = {"fcmae.masking.sample_visible_ids", "fcmae.masking.MaskSampler", "torch.optim", "accelerate", "timm"}
 
 NEVER_REACHES = {
     # room: what no chain of our modules leads to from there, besides the rooms that are not below it
@@ -67,7 +67,16 @@ ONLY_IN = {
         "commands*",
         "__main__",
     },
-    "timm": {"data.*", "weights.*", "training.*", "tasks.*", "finetune", "decoder.transformer"},
+    "timm": {
+        "data.*",
+        "weights.*",
+        "training.*",
+        "tasks.*",
+        "evaluation.subjects",
+        "finetune",
+        "decoder.transformer",
+    },
+    "matplotlib": {"evaluation.diagnose_pictures"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},
