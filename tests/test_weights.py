@@ -111,7 +111,7 @@ def test_half_a_version_is_refused() -> None:
         small_encoder(version=2).state_dict() | {"stages.1.0.gamma": torch.zeros(16)},
         state | {"stages.0.0.grn.gamma": torch.zeros(1, 1, 1, 32)},
     ):
-        with pytest.raises(UserError, match=r"^x: official dense weights of a ConvNeXt V1 .* tensors differ: "):
+        with pytest.raises(UserError, match=r"^x: official dense weights of ConvNeXt V1 .* tensors differ: "):
             interpret(Path("x"), odd)
 
 
@@ -227,7 +227,7 @@ def test_missing_and_unexpected_keys_are_listed_up_to_ten_with_the_likely_varian
     for name in missing:
         del state[name]
     torch.save(state, tmp_path / "atto.pth")
-    with pytest.raises(UserError, match=r"atto\.pth: official dense weights of a ConvNeXt V2 atto") as caught:
+    with pytest.raises(UserError, match=r"atto\.pth: official dense weights of ConvNeXt V2 atto") as caught:
         read_weights(tmp_path / "atto.pth")
     assert "but 12 tensors differ" in str(caught.value)
     assert str(caught.value).count("missing stages.") == 10
