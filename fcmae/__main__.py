@@ -11,10 +11,12 @@ COMMANDS = {
     "prepare": "decode and shrink images once, for data.name=arrays",
     "pretrain": "pretrain FCMAE on images without labels",
     "evaluate": "k-NN and linear probe accuracy of an encoder's frozen features",
+    "diagnose": "feature collapse, layer by layer: cosine distance, dead and duplicate channels",
     "finetune": "fine-tune a classifier on labelled images, or evaluate one",
     "predict": "print the top classes of images",
     "reconstruct": "draw original | masked | reconstruction of images",
     "export": "write weights in the format of timm, transformers, ONNX and others",
+    "ablate": "run a grid of settings over seeds: pretrain, fine-tune, evaluate; a table and a plot",
     "configs": "list the shipped configurations, or copy one out",
 }
 """Each is `main(arguments) -> exit code` and `make_parser()` in the module `fcmae.commands.NAME`."""

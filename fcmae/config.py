@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +26,8 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    task: ClassVar[str | None] = None
+    """The command whose shipped configurations `load_config` finds by name; None for all."""
 
 
 class GRNSection(Section):
@@ -66,12 +68,18 @@ class ModelSection(EncoderSection):
     """The network: arguments of `fcmae.FCMAE`, by the same names."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    mask_shape: Literal["random", "block", "grid"] = "random"
+    mask_group: Literal[1, 2, 4] = 1
+    """Side of the squares of patches that are hidden or shown together."""
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
     decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
     decoder_dim: Positive = 512
     decoder_depth: Positive = 1
     norm_pix_loss: bool = True
+    """Pixels as a target are normalised patch by patch."""
+    target: Literal["pixels", "hog"] = "pixels"
+    """What is predicted of hidden patches: pixels, or histograms of oriented gradients."""
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
     @property
@@ -236,10 +244,12 @@ class ProbeSection(Section):
 
 
 class OnlineProbeSection(ProbeSection):
-    """k-NN accuracy during pretraining; the labels never reach the training."""
+    """k-NN accuracy and feature collapse during pretraining, which neither changes; labels never reach it."""
 
     knn_every_epochs: Annotated[float, Field(gt=0)] | None = None
     """Also before the first and after the last step; null for never."""
+    collapse_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """When to log the cosine distance of each stage's channels, likewise; needs no labels."""
     num_images: Positive | None = 10000
 
 
@@ -263,7 +273,7 @@ class RunConfig(Section):
     def _check_checkpointing(self) -> Self:
         if self.train.gradient_checkpointing and self.model.response == "batch_norm":
             raise ValueError(
-                "train.gradient_checkpointing=true runs each block twice, and model.response=batch_norm would count "
+                "train.gradient_checkpointing=true runs blocks twice, and model.response=batch_norm would count "
                 "its statistics twice: set train.gradient_checkpointing=false"
             )
         return self
@@ -283,6 +293,7 @@ class RunConfig(Section):
 class PretrainConfig(RunConfig):
     """Everything `pretrain.py` needs to know."""
 
+    task: ClassVar[str | None] = "pretrain"
     model: ModelSection
     eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
@@ -297,6 +308,7 @@ class PretrainConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """Everything `finetune.py` needs to know."""
 
+    task: ClassVar[str | None] = "finetune"
     model: ClassifierSection
     data: LabelledDataSection
     optim: FinetuneOptimSection = FinetuneOptimSection()
@@ -515,9 +527,13 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
+TASKS = {"finetune": "finetune", "roadmap": "finetune", "ablations": "ablate"}
+"""Commands by the folder of their configurations; others are of `pretrain`."""
+
+
 def task_of(name: str) -> str:
-    """Return what a shipped configuration is for: "pretrain" or "finetune"."""
-    return "finetune" if name.startswith(("finetune/", "roadmap/")) else "pretrain"
+    """Return the command that a shipped configuration is for, by its name."""
+    return TASKS.get(name.partition("/")[0], "pretrain")
 
 
 def find_shipped(name: str, task: str | None = None) -> Path:
@@ -528,17 +544,17 @@ def find_shipped(name: str, task: str | None = None) -> Path:
     """
     shipped = shipped_configs()
     fitting = [other for other in shipped if task in (None, task_of(other))]
-    for other in (name, f"{task}/{name}"):
-        if other in fitting:
+    option = {None: "", "ablate": "GRID "}.get(task, "--config ")
+    for other in fitting:
+        if name in (other, other.rpartition("/")[2]) and (task or name == other):
             return shipped[other]
     if name in shipped:
-        raise UserError(f"--config {name}: is not for fcmae {task}, but for fcmae {task_of(name)}")
+        raise UserError(f"{option}{name}: is not for fcmae {task}, but for fcmae {task_of(name)}")
     words = {word for other in fitting for word in (other, other.rpartition("/")[2])}
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     near = difflib.get_close_matches(wanted, sorted(words), n=3, cutoff=0.6)
     meant = dict.fromkeys(other for word in near for other in fitting if word in (other, other.rpartition("/")[2]))
     question = f": did you mean {' or '.join(meant)}?" if meant else ";"
-    option = "--config " if task else ""
     raise UserError(f"{option}{name}: no file, nor a shipped configuration{question} 'fcmae configs' lists them")
 
 
@@ -550,7 +566,7 @@ def find_config(kind: type[Section], name: str | Path) -> Path:
     """
     if (path := Path(name)).is_file():
         return path
-    return find_shipped(str(name), "finetune" if issubclass(kind, FinetuneConfig) else "pretrain")
+    return find_shipped(str(name), kind.task)
 
 
 def load_config(kind: type[Config], name: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,9 +1,16 @@
-"""The FCMAE loss: mean squared error on hidden patches, optionally against patch-normalised pixels."""
+"""The FCMAE loss: mean squared error on hidden patches, against pixels, patch-normalised or not, or HOG."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fcmae.hog import ORIENTATIONS, hog
 from fcmae.ops.patch_loss import patch_errors
+from fcmae.patches import pick_patches
 
 PATCH_NORM_EPS = 1e-6
 
@@ -26,3 +33,69 @@ def hidden_patch_loss(pred: Tensor, images: Tensor, hidden: Tensor, patch: int, 
     """
     errors, _ = patch_errors(pred, images, hidden, patch, norm_pix_loss, PATCH_NORM_EPS)
     return errors.sum() / pred.numel()
+
+
+# Targets: what of a hidden patch is predicted
+
+
+class Target(Protocol):
+    """What is predicted of a hidden patch, and how far off a prediction is."""
+
+    def side(self, patch: int) -> int:
+        """Return how many vectors are predicted along a side of a patch of `patch` pixels per side."""
+        ...
+
+    def num_values(self, patch: int, in_chans: int) -> int:
+        """Return how many values are predicted of a patch: side * side vectors, row by row."""
+        ...
+
+    def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+        """Return the mean squared error of pred (b, m, num_values), the hidden patches; as `hidden_patch_loss`."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelTarget:
+    """The patch's pixels, with `norm_pix_loss` minus their mean and over their standard deviation (MAE)."""
+
+    norm_pix_loss: bool
+
+    def side(self, patch: int) -> int:
+        return patch
+
+    def num_values(self, patch: int, in_chans: int) -> int:
+        return patch * patch * in_chans
+
+    def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+        return hidden_patch_loss(pred, images, hidden, patch, norm_pix_loss=self.norm_pix_loss)
+
+
+@dataclass(frozen=True)
+class HOGTarget:
+    """Histograms of oriented gradients of the patch's cells (MaskFeat, 2112.09133): no brightness, no contrast.
+
+    A cell has 8 x 8 pixels, or as many as give a small patch four cells. Gradients at a patch's border reach one
+    pixel into its neighbours.
+    """
+
+    def cell(self, patch: int) -> int:
+        """Return the pixels per side of a cell."""
+        return min(8, patch // 2)
+
+    def side(self, patch: int) -> int:
+        return patch // self.cell(patch)
+
+    def num_values(self, patch: int, in_chans: int) -> int:
+        return self.side(patch) ** 2 * in_chans * ORIENTATIONS
+
+    def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
+        cell = self.cell(patch)
+        target = pick_patches(hog(images, cell), hidden, self.side(patch))
+        return F.mse_loss(pred.to(target.dtype), target)
+
+
+TARGETS: dict[str, Callable[[bool], Target]] = {
+    "pixels": PixelTarget,
+    "hog": lambda norm_pix_loss: HOGTarget(),  # histograms are normalised in any case
+}
+"""By name, as `model.target`; called with `norm_pix_loss`."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fcmae.decoder import DECODERS
 from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version
 from fcmae.encoder.networks import build_network
-from fcmae.loss import hidden_patch_loss
-from fcmae.masking import count_visible, hidden_ids, ids_to_booleans, sample_visible_ids
+from fcmae.loss import TARGETS, Target
+from fcmae.masking import MaskSampler, hidden_ids, ids_to_booleans
 from fcmae.patches import grid_shape
 
 
@@ -24,7 +24,7 @@ class FCMAEOutput:
     """Scalar, at least float32."""
     pred: Tensor
     """(b, L - p, patch * patch * in_chans): hidden patches, values in (p, q, c) order; patch-normalised with
-    `norm_pix_loss`."""
+    `norm_pix_loss`. Of the target HOG (b, L - p, its `num_values`)."""
     visible_ids: Tensor
     """int64 (b, p)."""
     hidden_ids: Tensor
@@ -49,7 +49,10 @@ class FCMAE(nn.Module):
         sparse: hidden patches are as if they were not there. Without, they are patches of zeros to an encoder that
             is dense: the V2 paper's comparison (section 3.1), where masking is not worth much.
         mask_ratio: share of patches hidden, inside (0, 1).
-        norm_pix_loss: reconstruct patch-normalised pixels.
+        mask_shape: a name of `fcmae.masking.SHAPES`: random, block or grid masking.
+        mask_group: side of the squares of patches that are hidden or shown together.
+        norm_pix_loss: reconstruct patch-normalised pixels; of the target pixels alone.
+        target: a name of `fcmae.loss.TARGETS`: what is predicted of hidden patches, pixels or hog.
         layout: how the encoder computes; all layouts give the same numbers. "auto" is packed.
         drop_path: stochastic depth of the encoder's last block.
 
@@ -71,16 +74,25 @@ class FCMAE(nn.Module):
         decoder_depth: int = 1,
         decoder_dim: int = 512,
         mask_ratio: float = 0.6,
+        mask_shape: str = "random",
+        mask_group: int = 1,
         norm_pix_loss: bool = True,
+        target: str = "pixels",
         layout: Layout = "auto",
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        count_visible(2, mask_ratio)
+        self.mask_ratio = mask_ratio
+        self.mask_shape = mask_shape
+        self.mask_group = mask_group
+        self.mask_sampler((mask_group, 2 * mask_group))  # refuses what is out of range on any grid
         if decoder_depth < 1 or decoder_dim < 1:
             raise ValueError(f"got decoder_depth={decoder_depth}, decoder_dim={decoder_dim}: both at least 1")
         if decoder not in DECODERS:
             raise ValueError(f"unknown decoder {decoder!r}: choose from {', '.join(DECODERS)}")
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
+        self.target: Target = TARGETS[target](norm_pix_loss)
         encoder = build_network(
             variant,
             version=version,
@@ -99,16 +111,23 @@ class FCMAE(nn.Module):
         self.patch_size = self.encoder.patch_size
         self.decoder = DECODERS[decoder](
             self.encoder.dims,
-            self.patch_size**2 * in_chans,
-            out_side=self.patch_size,
+            self.target.num_values(self.patch_size, in_chans),
+            out_side=self.target.side(self.patch_size),
             dim=decoder_dim,
             depth=decoder_depth,
             block=self.encoder.block,
         )
         self.sparse = sparse
-        self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
         self.layout: Layout = layout
+
+    def mask_sampler(self, grid: tuple[int, int], mask_ratio: float | None = None) -> MaskSampler:
+        """Return what draws this model's masks on a grid of patches (gh, gw), or such masks of another ratio.
+
+        Raises:
+            ValueError: if the grid or the ratio does not fit.
+        """
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        return MaskSampler(grid, ratio, self.mask_shape, self.mask_group)
 
     def _encode(self, images: Tensor, visible_ids: Tensor) -> list[Tensor]:
         layout, ids = self.layout, visible_ids
@@ -132,20 +151,20 @@ class FCMAE(nn.Module):
 
         Args:
             images: (b, in_chans, H, W), normalised, sides multiples of the patch size.
-            visible_ids: int64 (b, p), without repeats, 1 <= p < L; sampled with `mask_ratio` when None.
+            visible_ids: int64 (b, p), without repeats, 1 <= p < L; drawn by `mask_sampler` when None.
             generator: source of the sampling when `visible_ids` is None.
 
         Raises:
             ValueError: if shapes do not fit.
         """
-        num_patches = images.shape[-2] // self.patch_size * (images.shape[-1] // self.patch_size)
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        num_patches = grid[0] * grid[1]
         if visible_ids is None:
-            ids = sample_visible_ids(len(images), num_patches, self.mask_ratio, generator, images.device)
-            visible_ids = ids.to(images.device)
+            visible_ids = self.mask_sampler(grid)(len(images), generator, images.device).to(images.device)
         maps = self._encode(images, visible_ids)  # refuses what does not fit
         hidden = hidden_ids(visible_ids, num_patches)
         if hidden.shape[1] == 0:
             raise ValueError(f"all {num_patches} patches are visible: nothing is left to reconstruct")
         pred = self.decoder(maps, hidden)
-        loss = hidden_patch_loss(pred, images, hidden, self.patch_size, norm_pix_loss=self.norm_pix_loss)
+        loss = self.target.loss(pred, images, hidden, self.patch_size)
         return FCMAEOutput(loss, pred, visible_ids, hidden)

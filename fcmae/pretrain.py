@@ -4,7 +4,6 @@ fcmae pretrain --config atto data.root=IMAGES output=runs/atto
 accelerate launch -m fcmae.pretrain --config atto data.root=IMAGES output=runs/atto
 """
 
-import functools
 import shlex
 
 from fcmae import arguments
@@ -27,9 +26,9 @@ from fcmae.data import (
     prefetch,
 )
 from fcmae.errors import UserError, blame
+from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.load import load_tensors, load_weights, require_network
-from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
@@ -41,12 +40,12 @@ from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
-from fcmae.training.trainer import Trainer
+from fcmae.training.trainer import Show, Trainer
 from fcmae.visualize import draw_reconstructions
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 
-DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth")
+DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth", "target")
 """Of a configuration's section `model`: what makes two decoders the same network."""
 
 
@@ -95,8 +94,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     with blame("model"):
         model = FCMAE(**config.model.arguments)
     with blame("data.image_size"):
-        grid = grid_shape(config.data.size, model.patch_size)
-        count_visible(grid[0] * grid[1], config.model.mask_ratio)
+        draw_ids = model.mask_sampler(grid_shape(config.data.size, model.patch_size))
     with blame("train.gradient_checkpointing"):
         model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
@@ -109,7 +107,6 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     splits = None
     if config.eval.knn_every_epochs is not None:
         splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)
-    draw_ids = functools.partial(sample_visible_ids, 1, grid[0] * grid[1], config.model.mask_ratio)
     dataset = PretrainDataset(
         source,
         view=RandomView(config.data.size, config.data.crop_scale, config.data.hflip),
@@ -179,10 +176,28 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
             Image.fromarray(picture).save(path)
             log.picture("reconstructions", picture, step)
 
+    shows = [Show("pictures", config.visualize.every_steps, show)]
+
+    # The collapse of features: how alike channels are, on always the same images with all patches visible
+    if config.eval.collapse_every_epochs is not None:
+        if not (taps := block_taps(model.encoder, "act")):
+            raise UserError(
+                f"eval.collapse_every_epochs: no block of {config.model.variant} is known; set it to null"
+            )
+        watched = fixed_images(source, COLLAPSE_IMAGES, config.data.size)
+
+        def watch(step: int, log: MetricsLog) -> None:
+            batches = (normalize(part.to(accelerator.device)) for part in watched.split(config.data.batch_size))
+            distances = stage_distances(model.encoder.features, model.encoder, taps, batches)
+            trainer.say(f"step {step} · cosine distance by stage {' '.join(f'{d:.3f}' for d in distances)}")
+            log.record(step, {f"cosine_distance/stage_{i}": d for i, d in enumerate(distances, 1)})
+
+        if len(watched):
+            shows.append(Show("feature collapse", trainer.plan.steps_in(config.eval.collapse_every_epochs), watch))
+
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
-        show=show,
-        show_every=config.visualize.every_steps,
+        shows=shows,
         evaluate=score if splits else None,
         evaluate_every=trainer.plan.steps_in(config.eval.knn_every_epochs or 1),
         evaluate_first=True,

@@ -1,7 +1,7 @@
 """Pictures of what a model sees and makes: reconstructions, confusion matrices; knows no files of a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,15 +11,25 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from fcmae.data.views import PixelNormalizer
-from fcmae.loss import patch_statistics
-from fcmae.masking import ids_to_booleans, sample_visible_ids
-from fcmae.model import FCMAE
+from fcmae.hog import ORIENTATIONS, hog
+from fcmae.loss import HOGTarget, PixelTarget, Target, patch_statistics
+from fcmae.masking import ids_to_booleans
+from fcmae.model import FCMAE, FCMAEOutput
 from fcmae.patches import grid_shape, patchify, pick_patches, unpatchify
 
 HIDDEN_GRAY = 0.5
 """Of hidden patches in the masked picture, in [0, 1]."""
 SMALLEST_SHOWN = 128
 """Pixels; smaller images are enlarged by a whole factor to at least this side."""
+CELL_SHOWN = 16
+"""Pixels per side of a drawn cell of HOG, at least."""
+
+
+def paste(maps: Tensor, pred: Tensor, hidden_ids: Tensor, patch: int) -> Tensor:
+    """Return maps (b, c, H, W) with the patches `hidden_ids` (b, m) replaced by pred (b, m, patch * patch * c)."""
+    grid = (maps.shape[2] // patch, maps.shape[3] // patch)
+    patches = patchify(maps, patch).scatter(1, hidden_ids[..., None].expand_as(pred), pred)
+    return unpatchify(patches, patch, grid)
 
 
 def reconstruct(
@@ -35,18 +45,33 @@ def reconstruct(
         pred: of the hidden patches (b, m, patch * patch * c).
         hidden_ids: int64 (b, m).
     """
-    patches = patchify(images.float(), patch)
-    pred = pred.float()
+    images, pred = images.float(), pred.float()
     if norm_pix_loss:
-        mean, std = patch_statistics(pick_patches(images.float(), hidden_ids, patch))
+        mean, std = patch_statistics(pick_patches(images, hidden_ids, patch))
         pred = pred * std + mean
-    visible = ~ids_to_booleans(hidden_ids, patches.shape[1])[..., None]  # (b, L, 1)
-    grid = (images.shape[2] // patch, images.shape[3] // patch)
-    pixels = visible.expand(-1, -1, patch * patch)
-    return (
-        unpatchify(patches.scatter(1, hidden_ids[..., None].expand_as(pred), pred), patch, grid),
-        unpatchify(pixels, patch, grid),
-    )
+    return paste(images, pred, hidden_ids, patch), visible_pixels(hidden_ids, images, patch)
+
+
+def visible_pixels(hidden_ids: Tensor, images: Tensor, patch: int) -> Tensor:
+    """Return which pixels of images (b, c, H, W) are not in patches `hidden_ids` (b, m): booleans (b, 1, H, W)."""
+    grid = grid_shape((images.shape[2], images.shape[3]), patch)
+    visible = ~ids_to_booleans(hidden_ids, grid[0] * grid[1])[..., None]  # (b, L, 1)
+    return unpatchify(visible.expand(-1, -1, patch * patch), patch, grid)
+
+
+def draw_strokes(histograms: Tensor, size: int) -> Tensor:
+    """Draw `hog` (b, c * 9, h, w) as strokes along edges, brighter the larger a bin: (b, c, h * size, w * size).
+
+    A cell gets `size` x `size` pixels, in [0, 1].
+    """
+    angles = torch.arange(ORIENTATIONS, device=histograms.device)[:, None, None] * (math.pi / ORIENTATIONS)
+    place = torch.arange(size, device=histograms.device) - (size - 1) / 2
+    across = (place[:, None] * angles.sin() + place * angles.cos()).abs()  # (9, size, size): from the edge's line
+    disc = place[:, None].square() + place.square() <= (size / 2) ** 2
+    strokes = (1.25 - across).clamp(0, 1) * disc
+    bins = histograms.float().clamp(0, 1).unflatten(1, (-1, ORIENTATIONS))
+    shown = (bins[..., None, None] * strokes[:, None, None]).amax(2)  # (b, c, h, w, size, size)
+    return rearrange(shown, "b c h w i j -> b c (h i) (w j)")
 
 
 def as_rgb(images: Tensor) -> Tensor:
@@ -54,24 +79,25 @@ def as_rgb(images: Tensor) -> Tensor:
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
-def draw_panels(
-    originals: Tensor, reconstructions: Tensor, visible: Tensor, labels: Sequence[str] = ()
-) -> np.ndarray:
-    """Draw one row per image, original | masked | reconstruction, under a line of titles: uint8 (h, w, 3).
+def enlarge(images: Tensor, factor: int) -> Tensor:
+    """Repeat each pixel of images (b, c, H, W) `factor` times along both sides."""
+    return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+
+
+def draw_panels(columns: Mapping[str, Tensor], labels: Sequence[str] = ()) -> np.ndarray:
+    """Draw one row per image, its columns side by side under a line of titles: uint8 (h, w, 3).
 
     Args:
-        originals: (b, c, H, W) in [0, 1].
-        reconstructions: likewise.
-        visible: booleans (b, 1, H, W).
+        columns: by title, images (b, c, H, W) in [0, 1]; the largest is a multiple of each other in size.
         labels: of the rows, drawn on their left; none for no labels.
     """
-    masked = torch.where(visible, originals, HIDDEN_GRAY)
-    columns = [as_rgb(images) for images in (originals, masked, reconstructions)]
-    factor = max(1, -(-SMALLEST_SHOWN // min(originals.shape[-2:])))
-    rows = torch.stack(columns, dim=1).flatten(0, 1)  # (3 b, 3, H, W), row by row
-    rows = rows.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    largest = max(images.shape[-1] for images in columns.values())
+    smallest_side = min(min(images.shape[-2:]) * largest // images.shape[-1] for images in columns.values())
+    factor = max(1, -(-SMALLEST_SHOWN // smallest_side))
+    panels = [enlarge(as_rgb(x), largest // x.shape[-1] * factor) for x in columns.values()]
+    rows = torch.stack(panels, dim=1).flatten(0, 1)  # row by row
     padding = 4
-    grid = make_grid(rows, nrow=3, padding=padding, pad_value=1.0)
+    grid = make_grid(rows, nrow=len(columns), padding=padding, pad_value=1.0)
     body = rearrange((grid * 255).round().to(torch.uint8), "c h w -> h w c").cpu().numpy()
 
     size = 15
@@ -82,11 +108,39 @@ def draw_panels(
     picture.paste(Image.fromarray(body), (left, top))
     pen = ImageDraw.Draw(picture)
     height, width = rows.shape[-2] + padding, rows.shape[-1] + padding
-    for column, text in enumerate(("original", "masked", "reconstruction")):
+    for column, text in enumerate(columns):
         pen.text((left + padding + column * width, padding // 2), text, fill="black", font=font)
     for row, text in enumerate(labels):
         pen.text((padding, top + row * height + height // 2 - size), text, fill="black", font=font)
     return np.asarray(picture)
+
+
+def _prediction_columns(
+    target: Target, images: Tensor, out: FCMAEOutput, patch: int, normalize: PixelNormalizer
+) -> dict[str, Tensor]:
+    """Return the columns that show what was predicted, by title."""
+    match target:
+        case PixelTarget(norm_pix_loss=norm_pix_loss):
+            whole, _ = reconstruct(images, out.pred, out.hidden_ids, patch, norm_pix_loss=norm_pix_loss)
+            return {"reconstruction": normalize.invert(whole)}
+        case HOGTarget():
+            cell = target.cell(patch)
+            histograms = hog(images, cell)
+            whole = paste(histograms, out.pred.float(), out.hidden_ids, patch // cell)
+            size = max(cell, CELL_SHOWN)
+            return {"HOG": draw_strokes(histograms, size), "HOG predicted": draw_strokes(whole, size)}
+        case _:
+            raise TypeError(f"no picture of {target}")
+
+
+def _columns(model: FCMAE, normalize: PixelNormalizer, images: Tensor, visible_ids: Tensor) -> dict[str, Tensor]:
+    """Return original | masked | what is predicted of normalised images (b, c, H, W), by title, on the CPU."""
+    out = model.forward(images, visible_ids)  # forward: a compiled model is compiled for training's shapes
+    originals = normalize.invert(images)
+    masked = torch.where(visible_pixels(out.hidden_ids, images, model.patch_size), originals, HIDDEN_GRAY)
+    columns = {"original": originals, "masked": masked}
+    columns |= _prediction_columns(model.target, images, out, model.patch_size, normalize)
+    return {title: column.cpu() for title, column in columns.items()}
 
 
 @torch.no_grad()
@@ -95,20 +149,18 @@ def draw_reconstructions(
 ) -> np.ndarray:
     """Draw what the model makes of images with these patches visible: uint8 (h, w, 3), see `draw_panels`.
 
+    HOG is drawn as strokes along edges: the image's own, and that with the hidden patches predicted.
+
     Args:
         pixels: uint8 (b, c, H, W).
         visible_ids: int64 (b, p).
     """
     device = next(model.parameters()).device
-    images, visible_ids = normalize(pixels.to(device)), visible_ids.to(device)
     training = model.training
     model.eval()
-    out = model.forward(images, visible_ids)  # forward: a compiled model is compiled for training's shapes
+    columns = _columns(model, normalize, normalize(pixels.to(device)), visible_ids.to(device))
     model.train(training)
-    reconstruction, visible = reconstruct(
-        images, out.pred, out.hidden_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
-    )
-    return draw_panels(normalize.invert(images).cpu(), normalize.invert(reconstruction).cpu(), visible.cpu())
+    return draw_panels(columns)
 
 
 @torch.no_grad()
@@ -117,7 +169,7 @@ def draw_mask_ratios(
 ) -> np.ndarray:
     """Draw what the model makes of one image at several mask ratios, a row for each: uint8 (h, w, 3).
 
-    What is visible at a high ratio is visible at every lower one.
+    What is visible at a high ratio is visible at every lower one. As `draw_reconstructions`.
 
     Args:
         pixels: uint8 (c, H, W), sides multiples of the patch size.
@@ -130,23 +182,13 @@ def draw_mask_ratios(
     grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
     images = normalize(pixels[None].to(next(model.parameters()).device))
     model.eval()
-    reconstructions, visibles = [], []
+    rows = []
     for ratio in mask_ratios:
         generator = torch.Generator().manual_seed(seed)  # the same noise: masks within masks
-        ids = sample_visible_ids(1, grid[0] * grid[1], ratio, generator).to(images.device)
-        out = model(images, ids)
-        reconstruction, visible = reconstruct(
-            images, out.pred, out.hidden_ids, model.patch_size, norm_pix_loss=model.norm_pix_loss
-        )
-        reconstructions.append(reconstruction)
-        visibles.append(visible)
-    originals = normalize.invert(images).expand(len(mask_ratios), -1, -1, -1)
-    return draw_panels(
-        originals.cpu(),
-        normalize.invert(torch.cat(reconstructions)).cpu(),
-        torch.cat(visibles).cpu(),
-        [f"{ratio:.0%} hidden" for ratio in mask_ratios],
-    )
+        ids = model.mask_sampler(grid, ratio)(1, generator).to(images.device)
+        rows.append(_columns(model, normalize, images, ids))
+    columns = {title: torch.cat([row[title] for row in rows]) for title in rows[0]}
+    return draw_panels(columns, [f"{ratio:.0%} hidden" for ratio in mask_ratios])
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

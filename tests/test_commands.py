@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,18 +70,21 @@ def model(network: ConvNeXt, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretraining run of patches of 8 px, trained at 32 px."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    network = {"variant": TINY, "stem_stride": 1, "decoder_dim": 16}
+def save_pretraining(folder: Path, **kwargs: Any) -> Path:
+    """Save a pretraining run of patches of 8 px, trained at 32 px; `kwargs` are of its network."""
+    network = {"variant": TINY, "stem_stride": 1, "decoder_dim": 16} | kwargs
     values = {"output": str(folder), "model": network, "data": {"root": "x", "image_size": 32}}
     config = parse_config(PretrainConfig, values, "a test").model_dump(mode="json")
     torch.manual_seed(0)
-    state_dict = randomise(FCMAE(TINY, stem_stride=1, decoder_dim=16), std=0.1).state_dict()
+    state_dict = randomise(FCMAE(**network), std=0.1).state_dict()
     checkpoints = folder / "checkpoints"
     save_checkpoint(checkpoints, step=3, model=state_dict, optimizer={}, state={"config": config}, keep=1)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pretraining(tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture(scope="module")
@@ -486,6 +490,22 @@ def test_reconstructions_of_any_size_are_drawn_at_each_ratio(
         width, height = picture.size
     assert height == 2 * (128 + 4) + 4 + 15 + 2 * 4  # a row for each ratio, 16 px enlarged to 128, and titles
     assert width > 3 * (56 * 8 + 4) + 4  # and room for labels
+
+
+def test_masks_and_histograms_of_a_run_are_drawn_as_it_was_trained(tmp_path: Path, command: Command) -> None:
+    run = save_pretraining(tmp_path / "run", mask_shape="grid", mask_group=2, target="hog")
+    out = tmp_path / "out"
+    code, printed, _ = command("reconstruct", run, PHOTOS / "fig.jpg", "--mask-ratios", 0.75, "--output", out)
+    assert code == 0
+    assert printed == f"{out / 'fig.png'}  resized from 473 x 320 to 32 x 32\n"  # whole groups of 16 px
+    picture = np.asarray(Image.open(out / "fig.png"))[-132:-4, -4 * 132 :]  # beside the label
+    original, masked, *histograms = np.split(picture, 4, axis=1)
+    hidden = (masked[:, :128] == 128).all(2)
+    assert hidden.mean() == pytest.approx(0.75, abs=0.01)
+    blocks = hidden.reshape(2, 64, 2, 64)
+    assert (blocks == blocks[:, :1, :, :1]).all()
+    assert np.array_equal(original[:, :128][~hidden], masked[:, :128][~hidden])
+    assert len(histograms) == 2
 
 
 def test_reconstruct_repeats_itself(pretrained: Path, tmp_path: Path, command: Command) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     # A room imports from rooms on earlier lines and from itself; rooms on one line do not know each other.
     {"errors"},
-    {"files", "seeding", "metrics", "patches", "masking"},
+    {"files", "seeding", "metrics", "patches", "masking", "hog"},
     {"tensors", "config"},
     {"ops"},
     {"encoder"},
@@ -29,7 +29,7 @@ LEVELS = (
     {"visualize"},
     {"tasks", "evaluation"},
     {"story"},
-    {"recipe"},
+    {"recipe", "ablation"},
     {"arguments"},
     {"pretrain", "finetune"},
     {"commands"},
@@ -39,7 +39,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 MODELS = {"fcmae.ops", "fcmae.encoder", "fcmae.decoder", "fcmae.loss", "fcmae.model"}
 DISK = {"fcmae.files", "fcmae.tensors", "safetensors", "json", "pathlib"}
-TRAINING = {"fcmae.masking.sample_visible_ids", "torch.optim", "accelerate", "timm"}
+TRAINING = {"fcmae.masking.sample_visible_ids", "fcmae.masking.MaskSampler", "torch.optim", "accelerate", "timm"}
 
 NEVER_REACHES = {
     # room: what no chain of our modules leads to from there, besides the rooms that are not below it
@@ -68,14 +68,16 @@ ONLY_IN = {
         "__main__",
     },
     "timm": {
-        "encoder.timm_networks",
-        "decoder.transformer",
         "data.*",
         "weights.*",
         "training.*",
         "tasks.*",
+        "evaluation.subjects",
         "finetune",
+        "decoder.transformer",
+        "encoder.timm_networks",
     },
+    "matplotlib": {"evaluation.diagnose_pictures"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},

@@ -14,7 +14,8 @@ from fcmae.files import write_text
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "configs",
-        "List the configurations that come with fcmae, which --config takes by their names, or copy one out.",
+        "List the configurations that come with fcmae, which --config takes by their names ('fcmae ablate': those "
+        "in ablations/), or copy one out.",
         examples="fcmae configs\nfcmae configs pretrain/tiny\nfcmae configs pretrain/tiny mine.yaml",
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="the one to copy (default: list them)")
@@ -44,6 +45,6 @@ def main(argv: list[str]) -> int:
     if target.exists():
         raise UserError(f"{target}: exists already; name another file: fcmae configs {name} FILE")
     write_text(target, source.read_text(encoding="utf-8"))
-    command = task_of(name)
-    print(f"{target}  edit it, then: fcmae {command} --config {target}")
+    task = task_of(name)
+    print(f"{target}  edit it, then: fcmae {task} {'' if task == 'ablate' else '--config '}{target}")
     return 0

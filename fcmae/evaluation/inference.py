@@ -160,7 +160,8 @@ def reconstruct_images(
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(next(model.parameters()).device)
     for image in images:
         before = image.pixels.shape[1], image.pixels.shape[2]
-        after = fit_to_patches(*before, patch=model.patch_size, area=math.prod(config.data.size))
+        masked_together = model.patch_size * model.mask_group
+        after = fit_to_patches(*before, patch=masked_together, area=math.prod(config.data.size))
         pixels = v2.functional.resize(
             image.pixels, list(after), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
         )

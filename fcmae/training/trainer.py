@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,17 @@ class TrainBatch(Protocol):
     def bad(self) -> Sequence[Unreadable]: ...
 
     def to(self, device: torch.device) -> Self: ...
+
+
+class Show(NamedTuple):
+    """What a run shows of itself at regular intervals."""
+
+    what: str
+    """What it is called where the run says what it is doing, such as "pictures"."""
+    every: int
+    """Updates between two, see `is_due`."""
+    call: Callable[[int, MetricsLog], None]
+    """Takes (step, log)."""
 
 
 @dataclasses.dataclass
@@ -331,8 +342,7 @@ class Trainer:
         self,
         batches: Iterator[Any],
         *,
-        show: Callable[[int, MetricsLog], None] | None = None,
-        show_every: int = 1,
+        shows: Sequence[Show] = (),
         evaluate: Callable[[int, MetricsLog | None], float | None] | None = None,
         evaluate_every: int = 1,
         evaluate_first: bool = False,
@@ -341,8 +351,7 @@ class Trainer:
 
         Args:
             batches: this process's batches, from the present step on.
-            show: called on the main process with (step, log) before the first step, and when `is_due` every
-                `show_every` steps.
+            shows: called on the main process before the first step, and when due.
             evaluate: called on all processes with (step, log; None but on the main process) when `is_due` every
                 `evaluate_every` steps; returns a score, the same on all, whose highest makes the best checkpoint,
                 or None for no best.
@@ -368,9 +377,10 @@ class Trainer:
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
             stack.enter_context(progress)
-            if show and log and self.step == 0:
-                with progress.between("pictures", show_every):
-                    show(0, log)
+            if log and self.step == 0:
+                for show in shows:
+                    with progress.between(show.what, show.every):
+                        show.call(0, log)
             if evaluate and evaluate_first and self.step == 0:
                 with progress.between("evaluation", evaluate_every):
                     evaluate(0, log)
@@ -380,9 +390,10 @@ class Trainer:
                     progress.advance_bar()
                     if self.step % self.config.log.every_steps == 0 or self.step == total:
                         self._record(log)
-                    if show and log and is_due(self.step, show_every, total):
-                        with progress.between("pictures", show_every):
-                            show(self.step, log)
+                    for show in shows:
+                        if log and is_due(self.step, show.every, total):
+                            with progress.between(show.what, show.every):
+                                show.call(self.step, log)
                     is_best = False
                     if evaluate and is_due(self.step, evaluate_every, total):
                         self.check()
