@@ -62,7 +62,7 @@ def build_network(
     own: dict[str, Any] = {
         "version": version,
         "response": response,
-        "grn": {**OWN_PARTS, **(grn or {})},
+        "grn": dict(grn or {}),
         "stem_stride": stem_stride,
     }
     shared: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "drop_path": drop_path}
