@@ -76,7 +76,7 @@ ONLY_IN = {
         "finetune",
         "decoder.transformer",
     },
-    "matplotlib": {"evaluation.diagnose_pictures"},
+    "matplotlib": {"evaluation.diagnose_pictures", "ablation"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},
