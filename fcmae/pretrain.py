@@ -213,11 +213,12 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
             places["reconstructions"] = folder.reconstructions
         path = shlex.quote(str(folder.path))
         recipe = finetuning_recipe(config, len(source), accelerator.device)
+        layers = "" if model.encoder.layer_depths else " optim.layer_decay=1"
         commands = [
             f"tensorboard --logdir {path}",
             f"fcmae reconstruct {path} IMAGES --output {path}/panels",
             f"fcmae evaluate {path} --knn --linear --baseline data.root=LABELLED",
-            f"fcmae finetune --config {recipe} init_from={path} data.root=LABELLED output={path}-finetuned",
+            f"fcmae finetune --config {recipe} init_from={path}{layers} data.root=LABELLED output={path}-finetuned",
         ]
         scores = {"k-NN top-1": "knn_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))

@@ -18,6 +18,7 @@ from fcmae.data.shards import INDEX
 from fcmae.data.sources import SYNONYMS
 from fcmae.data.views import Part
 from fcmae.encoder import VARIANTS
+from fcmae.encoder.networks import is_other
 from fcmae.errors import UserError
 from fcmae.story import cores_per_process
 from fcmae.training.launch import decide_once
@@ -173,6 +174,7 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
     stride = 1 if shown < 64 else 2 if shown < 160 or not machine.gpu else 4
     if sides:  # whole patches, if any make it up
         stride = next((s for s in (4, 2, 1) if s <= stride and not any(x % (8 * s) for x in sides)), stride)
+    stride = 4 if is_other(variant) else stride  # whose patches have 32 pixels
     stride = pick("model.stem_stride", stride, f"patches of {8 * stride} pixels, for images of {shown}")
     patch = 8 * stride
     most = 224 if machine.gpu else 96

@@ -23,7 +23,7 @@ from fcmae.data import save_arrays
 
 GRIDS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 RESULTS = ROOT / "benchmarks" / "results" / "ablations-cifar10.jsonl"
-PAGE = ROOT / "docs" / "ablations.md"
+PAGE = (ROOT / "docs" / "ablations.md").read_text()
 
 GRID = """
 title: Versions
@@ -298,14 +298,9 @@ def test_figures_are_read_from_the_metrics_of_real_runs(tmp_path: Path) -> None:
     assert 0.3 < scores["loss"] < 3
 
 
-def test_the_shipped_results_are_those_of_the_documents() -> None:
-    results, page = ablation.Results(RESULTS), PAGE.read_text()
-    run_grids = [path for path in GRIDS if path.stem.startswith("cifar10-")]
-    tables = 0
-    for path in run_grids:
-        grid = load_config(ablation.Grid, path)
-        scores = ablation.scores_of(ablation.tasks_of(grid, path.stem), results)
-        if any(scores.values()):
-            assert ablation.table(grid, scores) in page
-            tables += 1
-    assert tables
+@pytest.mark.parametrize("path", [path for path in GRIDS if path.name in PAGE], ids=lambda path: path.stem)
+def test_the_documents_show_the_shipped_results(path: Path) -> None:
+    grid = load_config(ablation.Grid, path)
+    scores = ablation.scores_of(ablation.tasks_of(grid, path.stem), ablation.Results(RESULTS))
+    assert all(scores.values())  # of each arm something
+    assert ablation.table(grid, scores) in PAGE

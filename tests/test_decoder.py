@@ -260,6 +260,30 @@ def test_predictions_come_in_the_order_of_the_hidden_ids_and_images_do_not_mix(d
     assert relative_error(model([x[1:] for x in maps], hidden[1:]), pred[1:]) < 1e-12
 
 
+@EACH
+@pytest.mark.parametrize("stem_stride", [1, 4])
+def test_every_decoder_predicts_hog(decoder: str, stem_stride: int) -> None:
+    model = small_model(decoder, target="hog", stem_stride=stem_stride)
+    images = smooth_images(2, 3, 24 * stem_stride, 32 * stem_stride, torch.float32)
+    out = model(images, some_ids(2, 12, 5))
+    assert out.pred.shape == (2, 7, {1: 2, 4: 4}[stem_stride] ** 2 * 3 * 9)
+    assert all(grad.abs().max() > 0 for grad in gradients(out.loss, model.decoder).values())
+
+
+@EACH
+def test_every_decoder_works_over_a_network_of_timms(decoder: str) -> None:
+    model = FCMAE("timm/test_resnet", decoder=decoder, decoder_dim=64)
+    images, ids = smooth_images(2, 3, 64, 96, torch.float32), some_ids(2, 6, 2)
+    out = model(images, ids)
+    assert out.pred.shape == (2, 4, 3072)
+    assert all(grad.abs().max() > 0 for grad in gradients(out.loss, model.decoder).values())
+    pixels = ids_to_booleans(ids, 6).view(2, 1, 2, 3).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    with torch.no_grad():
+        model.eval()
+        clean, changed = model(images, ids), model(torch.where(pixels, images, 9.0), ids)
+    assert relative_error(changed.pred, clean.pred) < 1e-5
+
+
 # Ways of running
 
 
@@ -394,7 +418,7 @@ def test_a_decoder_is_taken_over_if_it_is_the_same(decoder: str, tmp_path: Path)
         again = FCMAE(**section(decoder=decoder).arguments)
         assert pretrain.start_from(again, section(decoder=decoder), str(tmp_path / source)).endswith("its decoder")
         assert_same(dict(again.named_parameters()), dict(model.named_parameters()), tolerance=0)
-    others = {"decoder_depth": 3, "decoder_dim": 96, "decoder": NAMES[NAMES.index(decoder) - 1]}
+    others = {"decoder_depth": 3, "decoder_dim": 96, "target": "hog", "decoder": NAMES[NAMES.index(decoder) - 1]}
     for key, value in others.items():
         other = section(**{"decoder": decoder} | {key: value})
         its = getattr(section(decoder=decoder), key)

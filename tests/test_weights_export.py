@@ -27,7 +27,6 @@ from fcmae.encoder.convnext import ConvNeXt
 from fcmae.encoder.responses import RESPONSES
 from fcmae.errors import UserError
 from fcmae.evaluation.inference import Picture, classify
-from fcmae.load import network_of
 from fcmae.weights.base import Weights, build_encoder
 from fcmae.weights.export import FORMATS, export, write_folder
 from fcmae.weights.read import read_weights
@@ -101,7 +100,7 @@ def assert_reads_back(folder: Path, weights: Weights) -> None:
     assert same(back.tensors, weights.tensors)
     assert back.preprocessing == weights.preprocessing.completed(wanted)
     found = build_encoder(back).eval()
-    assert network_of(found) == network_of(wanted)
+    assert found.arguments == wanted.arguments
     images = smooth_images(1, 3, 64, 64).float()
     with torch.no_grad():
         assert torch.equal(found(images), wanted.eval()(images))

@@ -52,7 +52,8 @@ def resolve_variant(variant: Variant) -> tuple[tuple[int, ...], tuple[int, ...]]
     """
     if isinstance(variant, str):
         if variant not in VARIANTS:
-            raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}")
+            known = ", ".join(VARIANTS)
+            raise ValueError(f"unknown variant {variant!r}: choose from {known}, or timm/NAME for timm's")
         return VARIANTS[variant]
     depths, dims = tuple(variant[0]), tuple(variant[1])
     if len(depths) != 4 or len(dims) != 4 or min(depths + dims) < 1:

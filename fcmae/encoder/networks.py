@@ -27,8 +27,8 @@ class Family(NamedTuple):
 FAMILIES = {"timm": Family(_timm), "roadmap": Family(Roadmap, frozenset({"stem_stride"}))}
 """By what their variants begin with."""
 
-OWN = {"version": 2, "response": "auto", "grn": OWN_PARTS, "stem_stride": 4}
-"""Arguments that not every family takes, as they are where they are not given."""
+OWN = {"version": (2,), "response": ("auto",), "grn": ({}, OWN_PARTS), "stem_stride": (4,)}
+"""Arguments that not every family takes, and their values where they say nothing."""
 
 
 def is_other(variant: Variant | None) -> bool:
@@ -62,7 +62,7 @@ def build_network(
     own: dict[str, Any] = {
         "version": version,
         "response": response,
-        "grn": {**OWN_PARTS, **(grn or {})},
+        "grn": dict(grn or {}),
         "stem_stride": stem_stride,
     }
     shared: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "drop_path": drop_path}
@@ -74,6 +74,6 @@ def build_network(
         raise ValueError(f"unknown variant {variant!r}: before a slash stands {known}")
     builder = FAMILIES[family]
     for key in OWN.keys() - builder.keys:
-        if own.pop(key) != OWN[key]:
-            raise ValueError(f"{key} is for our ConvNeXt: leave model.{key} at {OWN[key]} with variant {variant}")
+        if own.pop(key) not in OWN[key]:
+            raise ValueError(f"{key} is for our ConvNeXt: with variant {variant} leave model.{key} out")
     return builder.build(name, **own, **shared)

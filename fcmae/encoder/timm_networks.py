@@ -171,7 +171,7 @@ class TimmNetwork(MaskedNetwork):
         try:
             self.model = timm.create_model(name, in_chans=in_chans, num_classes=num_classes, **options)
         except TypeError as error:
-            raise ValueError(f"{self.variant} has no {' or '.join(['in_chans', *options])}: {error}") from error
+            raise ValueError(f"{self.variant} with in_chans={in_chans}, drop_path={drop_path}: {error}") from error
         maps = getattr(self.model, "feature_info", [])
         last = {info["reduction"]: i for i, info in enumerate(maps)}
         if not {*STRIDES} <= last.keys() or not hasattr(self.model, "forward_intermediates"):
@@ -264,6 +264,7 @@ def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 REMEDY = "take a convolutional one, such as timm/resnet50"
 
 
+@torch.enable_grad()
 def try_out(network: TimmNetwork) -> set[str]:
     """Compute a copy on one visible patch amid hidden ones, and return the parameters its maps do not come from.
 
