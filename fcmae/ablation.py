@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -178,11 +179,9 @@ def stages_of(grid: Grid, name: str, arm: str, seed: int) -> list[Stage]:
         return [stage("finetune", given.finetune)]
     first = stage("pretrain", given.pretrain)
     for measure in grid.measure:
-        *sections, key = MEASURES[measure].needs.split(".")
-        if sections and getattr(getattr(first.config, sections[0]), key) is None:
-            raise UserError(
-                f"arm {arm!r}: measure: {measure} needs pretrain.{MEASURES[measure].needs}, which is null"
-            )
+        needs = MEASURES[measure].needs
+        if needs and reduce(getattr, needs.split("."), first.config) is None:
+            raise UserError(f"arm {arm!r}: measure: {measure} needs pretrain.{needs}, which is null")
     return [first, stage("finetune", given.finetune, first)]
 
 

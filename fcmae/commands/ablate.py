@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -76,10 +77,13 @@ def main(argv: list[str]) -> int:
             ablation.plot(grid, scores, options.plot)
         return 0
 
+    launcher = shlex.split(options.launch) if options.launch else [sys.executable]
+    if shutil.which(launcher[0]) is None:
+        raise UserError(f"--launch {options.launch}: there is no program {launcher[0]!r} on PATH")
     runner = ablation.Runner(
         output,
         results,
-        launcher=shlex.split(options.launch) if options.launch else [sys.executable],
+        launcher=launcher,
         jobs=options.jobs,
         say=lambda line: print(line, flush=True),
     )
