@@ -75,5 +75,7 @@ def build_network(
     builder = FAMILIES[family]
     for key in OWN.keys() - builder.keys:
         if own.pop(key) not in OWN[key]:
-            raise ValueError(f"{key} is for our ConvNeXt: with variant {variant} leave model.{key} out")
+            value = OWN[key][-1]
+            shown = f"model.{key}={value}" if isinstance(value, int | str) else f"no model.{key}"
+            raise ValueError(f"{key} is for our ConvNeXt: with variant {variant} give {shown}")
     return builder.build(name, **own, **shared)
