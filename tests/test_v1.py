@@ -116,12 +116,13 @@ def test_a_run_of_a_network_that_timm_lacks_leaves_a_plain_folder_and_can_be_fin
     assert "with grn.aggregation=l1" in (run / "encoder" / "README.md").read_text()
     for source in (run, run / "encoder"):
         encoder = load_encoder(source)
-        assert (encoder.response, encoder.grn["aggregation"]) == ("grn", "l1")
+        assert encoder.arguments["response"] == "grn"
+        assert encoder.arguments["grn"]["aggregation"] == "l1"
         assert all(
             torch.equal(value, stored(run)[f"encoder.{name}"]) for name, value in encoder.state_dict().items()
         )
     assert run_main(finetune.main, *tune(tmp_path, run / "encoder"), "train.max_steps=1") == 0
-    assert load_encoder(tmp_path / "next" / "model").grn["aggregation"] == "l1"
+    assert load_encoder(tmp_path / "next" / "model").arguments["grn"]["aggregation"] == "l1"
 
 
 def test_fcmae_of_v1_is_traced_whole_and_compiled_gives_the_same() -> None:
