@@ -176,7 +176,7 @@ def test_hidden_pixels_never_reach_loss_or_gradients(name: str) -> None:
 def test_all_visible_is_timms_dense_network() -> None:
     for name in SMALL:
         network, x = small(name, num_classes=7), images()
-        plain = timm.create_model(name, num_classes=7).double().eval()
+        plain: Any = timm.create_model(name, num_classes=7).double().eval()
         plain.load_state_dict(network.state_dict())  # in timm's own names
         everything = torch.arange(6).repeat(2, 1)
         for ids in (None, everything):
