@@ -53,6 +53,7 @@ RULES = (
     (r"make ", f"-n {VENV}", r"", None),
     (r"pip install ", "--help", r"Install Options", None),  # tests/test_wheel.py installs it
     (r"tensorboard ", "--inspect", r"reconstructions", None),
+    (r"fcmae ablate ", "", r"fcmae\.finetune --config finetune/cifar10-small", None),
     (r".*(--dry-run|--print-config)", PRETRAIN, r".", None),
     (r".*--evaluate runs/", "", r"(?m)^right +4 ", "runs/*/confusion*.png"),
     (r"fcmae evaluate", "data.num_workers=0 data.batch_size=4", r"linear probe", None),
