@@ -10,6 +10,13 @@ from fcmae.config import find_shipped, shipped_configs, task_of
 from fcmae.errors import UserError
 from fcmae.files import write_text
 
+TASKS = {
+    "pretrain": "fcmae pretrain --config NAME",
+    "finetune": "fcmae finetune --config NAME",
+    "ablate": "fcmae ablate NAME",
+}
+"""What takes configurations, in the order they are listed in."""
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
@@ -36,8 +43,11 @@ def main(argv: list[str]) -> int:
     if options.name is None:
         shipped = shipped_configs()
         width = max(map(len, shipped))
-        for name, path in shipped.items():
-            print(f"{name:{width}}  {purpose(path)}")
+        for task, command in TASKS.items():
+            print(f"# {command}")
+            for name, path in shipped.items():
+                if task_of(name) == task:
+                    print(f"{name:{width}}  {purpose(path)}")
         return 0
     name = options.name
     source = find_shipped(name)
