@@ -423,7 +423,7 @@ class Runner:
             code = process.wait()
             self.running.discard(process)
         if code == 0:
-            seconds = round(time.monotonic() - begin, 1) if fresh else None
+            seconds = round(time.monotonic() - begin, 3) if fresh else None
             scores = read_scores(stage.kind, folder)
             self.results.put(record.model_copy(update={"scores": scores, "seconds": seconds}))
         elif not self.stopped:
