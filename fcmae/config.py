@@ -82,11 +82,6 @@ class ModelSection(EncoderSection):
     """What is predicted of hidden patches: pixels, or histograms of oriented gradients."""
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `fcmae.FCMAE`."""
-        return self.model_dump()
-
 
 class ClassifierSection(EncoderSection):
     """The network of fine-tuning: arguments of `fcmae.ConvNeXt`, by the same names."""
@@ -268,15 +263,6 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
-
-    @model_validator(mode="after")
-    def _check_checkpointing(self) -> Self:
-        if self.train.gradient_checkpointing and self.model.response == "batch_norm":
-            raise ValueError(
-                "train.gradient_checkpointing=true runs blocks twice, and model.response=batch_norm would count "
-                "its statistics twice: set train.gradient_checkpointing=false"
-            )
-        return self
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:

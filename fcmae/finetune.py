@@ -52,10 +52,8 @@ def start_from(model: Network, source: str, class_names: tuple[str, ...]) -> str
     """
     weights = load_weights(source)
     tensors = weights.tensors
-    response, own_response = (
-        known_of(weights, ["model.response"]).get("model.response"),
-        model.arguments.get("response"),
-    )
+    response = known_of(weights, ["model.response"]).get("model.response")
+    own_response = model.arguments.get("response")
     changed = response != own_response
     require_network(model, weights, source, may_differ=("response", "grn") if changed else ())
     classes = weights.num_classes

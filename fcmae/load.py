@@ -173,7 +173,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         )
     config = parse_config(PretrainConfig, stored.state["config"], str(state))
     with blame(str(state)):
-        settings: dict[str, Any] = {**config.model.arguments, "layout": "auto"}  # training's may need a package
+        settings: dict[str, Any] = {**config.model.model_dump(), "layout": "auto"}  # training's may need a package
         model = FCMAE(**settings)
     load_network(model, tensors, file)
     return model, config

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcmae.decoder import DECODERS
 from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version
+from fcmae.encoder.layouts import MaskedSites
 from fcmae.encoder.networks import build_network
 from fcmae.loss import TARGETS, Target
-from fcmae.masking import MaskSampler, hidden_ids, ids_to_booleans
+from fcmae.masking import MaskSampler, hidden_ids
 from fcmae.patches import grid_shape
 
 
@@ -133,10 +133,10 @@ class FCMAE(nn.Module):
         layout, ids = self.layout, visible_ids
         if not self.sparse:
             layout, ids = "dense", None
-            height, width = grid_shape((images.shape[-2], images.shape[-1]), self.patch_size)
-            visible = ids_to_booleans(visible_ids, height * width).to(images.dtype).view(-1, 1, height, width)
-            visible = F.interpolate(visible, scale_factor=self.patch_size).bool()
-            images = torch.where(visible, images, 0.0)
+            size = (images.shape[-2], images.shape[-1])
+            grid_shape(size, self.patch_size)  # refuses what does not fit
+            pixels = MaskedSites(size, visible_ids, sites_per_patch=self.patch_size)
+            images = pixels.scatter(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.decoder.reads_pyramid:
             return self.encoder.feature_maps(images, ids, layout)
         return [self.encoder.features(images, ids, layout)]

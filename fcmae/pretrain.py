@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     # The network: a sparse ConvNeXt encoder and a light decoder
     torch.manual_seed(config.train.seed)
     with blame("model"):
-        model = FCMAE(**config.model.arguments)
+        model = FCMAE(**config.model.model_dump())
     with blame("data.image_size"):
         draw_ids = model.mask_sampler(grid_shape(config.data.size, model.patch_size))
     with blame("train.gradient_checkpointing"):

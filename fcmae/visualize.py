@@ -59,8 +59,8 @@ def visible_pixels(hidden_ids: Tensor, images: Tensor, patch: int) -> Tensor:
     return unpatchify(visible.expand(-1, -1, patch * patch), patch, grid)
 
 
-def draw_strokes(histograms: Tensor, size: int) -> Tensor:
-    """Draw `hog` (b, c * 9, h, w) as strokes along edges, brighter the larger a bin: (b, c, h * size, w * size).
+def draw_segments(histograms: Tensor, size: int) -> Tensor:
+    """Draw `hog` (b, c * 9, h, w) as line segments, brighter the larger a bin: (b, c, h * size, w * size).
 
     A cell gets `size` x `size` pixels, in [0, 1].
     """
@@ -68,9 +68,9 @@ def draw_strokes(histograms: Tensor, size: int) -> Tensor:
     place = torch.arange(size, device=histograms.device) - (size - 1) / 2
     across = (place[:, None] * angles.sin() + place * angles.cos()).abs()  # (9, size, size): from the edge's line
     disc = place[:, None].square() + place.square() <= (size / 2) ** 2
-    strokes = (1.25 - across).clamp(0, 1) * disc
+    segments = (1.25 - across).clamp(0, 1) * disc
     bins = histograms.float().clamp(0, 1).unflatten(1, (-1, ORIENTATIONS))
-    shown = (bins[..., None, None] * strokes[:, None, None]).amax(2)  # (b, c, h, w, size, size)
+    shown = (bins[..., None, None] * segments[:, None, None]).amax(2)  # (b, c, h, w, size, size)
     return rearrange(shown, "b c h w i j -> b c (h i) (w j)")
 
 
@@ -128,7 +128,7 @@ def _prediction_columns(
             histograms = hog(images, cell)
             whole = paste(histograms, out.pred.float(), out.hidden_ids, patch // cell)
             size = max(cell, CELL_SHOWN)
-            return {"HOG": draw_strokes(histograms, size), "HOG predicted": draw_strokes(whole, size)}
+            return {"HOG": draw_segments(histograms, size), "HOG predicted": draw_segments(whole, size)}
         case _:
             raise TypeError(f"no picture of {target}")
 
@@ -149,7 +149,7 @@ def draw_reconstructions(
 ) -> np.ndarray:
     """Draw what the model makes of images with these patches visible: uint8 (h, w, 3), see `draw_panels`.
 
-    HOG is drawn as strokes along edges: the image's own, and that with the hidden patches predicted.
+    HOG is drawn as line segments along edges: the image's own, and that with the hidden patches predicted.
 
     Args:
         pixels: uint8 (b, c, H, W).

@@ -405,7 +405,7 @@ def section(**values: Any) -> ModelSection:
 
 @EACH
 def test_a_decoder_is_taken_over_if_it_is_the_same(decoder: str, tmp_path: Path) -> None:
-    model = randomise(FCMAE(**section(decoder=decoder).arguments))
+    model = randomise(FCMAE(**section(decoder=decoder).model_dump()))
     values = {
         "output": "x",
         "model": section(decoder=decoder).model_dump(),
@@ -415,7 +415,7 @@ def test_a_decoder_is_taken_over_if_it_is_the_same(decoder: str, tmp_path: Path)
     save_run(tmp_path / "run", model, config=config)
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
     for source in ("run", "bare.pth"):
-        again = FCMAE(**section(decoder=decoder).arguments)
+        again = FCMAE(**section(decoder=decoder).model_dump())
         assert pretrain.start_from(again, section(decoder=decoder), str(tmp_path / source)).endswith("its decoder")
         assert_same(dict(again.named_parameters()), dict(model.named_parameters()), tolerance=0)
     others = {"decoder_depth": 3, "decoder_dim": 96, "target": "hog", "decoder": NAMES[NAMES.index(decoder) - 1]}
@@ -425,16 +425,16 @@ def test_a_decoder_is_taken_over_if_it_is_the_same(decoder: str, tmp_path: Path)
         with pytest.raises(
             UserError, match=f"FCMAE run weights with {key} {its}; set model.{key} to that, or name"
         ):
-            pretrain.start_from(FCMAE(**other.arguments), other, str(tmp_path / "run"))
+            pretrain.start_from(FCMAE(**other.model_dump()), other, str(tmp_path / "run"))
         with pytest.raises(UserError, match=r"bare.pth: .* weights with another decoder \(.*; set model.decoder, "):
-            pretrain.start_from(FCMAE(**other.arguments), other, str(tmp_path / "bare.pth"))
+            pretrain.start_from(FCMAE(**other.model_dump()), other, str(tmp_path / "bare.pth"))
 
 
 def test_a_run_of_a_version_without_other_decoders_had_the_convnext_one(tmp_path: Path) -> None:
-    model = randomise(FCMAE(**section().arguments))
+    model = randomise(FCMAE(**section().model_dump()))
     values = {"variant": TINY, "stem_stride": 1, "decoder_dim": 64}
     save_run(tmp_path, model, config={"output": "x", "model": values, "data": {"root": "x", "image_size": 32}})
-    assert pretrain.start_from(FCMAE(**section().arguments), section(), str(tmp_path)).endswith("its decoder")
+    assert pretrain.start_from(FCMAE(**section().model_dump()), section(), str(tmp_path)).endswith("its decoder")
     other = section(decoder="unet")
     with pytest.raises(UserError, match=r"weights with decoder convnext; set model\.decoder to that"):
-        pretrain.start_from(FCMAE(**other.arguments), other, str(tmp_path))
+        pretrain.start_from(FCMAE(**other.model_dump()), other, str(tmp_path))

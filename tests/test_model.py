@@ -345,3 +345,19 @@ def test_inductor_agrees_with_eager() -> None:
         out = run(images, ids)
         results.append({"out": out} | gradients(out, module))
     assert_same(results[1], results[0], tolerance=1e-4)
+
+
+def test_a_dense_encoder_on_masked_input_sees_zeros_where_patches_are_hidden() -> None:
+    model = small_model(sparse=False).double()
+    images, ids = smooth_images(2, 3, 48, 64), some_ids(2, 12, 5)
+    visible = ids_to_booleans(ids, 12).view(2, 1, 3, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    zeroed = torch.where(visible, images, 0.0)
+    (seen,) = model._encode(torch.where(visible, images, torch.nan), ids)
+    assert relative_error(seen, model.encoder.features(zeroed)) < 1e-12
+    assert relative_error(seen, model.encoder.features(images, ids)) > 1e-3
+    assert seen[~ids_to_booleans(ids, 12).view(2, 3, 4)].any()
+    out = model(images, ids)
+    expected = hidden_patch_loss(out.pred, images, hidden_ids(ids, 12), 16, norm_pix_loss=True)
+    assert relative_error(out.loss, expected) < 1e-12
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert relative_error(compiled(images, ids).loss, out.loss) < 1e-10

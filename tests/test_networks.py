@@ -362,7 +362,7 @@ def test_features_are_probed_beside_a_random_network(
 
 def test_a_pretrained_network_goes_on_pretraining(pretrained: Path) -> None:
     config = ModelSection(variant="timm/test_resnet", decoder_dim=16)
-    model = FCMAE(**config.arguments)
+    model = FCMAE(**config.model_dump())
     assert "with its decoder" in pretrain.start_from(model, config, str(pretrained))
     assert "new decoder" in pretrain.start_from(model, config, str(pretrained / "encoder"))
 

@@ -228,3 +228,9 @@ def test_packed_maxima_are_over_visible_sites() -> None:
     dense = torch.randn(2, 4, 6, 3) - 5
     masked, packed = MaskedSites((4, 6), ids, sites_per_patch=2), PackedSites.of_patches((2, 3), ids, 2)
     assert torch.equal(masked.max(dense), packed.max(packed.gather(dense)))
+
+
+def test_batch_norm_refuses_gradient_checkpointing_which_would_count_each_batch_twice() -> None:
+    with pytest.raises(ValueError, match="response batch_norm would count each batch twice; set it to false"):
+        small_encoder(response="batch_norm").gradient_checkpointing = True
+    small_encoder(response="layer_norm").gradient_checkpointing = True

@@ -11,7 +11,7 @@ from fcmae.data import PixelNormalizer
 from fcmae.hog import hog
 from fcmae.loss import TARGETS, patch_statistics
 from fcmae.masking import hidden_ids
-from fcmae.visualize import draw_confusion, draw_panels, draw_reconstructions, draw_strokes, reconstruct
+from fcmae.visualize import draw_confusion, draw_panels, draw_reconstructions, draw_segments, reconstruct
 
 TINY = ((1, 1, 1, 1), (8, 8, 16, 16))
 
@@ -63,14 +63,14 @@ def test_columns_of_different_sizes_are_drawn_in_the_largest() -> None:
 
 
 @pytest.mark.parametrize("k", range(9))
-def test_a_stroke_lies_along_the_edge_that_makes_it(k: int) -> None:
+def test_a_segment_lies_along_the_edge_that_makes_it(k: int) -> None:
     angle = k * math.pi / 9  # of the gradient
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     waves = torch.cos(0.7 * (x * math.cos(angle) + y * math.sin(angle)))[None, None]
-    strokes = draw_strokes(hog(waves, 16), 33)[0, 0, 33:, 33:]
-    assert strokes.shape == (33, 33)
-    assert 0 <= strokes.min() <= strokes.max() <= 1
-    y, x = (strokes > 0.6).nonzero().double().sub(16).unbind(1)
+    segments = draw_segments(hog(waves, 16), 33)[0, 0, 33:, 33:]
+    assert segments.shape == (33, 33)
+    assert 0 <= segments.min() <= segments.max() <= 1
+    y, x = (segments > 0.6).nonzero().double().sub(16).unbind(1)
     along, across = y * math.cos(angle) - x * math.sin(angle), y * math.sin(angle) + x * math.cos(angle)
     assert across.abs().max() < 2
     assert along.amax() - along.amin() > 25

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Layout = Literal["auto", "dense", "masked", "packed", "minkowski"]
 Version = Literal[1, 2]
@@ -25,7 +26,7 @@ class Network(nn.Module, ABC):
     """Total stride in pixels."""
     dims: tuple[int, ...]
     """Channels of the stages, finest first."""
-    gradient_checkpointing: bool
+    _gradient_checkpointing = False
     classifier: str = "head"
     """What tensors of the classifier's last layer are called in the state dict, before ".weight" and ".bias"."""
 
@@ -49,6 +50,30 @@ class Network(nn.Module, ABC):
     def arguments(self) -> dict[str, Any]:
         """Arguments of `networks.build_network` that make such a network, but for classes and drop path."""
         return {"variant": self.variant, "in_chans": self.in_chans}
+
+    @property
+    def why_not_twice(self) -> str:
+        """Why the blocks cannot be run twice, as gradient checkpointing does; empty where they can."""
+        return ""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether each block is computed again in the backward pass, which takes less memory and more time."""
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        if value and self.why_not_twice:
+            raise ValueError(self.why_not_twice)
+        self._gradient_checkpointing = value
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """Call a block, in training with gradient checkpointing if that is asked for."""
+        if self.gradient_checkpointing and self.training:
+            out = checkpoint(block, *inputs, use_reentrant=False)
+            assert isinstance(out, Tensor)
+            return out
+        return block(*inputs)
 
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:

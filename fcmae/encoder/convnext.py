@@ -4,12 +4,11 @@ Version 1 scales each branch by a learnt factor per channel (LayerScale), versio
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fcmae.encoder.base import Layout, MaskedNetwork, Variant, Version, require_ids, require_images
 from fcmae.encoder.layouts import SITES_PER_PATCH, DenseSites, MaskedSites, Sites, as_autocast
@@ -108,6 +107,11 @@ class DropPath(nn.Module):
             return x
         kept = x.new_empty(len(x), *(1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
         return x * (kept / (1 - self.rate))
+
+
+def drop_path_rates(last: float, num_blocks: int) -> Iterator[float]:
+    """Yield the rates of a network's blocks, which rise linearly from 0 at the first to `last`."""
+    yield from (last * i / max(num_blocks - 1, 1) for i in range(num_blocks))
 
 
 class Block(nn.Module):
@@ -235,7 +239,6 @@ class ConvNeXt(MaskedNetwork):
         self.num_classes = num_classes
         self.stem_stride = stem_stride
         self.patch_size = SITES_PER_PATCH * stem_stride
-        self.gradient_checkpointing = False
 
         stem = nn.Conv2d(in_chans, self.dims[0], kernel_size=stem_stride, stride=stem_stride)
         self.downsample_layers = nn.ModuleList(
@@ -245,8 +248,7 @@ class ConvNeXt(MaskedNetwork):
                 for fine, coarse in zip(self.dims[:-1], self.dims[1:], strict=True)
             ]
         )
-        num_blocks = sum(self.depths)
-        rates = iter([drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)])
+        rates = drop_path_rates(drop_path, sum(self.depths))
         self.stages = nn.ModuleList(
             nn.ModuleList(self.block(dim, drop_path=next(rates)) for _ in range(depth))
             for depth, dim in zip(self.depths, self.dims, strict=True)
@@ -275,6 +277,12 @@ class ConvNeXt(MaskedNetwork):
     def require_layout(self, layout: Layout) -> None:
         require_layout(layout)
 
+    @property
+    def why_not_twice(self) -> str:
+        if self.response != "batch_norm":
+            return ""
+        return "runs each block twice, and response batch_norm would count each batch twice; set it to false"
+
     def sites(self, images: Tensor, visible_ids: Tensor | None, layout: Layout) -> Sites:
         """Return the first stage's layout for these images; "auto" is packed with `visible_ids`, else dense.
 
@@ -298,13 +306,6 @@ class ConvNeXt(MaskedNetwork):
         require_ids(visible_ids, len(images), grid)
         return LAYOUTS[layout](grid, visible_ids)
 
-    def _block(self, block: nn.Module, x: Tensor, sites: Sites) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            out = checkpoint(block, x, sites, use_reentrant=False)
-            assert isinstance(out, Tensor)
-            return out
-        return block(x, sites)
-
     def stage_outputs(self, images: Tensor, sites: Sites) -> list[tuple[Tensor, Sites]]:
         """Return the map after each of the four stages with its layout, finest first."""
         outputs: list[tuple[Tensor, Sites]] = []
@@ -321,7 +322,7 @@ class ConvNeXt(MaskedNetwork):
                 assert isinstance(conv, nn.Conv2d)
                 x, sites = sites.downsample(norm(x), conv)
             for block in stage:
-                x = self._block(block, x, sites)
+                x = self.run_block(block, x, sites)
             outputs.append((x, sites))
         return outputs
 

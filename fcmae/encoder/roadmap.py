@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fcmae.encoder.base import Network, require_images
-from fcmae.encoder.convnext import LAYER_SCALE, DropPath, init_weights
+from fcmae.encoder.convnext import LAYER_SCALE, DropPath, drop_path_rates, init_weights
 
 
 @dataclass(frozen=True)
@@ -198,13 +197,11 @@ class Roadmap(Network):
         self.in_chans, self.num_classes, self.stem_stride = in_chans, num_classes, stem_stride
         self.patch_size = 8 * stem_stride
         self.has_batch_norm = design.norm == "batch"
-        self._gradient_checkpointing = False
 
         stem = make_stem(design, in_chans, stem_stride)
         self.downsample_layers = nn.ModuleList([stem, nn.Identity(), nn.Identity(), nn.Identity()])
         self.stages = nn.ModuleList()
-        num_blocks = sum(design.depths)
-        rates = iter([drop_path * i / max(num_blocks - 1, 1) for i in range(num_blocks)])
+        rates = drop_path_rates(drop_path, sum(design.depths))
         dim = design.width
         for stage, (depth, out_dim) in enumerate(zip(design.depths, self.dims, strict=True)):
             stride = 2 if stage else 1
@@ -230,14 +227,10 @@ class Roadmap(Network):
         return self.depths
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        return self._gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        if value and self.has_batch_norm:
-            raise ValueError(f"runs each block twice, and BatchNorm in {self.variant} would count each batch twice")
-        self._gradient_checkpointing = value
+    def why_not_twice(self) -> str:
+        if not self.has_batch_norm:
+            return ""
+        return f"runs each block twice, and BatchNorm in {self.variant} would count each batch twice"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -256,16 +249,9 @@ class Roadmap(Network):
             assert isinstance(stage, nn.ModuleList)
             x = downsample(x)
             for block in stage:
-                x = self._block(block, x)
+                x = self.run_block(block, x)
             maps.append(x)
         return maps
-
-    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            out = checkpoint(block, x, use_reentrant=False)
-            assert isinstance(out, Tensor)
-            return out
-        return block(x)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (b, num_classes), or pooled features (b, dims[-1]) when `num_classes` is 0.

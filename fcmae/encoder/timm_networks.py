@@ -196,13 +196,8 @@ class TimmNetwork(MaskedNetwork):
         return self.model.get_classifier()
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        return False
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        if value:  # the second forward pass would run without hooks' masks, and count in running statistics
-            raise ValueError(f"gradient checkpointing is for our ConvNeXt alone, not for {self.variant}")
+    def why_not_twice(self) -> str:  # the second time without hooks' masks, and counted in running statistics again
+        return f"gradient checkpointing is for our ConvNeXt alone, not for {self.variant}"
 
     def require_layout(self, layout: Layout) -> None:
         if layout not in ("auto", "dense", "masked"):
