@@ -19,7 +19,7 @@ OTHER_CPU = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCT
 NUMERIC = $(patsubst %,tests/test_%.py,ops layouts responses encoder networks roadmap decoder minkowski model masking hog v1 \
   weights weights_official weights_timm batches views visualize evaluate diagnose metrics classification optim commands)
 
-.PHONY: help quickstart minkowski test test-other-cpu check bench
+.PHONY: help quickstart minkowski test test-other-cpu fuzz faults check bench
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -39,6 +39,12 @@ test: $(READY)  ## the test suite, and before it MinkowskiEngine where it can be
 
 test-other-cpu: $(READY)  ## the numeric tests, rounded as on another processor
 	@$(OTHER_CPU) $(PYTEST) -k "not triton" $(NUMERIC)  # whose interpreter is NumPy's arithmetic, the same on both
+
+fuzz: $(READY)  ## thousands of malformed configurations, weights and images, others each time
+	@FCMAE_FUZZ=1 $(PYTEST) tests/fuzz $(ARGS)
+
+faults: $(READY)  ## runs killed dozens of times, and disks that fail
+	@FCMAE_FAULTS=1 $(PYTEST) tests/faults $(ARGS)
 
 check: $(READY)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -181,6 +181,8 @@ class TrainSection(Section):
     epochs: Annotated[float, Field(gt=0)] = 800
     max_steps: Positive | None = None
     """End, schedule included, after this many updates if `epochs` would take more."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Save and stop, to be resumed, when the process has run for so long; null for never."""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast; `auto` takes what accelerate was configured or launched with."""
     compile: bool = False
@@ -212,6 +214,9 @@ class CheckpointSection(Section):
 
     every_steps: Positive = 1000
     keep: Positive = 2
+    """How many of the newest stay."""
+    keep_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Save then, too, and keep these for good; null for none."""
 
 
 class LogSection(Section):

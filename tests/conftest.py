@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from hypothesis import HealthCheck, settings
 from numba import config
 from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability
@@ -31,6 +32,21 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).parent.parent
 
 Module = TypeVar("Module", bound=nn.Module)
+
+FUZZING = "FCMAE_FUZZ" in os.environ
+"""Whether `make fuzz` runs: many inputs, others each time."""
+
+
+def fuzzed(few: int, many: int) -> settings:
+    """Run a hypothesis test on `few` inputs, always the same, or by `make fuzz` on `many`, others each time."""
+    return settings(
+        max_examples=many if FUZZING else few,
+        derandomize=not FUZZING,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
