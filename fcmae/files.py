@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,6 +98,57 @@ def point_link(link: Path, target: str) -> None:
         shutil.rmtree(link)  # a copy of a run that followed the link
     os.replace(temporary, link)
     fsync(link.parent)
+
+
+AT_ONCE = 1 << 26
+"""Bytes that are asked for at once: a file may hold less than a header says, and memory is taken before."""
+
+
+def require_regular(path: str | Path) -> None:
+    """Check that a path leads to a file: opening a FIFO waits for ever, opening a device may do anything.
+
+    Raises:
+        OSError: if it does not, or nothing is there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+
+
+class SharedFile:
+    """A file of which parts are read, at the same time in processes that were forked while it was open.
+
+    A part that is not there, as where the file has been cut off meanwhile, is an error; mapped memory would end the
+    process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_regular(path)
+        self.path = path
+        self.file = open(path, "rb", buffering=0)
+
+    def __reduce__(self) -> tuple[type["SharedFile"], tuple[Path]]:
+        return SharedFile, (self.path,)
+
+    def _read(self, length: int, start: int) -> bytes:
+        if hasattr(os, "pread"):  # which leaves the position alone that forked processes share
+            return os.pread(self.file.fileno(), length, start)
+        self.file.seek(start)
+        return self.file.read(length)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return `length` bytes from byte `start` on.
+
+        Raises:
+            OSError: if the file is shorter.
+        """
+        parts: list[bytes] = []
+        missing = length
+        while missing:
+            parts.append(self._read(min(missing, AT_ONCE), start + length - missing))
+            if not parts[-1]:
+                raise OSError(f"{self.path}: cut off")
+            missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def free_bytes(path: Path) -> int:
