@@ -161,18 +161,25 @@ class OptimSection(Section):
     """Largest norm of the gradient, or null for no clipping."""
     accumulate: Positive = 1
     """Micro-batches per update."""
-
-
-class FinetuneOptimSection(OptimSection):
-    """As in pretraining, with smaller rates for the layers nearer to the image."""
-
-    min_lr: NotNegative = 1e-6
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    warmup_epochs: NotNegative = 5
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate from each layer to the one below it."""
     layer_decay_type: Literal["single", "group"] = "single"
     """What counts as a layer: each block, or three blocks of the third stage and each other stage."""
+
+
+class PretrainOptimSection(OptimSection):
+    """As for all runs, with a decoder that may be ahead of the encoder."""
+
+    decoder_first_epochs: NotNegative = 0.0
+    """Epochs in which the decoder alone is trained, for an encoder from `init_from` that has none."""
+
+
+class FinetuneOptimSection(OptimSection):
+    """As in pretraining, with a smaller least rate, longer memory and shorter warm-up."""
+
+    min_lr: NotNegative = 1e-6
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    warmup_epochs: NotNegative = 5
 
 
 class TrainSection(Section):
@@ -286,6 +293,7 @@ class PretrainConfig(RunConfig):
 
     task: ClassVar[str | None] = "pretrain"
     model: ModelSection
+    optim: PretrainOptimSection = PretrainOptimSection()
     eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
 

@@ -24,15 +24,15 @@ from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefet
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
 from fcmae.files import write_json
-from fcmae.load import known_of, load_weights, require_network, resolve_recipe
+from fcmae.load import adapt_channels, known_of, load_weights, require_network, resolve_recipe
 from fcmae.patches import grid_shape
-from fcmae.story import training_batches, try_run
+from fcmae.story import layer_rates, training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
 from fcmae.tensors import read_safetensors
 from fcmae.training.launch import start_accelerator, start_run
 from fcmae.training.log import MetricsLog
-from fcmae.training.optim import build_adamw, layer_scales
+from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
@@ -45,21 +45,22 @@ from fcmae.weights.export import write_folder
 def start_from(model: Network, source: str, class_names: tuple[str, ...]) -> str:
     """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
 
-    What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then.
+    What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then. The first layer is adapted
+    to another number of channels.
 
     Raises:
         UserError: if the weights are another network's.
     """
     weights = load_weights(source)
-    tensors = weights.tensors
     response = known_of(weights, ["model.response"]).get("model.response")
     own_response = model.arguments.get("response")
     changed = response != own_response
-    require_network(model, weights, source, may_differ=("response", "grn") if changed else ())
+    require_network(model, weights, source, may_differ=("in_chans", *(("response", "grn") if changed else ())))
+    tensors, adapted = adapt_channels(weights, model)
     classes = weights.num_classes
     keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
     head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
-    parts = [f"{weights.path} ({weights.description})", head]
+    parts = [f"{weights.path} ({weights.description})", *([adapted] if adapted else []), head]
     if changed:
         parts.append(f"{own_response} in place of {response}")
 
@@ -179,24 +180,14 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
         return classification_loss(model, normalize(batch.images), batch.labels)
 
-    scales = None
-    if config.optim.layer_decay != 1:
-        if model.layer_depths is None:
-            raise UserError(
-                f"optim.layer_decay={config.optim.layer_decay}: layers are counted in our ConvNeXt, not in "
-                f"{model.variant}; set optim.layer_decay=1"
-            )
-        scales = layer_scales(
-            (name for name, _ in model.named_parameters()),
-            model.layer_depths,
-            decay=config.optim.layer_decay,
-            decay_type=config.optim.layer_decay_type,
-        )
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
         optimizer=build_adamw(
-            model, weight_decay=config.optim.weight_decay, betas=config.optim.betas, scales=scales
+            model,
+            weight_decay=config.optim.weight_decay,
+            betas=config.optim.betas,
+            scales=layer_rates(model, config.optim),
         ),
         compute_loss=compute_loss,
         plan=Plan.of(config, len(source), accelerator.num_processes),

@@ -1,5 +1,6 @@
 """The model that a path stands for, a run's or a file's of any format, and its configuration; joins rooms."""
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,33 @@ def require_network(
             raise UserError(
                 f"init_from={source}: {weights.kind} weights with {key} {shown}; set model.{key} to that"
             )
+
+
+def adapt_channels(weights: Weights, network: Network) -> tuple[dict[str, Tensor], str]:
+    """Fit the first convolution of weights to the channels of `network`, as timm's `adapt_input_conv` does.
+
+    One channel takes the sum of the weights of all; more take them in turn, scaled to keep the size of what comes
+    out.
+
+    Returns:
+        The tensors, and what was done, for people; empty where the channels are as many.
+    """
+    before, after = _shape_of(weights).in_chans, network.in_chans
+    if before == after:
+        return weights.tensors, ""
+
+    def adapt(first: Tensor) -> Tensor:
+        if after == 1:
+            return first.sum(1, keepdim=True)
+        return first.repeat(1, math.ceil(after / before), 1, 1)[:, :after] * (before / after)
+
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    tensors = {
+        name: adapt(x) if x.ndim == 4 and (x.shape[1], shapes.get(name, x.shape)[1]) == (before, after) else x
+        for name, x in weights.tensors.items()
+    }
+    how = "summed" if after == 1 else "repeated in turn"
+    return tensors, f"first layer adapted from {before} to {after} channels ({how})"
 
 
 def known_of(weights: Weights, keys: Collection[str]) -> dict[str, Any]:

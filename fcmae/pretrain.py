@@ -28,11 +28,11 @@ from fcmae.data import (
 from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
-from fcmae.load import load_tensors, load_weights, require_network
+from fcmae.load import adapt_channels, load_tensors, load_weights, require_network
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
-from fcmae.story import training_batches, try_run
+from fcmae.story import layer_rates, training_batches, try_run
 from fcmae.tensors import misfits
 from fcmae.training.launch import start_run
 from fcmae.training.log import MetricsLog
@@ -52,16 +52,19 @@ DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth", "target")
 def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
     """Load the weights of a whole FCMAE of ours, or of any ConvNeXt's encoder; returns what was done.
 
+    Those of an encoder for another number of channels are adapted; a decoder, which predicts them, begins anew.
+
     Raises:
         UserError: if the weights are another network's, or their decoder is another one.
     """
     weights, (file, tensors) = load_weights(source), load_tensors(source)
-    require_network(model.encoder, weights, source)
+    require_network(model.encoder, weights, source, may_differ=("in_chans",))
+    own, adapted = adapt_channels(weights, model.encoder)
     found = f"{weights.path} ({weights.description})"
-    if not any(name.startswith("decoder.pred.") for name in tensors):
-        encoder = {n: x for n, x in weights.tensors.items() if not n.startswith(model.encoder.head_names)}
+    if adapted or not any(name.startswith("decoder.pred.") for name in tensors):
+        encoder = {n: x for n, x in own.items() if not n.startswith(model.encoder.head_names)}
         load_network(model.encoder, encoder, weights.path)
-        return f"{found}, with a new decoder"
+        return ", ".join(filter(None, [found, adapted, "with a new decoder"]))
     has = f"init_from={source}: {weights.kind} weights with"
     otherwise = "or name the run's encoder/ to start with a new decoder"
     if stored := stored_model(file):
@@ -120,12 +123,19 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     def compute_loss(model: nn.Module, batch: MaskedBatch) -> Tensor:
         return model(normalize(batch.images), batch.visible_ids).loss
 
+    plan = Plan.of(config, len(source), accelerator.num_processes)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
-        optimizer=build_adamw(model, weight_decay=config.optim.weight_decay, betas=config.optim.betas),
+        optimizer=build_adamw(
+            model,
+            weight_decay=config.optim.weight_decay,
+            betas=config.optim.betas,
+            scales={f"encoder.{name}": rate for name, rate in layer_rates(model.encoder, config.optim).items()},
+            waiting=("encoder.", plan.steps_before(config.optim.decoder_first_epochs)),
+        ),
         compute_loss=compute_loss,
-        plan=Plan.of(config, len(source), accelerator.num_processes),
+        plan=plan,
         config=config,
     )
     if checkpoint is not None:

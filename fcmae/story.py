@@ -1,14 +1,36 @@
-"""What pretraining and fine-tuning share: batches of a run, dry run; knows no network, loss or arguments."""
+"""What pretraining and fine-tuning share: batches and rates of a run, dry run; knows no loss or arguments."""
 
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from fcmae.config import OptimSection
 from fcmae.data import IndexStream, LabelledDataset, PretrainDataset, Source, load_batches, unreadable
 from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.encoder.base import Network
+from fcmae.errors import UserError
 from fcmae.training.dry_run import rehearse
+from fcmae.training.optim import layer_scales
 from fcmae.training.trainer import Trainer
+
+
+def layer_rates(network: Network, optim: OptimSection) -> dict[str, float]:
+    """Return the factors on the learning rate that `optim.layer_decay` means, by parameter; none where it is 1.
+
+    Raises:
+        UserError: if nobody knows the layers of `network`.
+    """
+    if optim.layer_decay == 1:
+        return {}
+    if network.layer_depths is None:
+        raise UserError(
+            f"optim.layer_decay={optim.layer_decay}: layers are counted in our ConvNeXt, not in {network.variant}; "
+            "set optim.layer_decay=1"
+        )
+    names = (name for name, _ in network.named_parameters())
+    return layer_scales(names, network.layer_depths, decay=optim.layer_decay, decay_type=optim.layer_decay_type)
+
 
 TRIED = 64
 """Images of each source that a dry run tries to read."""

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, randomise, small_encoder
+from safetensors.torch import save_file
+from timm.models._manipulate import adapt_input_conv
 from weight_files import MEAN, NAMES, STD, same, save_run
 
-from fcmae import FCMAE, load_encoder
+from fcmae import FCMAE, ConvNeXt, load_encoder
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.errors import UserError
-from fcmae.load import load_fcmae, load_tensors, load_weights
+from fcmae.load import adapt_channels, load_fcmae, load_tensors, load_weights
 from fcmae.training.checkpoint import EMA, MODEL
-from fcmae.weights.base import Preprocessing
+from fcmae.weights.base import Preprocessing, build_encoder
 
 
 def test_a_run_its_checkpoint_and_its_file_give_the_same_weights(tmp_path: Path) -> None:
@@ -126,3 +128,27 @@ def test_what_has_no_decoder_is_refused(tmp_path: Path) -> None:
             load_fcmae(tmp_path / name)
     with pytest.raises(UserError, match="no such file or folder"):
         load_fcmae(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (3, 4), (3, 7), (1, 3), (5, 2)])
+def test_a_first_layer_fits_other_channels_and_sees_equal_ones_as_before(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    save_file(
+        {n: x.float() for n, x in small_encoder(in_chans=before).state_dict().items()}, tmp_path / "it.safetensors"
+    )
+    weights = load_weights(tmp_path / "it.safetensors")
+    network = ConvNeXt(TINY, in_chans=after)
+    tensors, how = adapt_channels(weights, network)
+    assert how.startswith(f"first layer adapted from {before} to {after} channels")
+    stem = "downsample_layers.0.0.weight"
+    if before == 3:
+        torch.testing.assert_close(tensors[stem], adapt_input_conv(after, weights.tensors[stem]))
+    changed = {name for name, tensor in tensors.items() if not torch.equal(tensor, weights.tensors[name])}
+    assert changed == {stem}
+    network.load_state_dict(tensors)
+    gray = torch.rand(2, 1, 64, 64)
+    expected = build_encoder(weights).features(gray.expand(-1, before, -1, -1))
+    if before >= after == 1 or after % before == 0:
+        torch.testing.assert_close(network.features(gray.expand(-1, after, -1, -1)), expected, rtol=1e-4, atol=1e-4)
+    assert adapt_channels(weights, build_encoder(weights)) == (weights.tensors, "")

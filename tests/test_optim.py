@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fcmae import FCMAE, VARIANTS, ConvNeXt
+from fcmae.config import PretrainOptimSection
+from fcmae.story import layer_rates
 from fcmae.training.optim import build_adamw, exempt_from_decay, layer_scales
 
 
@@ -110,3 +112,17 @@ def test_adamw_takes_each_scale_with_and_without_decay_and_leaves_out_what_is_fr
     for name, (scale, decay) in seen.items():
         assert scale == scales[name]
         assert decay == (0.0 if exempt_from_decay(name, model.get_parameter(name)) else 0.1)
+
+
+def test_in_pretraining_the_encoder_may_wait_and_its_lower_layers_learn_more_slowly() -> None:
+    model = FCMAE(((1, 1, 2, 1), (8, 8, 16, 16)), decoder_dim=16)
+    rates = layer_rates(model.encoder, PretrainOptimSection(layer_decay=0.5))
+    scales = {f"encoder.{name}": rate for name, rate in rates.items()}
+    optimizer = build_adamw(model, weight_decay=0.1, betas=(0.9, 0.95), scales=scales, waiting=("encoder.", 7))
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for name in (named[id(p)] for p in group["params"]):
+            assert group["first_step"] == (7 if name.startswith("encoder.") else 0)
+            assert group["lr_scale"] == (scales[name] if name.startswith("encoder.") else 1.0)
+    assert scales["encoder.stages.3.0.dwconv.weight"] == 0.5
+    assert scales["encoder.downsample_layers.0.0.weight"] == 0.5**5

@@ -517,6 +517,38 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(
         assert f"{name} ({kind}), with a new decoder" in capsys.readouterr().out
 
 
+def test_a_run_can_start_from_an_encoder_for_other_channels(
+    arguments: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "train.max_steps=1") == 0
+    save_arrays(tmp_path / "gray", np.load(data / "images.npy")[..., :1])
+    gray = [*arguments, f"data.root={tmp_path / 'gray'}", "model.in_chans=1", "data.mean=[0.5]", "data.std=[0.2]"]
+    start = [*gray, f"output={tmp_path / 'next'}", f"init_from={tmp_path / 'run'}", "optim.base_lr=0"]
+    assert run(*start, "train.max_steps=1") == 0
+    said = "raw weights), first layer adapted from 3 to 1 channels (summed), with a new decoder"
+    assert said in capsys.readouterr().out
+    before, after = weights(tmp_path / "run"), weights(tmp_path / "next")
+    stem = "encoder.downsample_layers.0.0.weight"
+    torch.testing.assert_close(after[stem], before[stem].sum(1, keepdim=True))
+    assert all(torch.equal(after[n], before[n]) for n in before if n.startswith("encoder.") and n != stem)
+
+
+def test_the_decoder_can_be_trained_alone_first(arguments: list[str], tmp_path: Path) -> None:
+    assert run(*arguments, "train.max_steps=1") == 0
+    first = [*arguments, f"init_from={tmp_path / 'run' / 'encoder'}", "optim.decoder_first_epochs=0.6"]  # 3 updates
+    start = [*first, "optim.warmup_epochs=0", f"output={tmp_path / 'next'}", "resume=auto"]
+    before = weights(tmp_path / "run")
+    assert run(*start, "train.max_steps=3") == 0
+    after = weights(tmp_path / "next")
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("encoder."))
+    assert not torch.equal(after["decoder.pred.weight"], before["decoder.pred.weight"])
+    assert run(*start, "train.max_steps=4") == 0
+    now = weights(tmp_path / "next")
+    assert not any(
+        torch.equal(now[n], before[n]) for n in before if n.startswith("encoder.stages") and "pwconv" in n
+    )
+
+
 # k-NN on the way
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 NO_DECAY = ("grn.gamma", "grn.beta", "mask_token")
 """Scales and offsets stored with more than one axis; the official pretraining decays them by accident."""
+
+NO_SCALES: Mapping[str, float] = MappingProxyType({})
 
 
 def exempt_from_decay(name: str, parameter: nn.Parameter) -> bool:
@@ -52,21 +55,30 @@ def build_adamw(
     *,
     weight_decay: float,
     betas: tuple[float, float],
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] = NO_SCALES,
+    waiting: tuple[str, int] = ("", 0),
 ) -> torch.optim.AdamW:
-    """Return fused AdamW over the trainable parameters, grouped by weight decay and `lr_scale`.
+    """Return fused AdamW over the trainable parameters, grouped by weight decay, `lr_scale` and `first_step`.
 
     Args:
-        scales: factors on the learning rate by parameter name, as `layer_scales` gives; None for 1.
+        scales: factors on the learning rate by parameter name, as `layer_scales` gives; 1 for others.
+        waiting: what names of parameters begin with that stay as they are for a number of updates, and that number.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    prefix, updates = waiting
+    groups: dict[tuple[float, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = scales[name] if scales else 1.0, exempt_from_decay(name, parameter)
+            first_step = updates if name.startswith(prefix) else 0
+            key = scales.get(name, 1.0), first_step, exempt_from_decay(name, parameter)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[key], "lr_scale": key[0], "weight_decay": 0.0 if key[1] else weight_decay}
+            {
+                "params": groups[key],
+                "lr_scale": key[0],
+                "first_step": key[1],
+                "weight_decay": 0.0 if key[2] else weight_decay,
+            }
             for key in sorted(groups)
         ],
         lr=0.0,

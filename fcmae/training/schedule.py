@@ -84,9 +84,13 @@ class Plan:
             total_steps=self.total_steps,
         )
 
+    def steps_before(self, epochs: float) -> int:
+        """Updates that come nearest to a number of epochs."""
+        return round(epochs * self.num_samples / self.images_per_step)
+
     def steps_in(self, epochs: float) -> int:
         """Updates, at least one, that come nearest to a number of epochs."""
-        return max(1, round(epochs * self.num_samples / self.images_per_step))
+        return max(1, self.steps_before(epochs))
 
     @property
     def total_epochs(self) -> float:

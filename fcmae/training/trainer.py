@@ -316,7 +316,7 @@ class Trainer:
         """Update the weights, and their EMA, by the gradients."""
         step_lr = self.plan.lr(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = step_lr * group["lr_scale"]
+            group["lr"] = step_lr * group["lr_scale"] * (self.step >= group["first_step"])
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
         self.optimizer.step()
