@@ -99,6 +99,8 @@ class DataSection(Section):
     """`folder` (also a .tar), `arrays` (from `fcmae prepare`), or a map-style name of timm's `create_dataset`."""
     root: str
     split: str = "train"
+    dtype: Literal["uint8", "uint16", "float32"] | None = None
+    """Of the pixels, from the file to the model; null for the deepest of some images."""
     image_size: Positive | tuple[Positive, Positive] = 224
     """Pixels: a side, or [height, width]."""
     batch_size: Positive = 64
@@ -107,6 +109,7 @@ class DataSection(Section):
     max_bad: Annotated[int, Field(ge=0)] = 100
     """Images that may fail to decode before the run ends."""
     mean: Channels = (0.485, 0.456, 0.406)
+    """Of pixels by channel, 1.0 standing for 255 (uint8) or 65535 (uint16); float32 as it is."""
     std: Deviations = (0.229, 0.224, 0.225)
     crop_scale: Pair = (0.2, 1.0)
     """Share of the image's area that a random crop covers, least and most."""

@@ -106,7 +106,9 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
-    source = open_source(config.data.name, config.data.root, config.data.split, config.model.in_chans)
+    source = open_source(
+        config.data.name, config.data.root, config.data.split, config.model.in_chans, dtype=config.data.dtype
+    )
     splits = None
     if config.eval.knn_every_epochs is not None:
         splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)

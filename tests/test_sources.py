@@ -2,12 +2,18 @@
 
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import imagecodecs
 import numpy as np
+import pydicom
 import pytest
+import tifffile
 import torch
-from PIL import Image
+from conftest import ROOT
+from PIL import Image, ImageOps
 
 from fcmae.data import (
     RandomView,
@@ -20,6 +26,7 @@ from fcmae.data import (
     unreadable,
 )
 from fcmae.data.sources import Subset
+from fcmae.data.views import Part
 from fcmae.errors import UserError
 from fcmae.evaluation.inference import Unreadable, read_images
 
@@ -58,11 +65,136 @@ def test_folders_give_the_channels_that_are_asked_for(tmp_path: Path, channels: 
     assert np.array_equal(image.permute(1, 2, 0).numpy(), stored)
 
 
-def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    image = open_source("folder", str(tmp_path), "train", 1).load(0)
-    assert np.array_equal(image[0].numpy(), (values >> 8).astype(np.uint8))
+# Pixels of more than eight bits, and of more bands
+
+
+def write_tiff(path: Path, values: np.ndarray, **options: Any) -> None:
+    tifffile.imwrite(path, values, photometric="minisblack", **options)
+
+
+def write_dicom(path: Path, values: np.ndarray, **tags: Any) -> None:
+    """A CT slice as scanners write it: 12 of 16 bits."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid()
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+    dataset.PixelData = values.astype("<u2").tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+
+
+BANDS = np.random.default_rng(0).integers(0, 4096, (50, 70, 12), dtype=np.uint16)
+
+DEEP: dict[str, tuple[str, Callable[[Path], None], np.ndarray]] = {
+    "gray PNG": ("a.png", lambda p: Image.fromarray(BANDS[..., 0]).save(p), BANDS[..., :1]),
+    "RGB PNG": ("a.png", lambda p: p.write_bytes(imagecodecs.png_encode(BANDS[..., :3].copy())), BANDS[..., :3]),
+    "gray TIFF": ("a.tif", lambda p: write_tiff(p, BANDS[..., 0]), BANDS[..., :1]),
+    "12 bands": ("a.tif", lambda p: write_tiff(p, BANDS, planarconfig="contig"), BANDS),
+    "12 bands one by one": (
+        "a.tif",
+        lambda p: write_tiff(p, BANDS.transpose(2, 0, 1).copy(), planarconfig="separate", rowsperstrip=7),
+        BANDS,
+    ),
+    "tiles": (
+        "a.tiff",
+        lambda p: write_tiff(p, BANDS, planarconfig="contig", tile=(16, 32), compression="lzw", predictor=True),
+        BANDS,
+    ),
+    "tiles of bands": (
+        "a.tif",
+        lambda p: write_tiff(
+            p, BANDS.transpose(2, 0, 1).copy(), planarconfig="separate", tile=(32, 16), compression="zlib"
+        ),
+        BANDS,
+    ),
+    "five bands of eight bits": (
+        "a.tif",
+        lambda p: write_tiff(p, (BANDS[..., :5] >> 4).astype(np.uint8), planarconfig="contig"),
+        (BANDS[..., :5] >> 4).astype(np.uint8),
+    ),
+    "float TIFF": ("a.tif", lambda p: write_tiff(p, BANDS[..., 0] / 4095), (BANDS[..., :1] / 4095).astype("f4")),
+    "signed TIFF": (
+        "a.tif",
+        lambda p: write_tiff(p, BANDS[..., 0].astype(np.int16) - 1000),
+        BANDS[..., :1].astype(np.float32) - 1000,
+    ),
+    "OME channels": (
+        "a.ome.tif",
+        lambda p: write_tiff(p, BANDS[..., :4].transpose(2, 0, 1).copy(), ome=True, metadata={"axes": "CYX"}),
+        BANDS[..., :4],
+    ),
+    "npy": ("a.npy", lambda p: np.save(p, BANDS.astype(">u2")), BANDS),
+    "gray npy": ("a.npy", lambda p: np.save(p, BANDS[..., 0].astype(np.float64)), BANDS[..., :1].astype("f4")),
+    "DICOM": ("a.dcm", lambda p: write_dicom(p, BANDS[..., 0]), BANDS[..., :1]),
+    "DICOM, rescaled": (
+        "a.dcm",
+        lambda p: write_dicom(p, BANDS[..., 0], RescaleSlope="0.5", RescaleIntercept="-1024"),
+        (BANDS[..., :1] * 0.5 - 1024).astype("f4"),
+    ),
+    "DICOM, low is bright": (
+        "a.dcm",
+        lambda p: write_dicom(p, BANDS[..., 0], PhotometricInterpretation="MONOCHROME1"),
+        4095 - BANDS[..., :1],
+    ),
+}
+"""What an image file is -> its name, what writes it, its pixels (h, w, bands)."""
+
+
+@pytest.mark.parametrize("what", DEEP)
+def test_pixels_arrive_as_they_are_in_the_file(what: str, tmp_path: Path) -> None:
+    name, write, expected = DEEP[what]
+    write(tmp_path / name)
+    source = open_source("folder", str(tmp_path), "train", expected.shape[2])
+    whole = source.load(0)
+    assert whole.dtype == source.dtype == torch.from_numpy(expected[:1].copy()).dtype
+    assert np.array_equal(whole.permute(1, 2, 0).numpy(), expected)
+    part = source.load_part(0, lambda height, width: Part(height // 3, width // 5, 23, 41, (4, 4)))
+    assert torch.equal(part, whole[:, 16:39, 14:55])
+
+
+def test_a_folder_of_both_depths_is_as_deep_as_its_deepest_and_loses_nothing(tmp_path: Path) -> None:
+    shallow = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(shallow).save(tmp_path / "a.png")
+    Image.fromarray(BANDS[:8, :8, 0]).save(tmp_path / "b.png")
+    source = open_source("folder", str(tmp_path), "train", 1)
+    assert source.dtype == torch.uint16
+    assert np.array_equal(source.load(0)[0].numpy(), shallow.astype(np.uint16) * 257)
+    assert np.array_equal(source.load(1)[0].numpy(), BANDS[:8, :8, 0])
+    shallower = open_source("folder", str(tmp_path), "train", 1, dtype="uint8")
+    assert np.array_equal(shallower.load(0)[0].numpy(), shallow)
+    with pytest.raises(ValueError, match=r"uint16 pixels among uint8 ones; set data\.dtype=uint16"):
+        shallower.load(1)
+
+
+def test_bands_that_do_not_fit_name_the_key(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", BANDS, planarconfig="contig")
+    with pytest.raises(ValueError, match=r"12 bands where 3 are wanted; set model\.in_chans=12"):
+        open_source("folder", str(tmp_path), "train", 3).load(0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_exif_says_whole_and_in_part(orientation: int, tmp_path: Path) -> None:
+    image = Image.open(ROOT / "docs" / "photos" / "bird.jpg").resize((160, 96))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "b.jpg", exif=exif, quality=95)
+    source = open_source("folder", str(tmp_path), "train", 3)
+    for index, name in enumerate(("a.png", "b.jpg")):
+        with Image.open(tmp_path / name) as stored:
+            expected = np.asarray(ImageOps.exif_transpose(stored))
+        whole = source.load(index)
+        assert np.array_equal(whole.permute(1, 2, 0).numpy(), expected)
+        part = source.load_part(index, lambda height, width: Part(10, 20, 60, 50, (60, 50)))
+        assert torch.equal(part, whole[:, 10:70, 20:70])
+    coarse = source.load_part(1, lambda height, width: Part(8, 16, 64, 48, (16, 12)))
+    assert coarse.shape == (3, 16, 12)
+    mean = whole[:, 8:72, 16:64].float().unflatten(1, (16, 4)).unflatten(3, (12, 4)).mean((2, 4))
+    assert (coarse.float() - mean).abs().mean() < 8
 
 
 def write_pages(path: Path, number: int = 3) -> None:
@@ -220,15 +352,13 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
 
 def test_sets_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     write_images(tmp_path, 1)
-    line = error_of("folder", str(tmp_path), "train", 5)
-    assert "save_arrays and use data.name=arrays" in line
     assert "no sample index" in error_of("wds/set", str(tmp_path), "train", 3)
     assert "no sample index" in error_of("hfids/set", str(tmp_path), "train", 3)
     assert "unknown; use folder" in error_of("foldr", str(tmp_path), "train", 3)
     assert "data.root=" in error_of("torch/cifar10", str(tmp_path), "train", 3)
     assert "data.name=folder reads" in error_of("arrays", str(tmp_path), "train", 3)
-    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.float32))
-    assert "expected uint8" in error_of("arrays", str(tmp_path), "train", 3)
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.int32))
+    assert "expected uint8, uint16 or float32 images" in error_of("arrays", str(tmp_path), "train", 3)
     np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 3), np.uint8))
     assert "have 3 channels, but model.in_chans is 4" in error_of("arrays", str(tmp_path), "train", 4)
     (tmp_path / "images.npy").write_bytes(b"\x93NUMPY\x01\x00junk")
@@ -236,10 +366,11 @@ def test_sets_that_cannot_be_read_say_why(tmp_path: Path) -> None:
 
 
 def test_files_of_the_other_kind_are_named_with_the_name_that_reads_them(tmp_path: Path) -> None:
-    np.save(tmp_path / "scene.npy", np.zeros((4, 4, 5), np.uint8))
+    np.save(tmp_path / "images.npy", np.zeros((2, 4, 4, 5), np.uint8))
     line = error_of("folder", str(tmp_path), "train", 3)
-    assert f"no images in it but arrays, such as {tmp_path / 'scene.npy'}" in line
+    assert f"no images in it but arrays, such as {tmp_path / 'images.npy'}" in line
     assert "data.name=arrays reads what fcmae prepare or fcmae.data.save_arrays wrote" in line
+    (tmp_path / "images.npy").unlink()
     assert "from save_arrays" in error_of("arrays", str(tmp_path), "train", 5)
     save_arrays(tmp_path / "arrays" / "train", np.zeros((2, 4, 4, 3), np.uint8))
     assert "data.name=arrays reads" in error_of("folder", str(tmp_path / "arrays"), "train", 3)
@@ -253,9 +384,10 @@ def test_files_of_the_other_kind_are_named_with_the_name_that_reads_them(tmp_pat
 # Arrays
 
 
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "uint16", "float32"])
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
-def test_arrays_of_any_channel_count_are_mapped_and_cropped(tmp_path: Path, channels: int) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (6, 20, 24, channels), dtype=np.uint8)
+def test_arrays_of_any_channel_count_are_read_and_cropped(tmp_path: Path, channels: int, dtype: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 24, channels), dtype=np.uint8).astype(dtype)
     save_arrays(tmp_path / "train", images)
     source = open_source("arrays", str(tmp_path), "train", channels)
     assert np.array_equal(source.load(4).permute(1, 2, 0).numpy(), images[4])

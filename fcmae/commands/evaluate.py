@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
                 f"data.{key}={list(getattr(data, key))}: the encoder takes {encoder.in_chans} channels; "
                 f"give data.{key} one value for each"
             )
-    source = open_source(data.name, data.root, data.split, encoder.in_chans)
+    source = open_source(data.name, data.root, data.split, encoder.in_chans, dtype=data.dtype)
     splits = labelled_splits(source, data, config.eval, encoder.in_chans)
     everything = not (options.knn or options.linear)
     wanted = {"knn": options.knn or everything, "linear": options.linear or everything}

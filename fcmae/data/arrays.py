@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fcmae.data.labels import CLASSES, LABELS, check_class_names, read_labels, write_labels
 from fcmae.data.npy import read_header, write_array
+from fcmae.data.pixels import as_pixels, is_pixels, kind_of
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 from fcmae.files import SharedFile
@@ -17,7 +18,7 @@ IMAGES = "images.npy"
 
 
 class ArraySource:
-    """`FOLDER/images.npy`: uint8 (n, h, w, c) or (n, h, w), with labels where they lie beside it.
+    """`FOLDER/images.npy`: pixels (n, h, w, c) or (n, h, w), with labels where they lie beside it.
 
     Only the rows that are seen are read. The file is not mapped: one that is cut off meanwhile is an error, and not
     the end of the process.
@@ -26,11 +27,13 @@ class ArraySource:
     def __init__(self, folder: Path) -> None:
         path = folder / IMAGES
         header = read_header(path)
-        if header.dtype != np.uint8 or len(header.shape) not in (3, 4) or 0 in header.shape:
+        if not is_pixels(header.dtype) or len(header.shape) not in (3, 4) or 0 in header.shape:
             raise UserError(
-                f"{path}: expected uint8 images (n, h, w, c), found {header.dtype} {header.shape}; "
-                "fcmae.data.save_arrays writes them"
+                f"{path}: expected uint8, uint16 or float32 images (n, h, w, c), found {header.dtype} "
+                f"{header.shape}; fcmae.data.save_arrays writes them"
             )
+        self.stored = header.dtype
+        self.dtype = kind_of(header.dtype)
         if header.fortran_order:
             raise UserError(
                 f"{path}: in Fortran order, in which each image is all over the file; fcmae.data.save_arrays writes "
@@ -57,10 +60,10 @@ class ArraySource:
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
         _, image_height, image_width, channels = self.shape
         top, left, height, width, _ = choose(image_height, image_width)
-        row = image_width * channels
+        row = image_width * channels * self.stored.itemsize
         content = self.file.read(self.start + (index * image_height + top) * row, height * row)
-        rows = np.frombuffer(content, np.uint8).reshape(height, image_width, channels)
-        return torch.from_numpy(rows[:, left : left + width].copy()).permute(2, 0, 1)
+        rows = np.frombuffer(content, self.stored).reshape(height, image_width, channels)
+        return torch.from_numpy(as_pixels(rows[:, left : left + width])).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder / IMAGES}[{index}]"
@@ -72,15 +75,17 @@ def save_arrays(
     labels: np.ndarray | Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write uint8 images (n, h, w, c) as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
+    """Write images (n, h, w, c) as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
+
+    They are uint8, uint16 or float32, and stay so.
 
     Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`.
 
     Raises:
         ValueError: if shapes, types or numbers do not fit.
     """
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise ValueError(f"images must be uint8 (n, h, w, c), got {images.dtype} {images.shape}")
+    if not is_pixels(images.dtype) or images.ndim != 4:
+        raise ValueError(f"images must be uint8, uint16 or float32 (n, h, w, c), got {images.dtype} {images.shape}")
     if labels is not None:
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min(initial=0) < 0:

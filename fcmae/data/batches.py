@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fcmae.data.sampling import PADDING, Key
+from fcmae.data.sampling import PADDING, Key, spread
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
 from fcmae.errors import UserError
@@ -43,7 +43,7 @@ class Sample:
     """One image with its randomness already spent."""
 
     image: Tensor
-    """uint8 (c, h, w)."""
+    """Pixels (c, h, w)."""
     index: int
     bad: tuple[BadImage, ...]
 
@@ -70,7 +70,7 @@ class Batch:
     """What every step sees."""
 
     images: Tensor
-    """uint8 (b, c, h, w)."""
+    """Pixels (b, c, h, w)."""
     indices: tuple[int, ...]
     """Of the samples in their source."""
     bad: tuple[BadImage, ...]
@@ -129,7 +129,8 @@ class CroppedBatch(MaskedBatch):
     def collate_crops(cls, samples: Sequence[MaskedSample], size: tuple[int, int]) -> Self:
         extents = torch.tensor([sample.image.shape[1:] for sample in samples], dtype=torch.int32)
         height, width = extents.amax(0).tolist()
-        images = torch.zeros(len(samples), height, width, samples[0].image.shape[0], dtype=torch.uint8)
+        first = samples[0].image
+        images = torch.zeros(len(samples), height, width, first.shape[0], dtype=first.dtype)
         images = images.permute(0, 3, 1, 2)  # the order in which arrays have their pixels
         for canvas, sample in zip(images, samples, strict=True):
             canvas[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
@@ -264,7 +265,7 @@ class EvaluationDataset(Dataset[LabelledSample]):
         source: the images.
         labels: int64 (n,).
         class_names: by label.
-        view: from a uint8 image (c, h, w) to `shape`, without randomness.
+        view: from an image (c, h, w) to `shape`, without randomness.
         shape: of the images that the model sees, (c, h, w).
     """
 
@@ -297,7 +298,7 @@ class EvaluationDataset(Dataset[LabelledSample]):
                 bad = (BadImage.of(index, self.source, error),)
             else:
                 return LabelledSample(self.view(image).contiguous(), index, bad, int(self.labels[index]))
-        return LabelledSample(torch.zeros(self.shape, dtype=torch.uint8), index, bad, NOT_COUNTED)
+        return LabelledSample(torch.zeros(self.shape, dtype=self.source.dtype), index, bad, NOT_COUNTED)
 
 
 def load_batches(
@@ -358,13 +359,8 @@ def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         yield ready(*waiting)
 
 
-def spread(length: int, number: int) -> list[int]:
-    """Return up to `number` different indices spread evenly over `length`."""
-    return sorted({i * length // number for i in range(number)})
-
-
 def fixed_images(source: Source, number: int, size: tuple[int, int]) -> Tensor:
-    """Return `number` readable images spread evenly over the source, uint8 (n, c, h, w), always the same."""
+    """Return `number` readable images spread evenly over the source, pixels (n, c, h, w), always the same."""
     images: list[Tensor] = []
     for index in spread(len(source), number):
         try:

@@ -15,6 +15,9 @@ import numpy as np
 from fcmae.errors import UserError
 from fcmae.files import SharedFile, require_regular
 
+ARRAYS = ("images.npy", "labels.npy", "sizes.npy")
+"""Of data.name=arrays: no images, but arrays of them."""
+
 VISITS = 1000
 """Ways that lead to one folder, at most: links to folders of links multiply."""
 
@@ -71,7 +74,7 @@ def images_below(root: str, extensions: Collection[str]) -> Iterator[str]:
     """Yield the path of each image file, by its extension, at any depth below a folder."""
     for folder, names in walk(root):
         for name in names:
-            if os.path.splitext(name)[1].lower() in extensions:
+            if os.path.splitext(name)[1].lower() in extensions and name not in ARRAYS:
                 yield os.path.join(folder, name)
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from fcmae.data.batches import BadImage, spread
+from fcmae.data.batches import BadImage
 from fcmae.data.labels import write_labels
 from fcmae.data.npy import write_array
+from fcmae.data.pixels import kind_name, rounded
+from fcmae.data.sampling import spread
 from fcmae.data.shards import INDEX, PLAN, PREPARED, SIZES, shard_path
 from fcmae.data.sources import Source
 from fcmae.data.views import Part
@@ -54,7 +57,7 @@ class Shard(NamedTuple):
 
 
 def shrink(source: Source, index: int, short_side: int) -> Tensor:
-    """Load image `index`, its short side at most `short_side` pixels and its shape kept: uint8 (c, h, w)."""
+    """Load image `index`, its short side at most `short_side` pixels and its shape kept: pixels (c, h, w)."""
     wanted = OVERSAMPLING * short_side
     pixels = source.load_part(index, lambda height, width: Part(0, 0, height, width, (wanted, wanted)))
     height, width = pixels.shape[-2:]
@@ -62,7 +65,9 @@ def shrink(source: Source, index: int, short_side: int) -> Tensor:
         return pixels
     scale = short_side / min(height, width)
     size = [round(scale * height), round(scale * width)]
-    return v2.functional.resize(pixels, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    exact = pixels if pixels.dtype == torch.uint8 else pixels.float()
+    resized = v2.functional.resize(exact, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    return rounded(resized, pixels.dtype)
 
 
 class _Shards(Dataset[Any]):
@@ -168,7 +173,7 @@ def _require_disk(source: Source, folder: Path, short_side: int) -> None:
     sampled: list[int] = []
     for index in spread(len(source), SAMPLED):
         try:
-            sampled.append(shrink(source, index, short_side).numel())
+            sampled.append(shrink(source, index, short_side).nbytes)
         except Exception:  # named when its turn comes
             continue
     estimate = len(source) * sum(sampled) / max(len(sampled), 1)
@@ -202,7 +207,14 @@ def prepare(
         OSError: as writing does.
     """
     shard_images = min(SHARD_IMAGES, math.ceil(len(source) / MIN_SHARDS))
-    plan = {"format": PREPARED, "num_images": len(source), "short_side": short_side, "channels": channels}
+    plan: dict[str, Any] = {
+        "format": PREPARED,
+        "num_images": len(source),
+        "short_side": short_side,
+        "channels": channels,
+    }
+    if source.dtype != torch.uint8:  # folders of older versions say nothing of it
+        plan["dtype"] = kind_name(source.dtype)
     _require_disk(source, folder, short_side)
     _claim(folder, plan | {"shard_images": shard_images, "source": _fingerprint(source, root)})
     work = _Shards(source, folder, short_side, shard_images)
@@ -224,6 +236,12 @@ def prepare(
     write_array(folder / SIZES, sizes)
     labels = None if source.labels is None else np.delete(source.labels, [image.index for image in bad])
     write_labels(folder, labels, source.class_names)
-    index = {"format": PREPARED, "channels": channels, "shards": [len(record.sizes) for record in ordered]}
+    index = {
+        "format": PREPARED,
+        "channels": channels,
+        "dtype": kind_name(source.dtype),
+        "shards": [len(record.sizes) for record in ordered],
+    }
     write_text(folder / INDEX, json.dumps(index | {"unreadable": bad}))
-    return Prepared(len(sizes), int(sizes.astype(np.int64).prod(1).sum()) * channels, written, bad)
+    num_bytes = int(sizes.astype(np.int64).prod(1).sum()) * channels * source.dtype.itemsize
+    return Prepared(len(sizes), num_bytes, written, bad)

@@ -61,3 +61,8 @@ def one_pass(num_samples: int, *, batch_size: int, rank: int = 0, world_size: in
     padded = [*range(num_samples), *[PADDING] * (-num_samples % together)]
     starts = range(rank * batch_size, len(padded), together)
     return [padded[start : start + batch_size] for start in starts]
+
+
+def spread(length: int, number: int) -> list[int]:
+    """Return up to `number` different indices spread evenly over `length`."""
+    return sorted({i * length // number for i in range(number)})

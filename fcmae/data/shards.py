@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcmae.data.labels import read_labels
 from fcmae.data.npy import read_array
+from fcmae.data.pixels import as_pixels, is_pixels, kind_of
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 
@@ -28,7 +29,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 class PreparedSource:
     """A folder that `fcmae prepare` wrote: images of any sizes, as raw pixels.
 
-    A shard is the pixels (h, w, c) of consecutive images, uint8, one after the other. Only the rows that are seen
+    A shard is the pixels (h, w, c) of consecutive images, one after the other. Only the rows that are seen
     are read, and no file stays open or mapped: any number of shards and workers will do, and a file that is cut off
     while it is read is an error, not a crash.
     """
@@ -45,6 +46,10 @@ class PreparedSource:
             if not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers) or not numbers[0]:
                 raise ValueError("its numbers are no counts")
             self.channels, *counts = numbers
+            self.stored = np.dtype(index.get("dtype", "uint8")).newbyteorder("<")
+            if not is_pixels(self.stored):
+                raise ValueError(f"pixels of {self.stored}")
+            self.dtype = kind_of(self.stored)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"[:300]
             raise UserError(f"{path}: no index of prepared images ({reason}); run fcmae prepare again") from error
@@ -63,7 +68,7 @@ class PreparedSource:
             or self.sizes.prod(1, np.float64).sum() * self.channels > 2**62
         ):
             raise UserError(f"{folder / SIZES}: no heights and widths of images; run fcmae prepare again")
-        num_bytes = self.sizes.astype(np.int64).prod(1) * self.channels
+        num_bytes = self.sizes.astype(np.int64).prod(1) * self.channels * self.stored.itemsize
         ends = np.cumsum(num_bytes)
         self.firsts = np.cumsum(counts) - counts
         """Number of each shard's first image."""
@@ -93,15 +98,15 @@ class PreparedSource:
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
         image_height, image_width = map(int, self.sizes[index])
         top, left, height, width, _ = choose(image_height, image_width)
-        row = image_width * self.channels
+        row = image_width * self.channels * self.stored.itemsize
         path = shard_path(self.folder, int(self.firsts.searchsorted(index, "right")) - 1)
         with open(path, "rb", buffering=0) as file:
             file.seek(int(self.offsets[index]) + top * row)
             content = file.read(height * row)
         if len(content) != height * row:
             raise OSError(f"{path}: cut off; run the same fcmae prepare again, which fixes it")
-        rows = np.frombuffer(content, np.uint8).reshape(height, image_width, self.channels)
-        return torch.from_numpy(rows[:, left : left + width].copy()).permute(2, 0, 1)
+        rows = np.frombuffer(content, self.stored).reshape(height, image_width, self.channels)
+        return torch.from_numpy(as_pixels(rows[:, left : left + width])).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder}[{index}]"

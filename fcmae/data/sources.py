@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fcmae.data.arrays import IMAGES, ArraySource
-from fcmae.data.images import PIL_MODES, find_image, open_images
+from fcmae.data.images import find_image, open_images
 from fcmae.data.labels import Labelled
+from fcmae.data.pixels import kind_name
 from fcmae.data.shards import INDEX, PLAN, PreparedSource
 from fcmae.data.views import Part
 from fcmae.errors import UserError
@@ -40,14 +42,19 @@ class Source(Labelled, Protocol):
         """The folder or file, resolved, that holds these images and no others; None with hfds/ and torch/."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all pixels: uint8, uint16 or float32."""
+        ...
+
     def __len__(self) -> int: ...
 
     def load(self, index: int, /) -> Tensor:
-        """Return image `index` as uint8 (c, h, w); raises whatever decoding raises."""
+        """Return image `index` as pixels (c, h, w); raises whatever decoding raises."""
         ...
 
     def load_part(self, index: int, choose: Callable[[int, int], Part], /) -> Tensor:
-        """Return the part of image `index` that `choose` takes, knowing height and width: uint8 (c, h, w).
+        """Return the part of image `index` that `choose` takes, knowing height and width: pixels (c, h, w).
 
         Where fewer pixels are cheaper, it may have less than the image's resolution, but no less than asked for.
         """
@@ -70,7 +77,7 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source = source
         self.indices = indices
-        self.place = source.place
+        self.place, self.dtype = source.place, source.dtype
         self.channels = source.channels
         self.labels = None if source.labels is None else source.labels[indices]
         self.class_names = source.class_names
@@ -145,6 +152,7 @@ def open_source(
     in_chans: int | None,
     *,
     whole_root: bool = False,
+    dtype: str | None = None,
     key: str = "data.root",
     remedy: str = "name one that is there with data.split=NAME, or all there is with data.split=.",
 ) -> Source:
@@ -156,24 +164,20 @@ def open_source(
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
         in_chans: channels the model wants; None for as many as arrays have, and 3 of image files.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
+        dtype: of the pixels, "uint8", "uint16" or "float32"; None for what arrays, or some images, have.
         key: that names `root`, for messages.
         remedy: for the message where the split is not there.
 
     Raises:
         UserError: if nothing is there, the split is not, nothing in it is an image, or the channels do not fit.
     """
-    what = f"{key}={root}"
+    what, kind = f"{key}={root}", None if dtype is None else getattr(torch, dtype)
     arrays = name == "arrays"
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix in STREAMED:
         raise UserError(
             f"data.name={name}: streamed sets have no sample index, so masks and crops could not be repeated; "
             "use a map-style set: folder, a .tar, arrays, or hfds/NAME"
-        )
-    if not arrays and (in_chans or 3) not in PIL_MODES:
-        raise UserError(
-            f"model.in_chans={in_chans}: image files have 1, 3 or 4 channels; arrays have any number: write them "
-            "with fcmae.data.save_arrays and use data.name=arrays"
         )
     torch_name = name.split("/")[-1].lower() if prefix == "torch" else None
     if torch_name is not None and torch_name not in (*VALIDATED, *FOLDERS):
@@ -183,17 +187,19 @@ def open_source(
                 f"{what}: no split {split!r} of {name} (known: {', '.join(known)}{_meant(split, known)})"
             )
     if prefix in ("hfds", "torch") and torch_name not in FOLDERS:
-        return open_images(name, root, split, in_chans or 3, what)
+        return open_images(name, root, split, in_chans or 3, what, kind)
     if name not in ("folder", "", "arrays") and torch_name not in FOLDERS:
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
     place = _find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
     if not arrays:
-        return open_images(name, place, None, in_chans or 3, what)
+        return open_images(name, place, None, in_chans or 3, what, kind)
     folder = Path(place)
     plain = (folder / IMAGES).is_file() and not (folder / INDEX).is_file()
     source = ArraySource(folder) if plain else PreparedSource(folder)
     if in_chans is not None and source.channels != in_chans:
         raise UserError(f"{folder}: images have {source.channels} channels, but model.in_chans is {in_chans}")
+    if kind is not None and source.dtype != kind:
+        raise UserError(f"{folder}: images are {kind_name(source.dtype)}, but data.dtype is {dtype}; take null")
     return source

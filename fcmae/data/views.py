@@ -1,4 +1,4 @@
-"""Crops, flips, augmentation and pixel normalisation of uint8 tensors (c, h, w), mostly of any channel count."""
+"""Crops, flips, augmentation and normalisation of pixels (c, h, w) of any kind, mostly of any channel count."""
 
 import itertools
 import math
@@ -15,6 +15,8 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor, nn
 from torchvision.transforms import v2
+
+from fcmae.data.pixels import FULL, rounded
 
 
 class Part(NamedTuple):
@@ -46,10 +48,10 @@ class View(ABC):
 
     @abstractmethod
     def finish(self, pixels: Tensor) -> Tensor:
-        """Turn a part, uint8 (c, h, w) of any size, into the view."""
+        """Turn a part, pixels (c, h, w) of any size, into the view."""
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a view of a whole image, uint8 (c, h, w)."""
+        """Return a view of a whole image, pixels (c, h, w)."""
         top, left, height, width, _ = self.part(*image.shape[-2:])
         return self.finish(image[..., top : top + height, left : left + width])
 
@@ -76,10 +78,11 @@ class RandomView(View):
         return bool(torch.rand(1) < self.hflip)
 
     def finish(self, pixels: Tensor) -> Tensor:
+        exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # which torch resizes in whole numbers
         resized = v2.functional.resize(
-            pixels, list(self.size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            exact, list(self.size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
         )
-        return resized.flip(-1) if self.flips() else resized
+        return rounded(resized.flip(-1) if self.flips() else resized, pixels.dtype)
 
 
 def _cubic_weights(lengths: Tensor, longest: int, size: int, flipped: Tensor | None = None) -> Tensor:
@@ -113,21 +116,23 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[in
     rounds its weights.
 
     Args:
-        crops: uint8 (b, c, h, w), each crop in the upper left corner.
+        crops: pixels (b, c, h, w), each crop in the upper left corner.
         extents: int (b, 2), height and width of each crop.
         flipped: bool (b,).
         size: height and width of the result.
 
     Returns:
-        uint8 (b, c, *size).
+        Pixels (b, c, *size).
     """
     done: list[Tensor] = []
     for some, extent, flip in zip(*(t.split(CHUNK) for t in (crops, extents, flipped)), strict=True):
         heights, widths = extent.unbind(1)
         across = _cubic_weights(widths, some.shape[3], size[1], flip)
         down = _cubic_weights(heights, some.shape[2], size[0])
-        narrow = torch.einsum("bchw,bjw->bchj", some.float(), across).round_().clamp_(0, 255)
-        done.append(torch.einsum("bih,bchj->bcij", down, narrow).round_().clamp_(0, 255).to(torch.uint8))
+        narrow = torch.einsum("bchw,bjw->bchj", some.float(), across)
+        if crops.dtype == torch.uint8:
+            narrow = narrow.round_().clamp_(0, 255)
+        done.append(rounded(torch.einsum("bih,bchj->bcij", down, narrow), crops.dtype))
     return torch.cat(done)
 
 
@@ -146,11 +151,12 @@ def covering_size(image: tuple[int, int], around: tuple[int, int]) -> tuple[int,
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """Resize uint8 (c, h, w) by Pillow, antialiased, channel by channel: the numbers are those of whole images."""
+    """Resize pixels (c, h, w) by Pillow, antialiased, channel by channel: the numbers are those of whole images."""
     resample = Image.Resampling[interpolation.upper()]
     height, width = size
-    channels = [Image.fromarray(channel).resize((width, height), resample) for channel in image.numpy()]
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+    exact = image if image.dtype == torch.uint8 else image.float()
+    channels = [Image.fromarray(channel).resize((width, height), resample) for channel in exact.numpy()]
+    return rounded(torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])), image.dtype)
 
 
 def cover(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic") -> Tensor:
@@ -222,8 +228,8 @@ class ErasePixels(v2.Transform):
         if random.random() >= self.probability:
             return image
         noise = self.erase(torch.full(image.shape, torch.nan))
-        pixels = (self.normalizer.invert(noise) * 255).round()
-        return torch.where(noise.isnan(), image, pixels.nan_to_num().to(torch.uint8))
+        pixels = self.normalizer.invert(noise).nan_to_num() * FULL[image.dtype]
+        return torch.where(noise.isnan(), image, rounded(pixels, image.dtype))
 
 
 class AugmentedView(View):
@@ -269,7 +275,10 @@ class AugmentedView(View):
 
 
 class PixelNormalizer(nn.Module):
-    """Normalise uint8 pixels by mean and std per channel, (pixel / 255 - mean) / std, and back; on any device."""
+    """Normalise pixels by mean and std per channel, (pixel / 255 - mean) / std, and back; on any device.
+
+    65535 in place of 255 for uint16; float32 is as it is.
+    """
 
     mean: Tensor
     std: Tensor
@@ -280,8 +289,8 @@ class PixelNormalizer(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 (..., c, h, w) into float32."""
-        return (pixels.float() / 255 - self.mean) / self.std
+        """Turn pixels (..., c, h, w) into float32."""
+        return (pixels.float() / FULL[pixels.dtype] - self.mean) / self.std
 
     def invert(self, images: Tensor) -> Tensor:
         """Turn normalised images (..., c, h, w) back into pixels in [0, 1], clamped."""

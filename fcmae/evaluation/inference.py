@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
-from fcmae.data.images import PIL_MODES, decode, refuse_pages
-from fcmae.data.views import PixelNormalizer, cover
+from fcmae.data.images import extensions, open_pixels
+from fcmae.data.views import PixelNormalizer, cover, whole
 from fcmae.encoder.base import Network
-from fcmae.errors import UserError
+from fcmae.files import require_regular
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -37,7 +37,7 @@ class Picture(NamedTuple):
 
     path: Path
     pixels: Tensor
-    """uint8 (c, h, w)."""
+    """(c, h, w)."""
 
 
 class TopClass(NamedTuple):
@@ -61,25 +61,21 @@ def best_device() -> torch.device:
 
 
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
-    """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says).
-
-    Raises:
-        UserError: if image files cannot have so many channels.
-    """
-    if channels not in PIL_MODES:
-        raise UserError(f"the network wants {channels} channels; image files have 1, 3 or 4")
-    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says)."""
+    ends = extensions()
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ends and p.is_file())
             if not files:
                 yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
-                with Image.open(file) as image:
-                    refuse_pages(image)
-                    yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
+                require_regular(file)
+                with open(file, "rb") as opened:
+                    _, read = open_pixels(opened)
+                    pixels = np.array(read(whole, channels), order="C")
+                yield Picture(file, torch.from_numpy(pixels).permute(2, 0, 1))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
             except UnidentifiedImageError:

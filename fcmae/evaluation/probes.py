@@ -82,6 +82,7 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
             settings.val_split,
             in_chans,
             whole_root=bool(settings.val_root),
+            dtype=data.dtype,
             key="eval.val_root" if settings.val_root else "data.root",
             remedy=remedy,
         )

@@ -28,6 +28,7 @@ from fcmae.data import (
     overlap,
     share_of_each_class,
 )
+from fcmae.data.pixels import kind_name
 from fcmae.encoder.base import Network
 from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError, blame
@@ -48,7 +49,12 @@ def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
         UserError: if they have no labels, or not `model.num_classes` classes.
     """
     data = config.data
-    source = open_source(data.name, data.root, data.split, config.model.in_chans)
+    source = open_source(data.name, data.root, data.split, config.model.in_chans, dtype=data.dtype)
+    if data.auto_augment is not None and source.dtype != torch.uint8:
+        raise UserError(
+            f"data.auto_augment={data.auto_augment}: is for pixels of 8 bits, but those of data.root={data.root} are "
+            f"{kind_name(source.dtype)}; set data.auto_augment=null"
+        )
     labels = labels_by(source, None, f"data.root={data.root}, split {data.split}")
     names = source.class_names or numbered(int(labels.max()) + 1)
     if config.model.num_classes not in (None, len(names)):
@@ -97,7 +103,16 @@ def validation_set(
     what = f"{key}={root}, data.val_split={data.val_split}"
     remedy = "name data.val_split or data.val_root, or data.val_split=null for none"
     whole_root = data.val_root is not None
-    source = open_source(data.name, root, data.val_split, in_chans, whole_root=whole_root, key=key, remedy=remedy)
+    source = open_source(
+        data.name,
+        root,
+        data.val_split,
+        in_chans,
+        whole_root=whole_root,
+        dtype=data.dtype,
+        key=key,
+        remedy=remedy,
+    )
     if training is not None and data.val_split != data.split and overlap(training, source):
         raise UserError(f"{what}: training's own images would be evaluated; {remedy}")
     names = class_names or source.class_names
