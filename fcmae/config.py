@@ -16,6 +16,7 @@ FourSizes = tuple[int, int, int, int]
 Pair = tuple[float, float]
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
+NotNegativeInt = Annotated[int, Field(ge=0)]
 Deviations = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Auto = Literal["auto"]
@@ -240,6 +241,8 @@ class VisualizeSection(Section):
 
     every_steps: Positive = 5000
     num_images: Annotated[int, Field(ge=0)] = 8
+    bands: tuple[NotNegativeInt, NotNegativeInt, NotNegativeInt] | None = None
+    """Channels, from 0, shown as red, green and blue; null for the first three, or gray."""
 
 
 class ProbeSection(Section):
@@ -299,6 +302,15 @@ class PretrainConfig(RunConfig):
     optim: PretrainOptimSection = PretrainOptimSection()
     eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
+
+    @model_validator(mode="after")
+    def _check_bands(self) -> Self:
+        if self.visualize.bands and max(self.visualize.bands) >= self.model.in_chans:
+            raise ValueError(
+                f"visualize.bands={list(self.visualize.bands)}: the images have {self.model.in_chans} channels, "
+                "counted from 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_layout(self) -> Self:

@@ -182,7 +182,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
 
     def show(step: int, log: MetricsLog) -> None:
         if len(pixels):
-            picture = draw_reconstructions(model, normalize, pixels, ids)
+            picture = draw_reconstructions(model, normalize, pixels, ids, config.visualize.bands)
             path = trainer.run.reconstruction(step)
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(path)

@@ -1,7 +1,7 @@
 """Pictures of what a model sees and makes: reconstructions, confusion matrices; knows no files of a run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,12 +10,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from fcmae.data.pixels import FULL
 from fcmae.data.views import PixelNormalizer
 from fcmae.hog import ORIENTATIONS, hog
 from fcmae.loss import HOGTarget, PixelTarget, Target, patch_statistics
 from fcmae.masking import ids_to_booleans
 from fcmae.model import FCMAE, FCMAEOutput
 from fcmae.patches import grid_shape, patchify, pick_patches, unpatchify
+
+PERCENTILES = (0.02, 0.98)
+"""Shown as black and white of pixels that are not of 8 bits."""
 
 HIDDEN_GRAY = 0.5
 """Of hidden patches in the masked picture, in [0, 1]."""
@@ -74,9 +78,26 @@ def draw_segments(histograms: Tensor, size: int) -> Tensor:
     return rearrange(shown, "b c h w i j -> b c (h i) (w j)")
 
 
-def as_rgb(images: Tensor) -> Tensor:
-    """Show images (b, c, H, W) as (b, 3, H, W): RGB as it is, the first three of more, one or two as gray."""
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+def as_rgb(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
+    """Show images (b, c, H, W) as (b, 3, H, W): `bands`, from 0, as red, green and blue.
+
+    Without them one is gray, two are magenta and green, of more the first three are taken.
+    """
+    chosen = bands or {1: (0, 0, 0), 2: (0, 1, 0)}.get(images.shape[1], (0, 1, 2))
+    return images[:, list(chosen)]
+
+
+def display_range(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is shown as black and as white of pixels (b, c, H, W), each (b, c, 1, 1), in full ranges.
+
+    Those of 8 bits are shown as they are; of others the 2nd and 98th percentiles of each image and band.
+    """
+    values = pixels.flatten(2).float() / FULL[pixels.dtype]
+    if pixels.dtype == torch.uint8:
+        low, high = torch.zeros_like(values[..., 0]), torch.ones_like(values[..., 0])
+    else:
+        low, high = (values.nanquantile(share, -1) for share in PERCENTILES)
+    return low[..., None, None], torch.maximum(high, low + 1e-12)[..., None, None]
 
 
 def enlarge(images: Tensor, factor: int) -> Tensor:
@@ -84,17 +105,20 @@ def enlarge(images: Tensor, factor: int) -> Tensor:
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
-def draw_panels(columns: Mapping[str, Tensor], labels: Sequence[str] = ()) -> np.ndarray:
+def draw_panels(
+    columns: Mapping[str, Tensor], labels: Sequence[str] = (), bands: Sequence[int] | None = None
+) -> np.ndarray:
     """Draw one row per image, its columns side by side under a line of titles: uint8 (h, w, 3).
 
     Args:
         columns: by title, images (b, c, H, W) in [0, 1]; the largest is a multiple of each other in size.
         labels: of the rows, drawn on their left; none for no labels.
+        bands: see `as_rgb`.
     """
     largest = max(images.shape[-1] for images in columns.values())
     smallest_side = min(min(images.shape[-2:]) * largest // images.shape[-1] for images in columns.values())
     factor = max(1, -(-SMALLEST_SHOWN // smallest_side))
-    panels = [enlarge(as_rgb(x), largest // x.shape[-1] * factor) for x in columns.values()]
+    panels = [enlarge(as_rgb(x, bands), largest // x.shape[-1] * factor) for x in columns.values()]
     rows = torch.stack(panels, dim=1).flatten(0, 1)  # row by row
     padding = 4
     grid = make_grid(rows, nrow=len(columns), padding=padding, pad_value=1.0)
@@ -116,13 +140,13 @@ def draw_panels(columns: Mapping[str, Tensor], labels: Sequence[str] = ()) -> np
 
 
 def _prediction_columns(
-    target: Target, images: Tensor, out: FCMAEOutput, patch: int, normalize: PixelNormalizer
+    target: Target, images: Tensor, out: FCMAEOutput, patch: int, show: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Return the columns that show what was predicted, by title."""
     match target:
         case PixelTarget(norm_pix_loss=norm_pix_loss):
             whole, _ = reconstruct(images, out.pred, out.hidden_ids, patch, norm_pix_loss=norm_pix_loss)
-            return {"reconstruction": normalize.invert(whole)}
+            return {"reconstruction": show(whole)}
         case HOGTarget():
             cell = target.cell(patch)
             histograms = hog(images, cell)
@@ -133,62 +157,80 @@ def _prediction_columns(
             raise TypeError(f"no picture of {target}")
 
 
-def _columns(model: FCMAE, normalize: PixelNormalizer, images: Tensor, visible_ids: Tensor) -> dict[str, Tensor]:
-    """Return original | masked | what is predicted of normalised images (b, c, H, W), by title, on the CPU."""
+def _columns(model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, visible_ids: Tensor) -> dict[str, Tensor]:
+    """Return original | masked | what is predicted of pixels (b, c, H, W), by title, on the CPU."""
+    images = normalize(pixels)
+    low, high = display_range(pixels)
+
+    def show(images: Tensor) -> Tensor:
+        return ((normalize.invert(images) - low) / (high - low)).clamp(0, 1)
+
     out = model.forward(images, visible_ids)  # forward: a compiled model is compiled for training's shapes
-    originals = normalize.invert(images)
+    originals = show(images)
     masked = torch.where(visible_pixels(out.hidden_ids, images, model.patch_size), originals, HIDDEN_GRAY)
     columns = {"original": originals, "masked": masked}
-    columns |= _prediction_columns(model.target, images, out, model.patch_size, normalize)
+    columns |= _prediction_columns(model.target, images, out, model.patch_size, show)
     return {title: column.cpu() for title, column in columns.items()}
 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, visible_ids: Tensor
+    model: FCMAE,
+    normalize: PixelNormalizer,
+    pixels: Tensor,
+    visible_ids: Tensor,
+    bands: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Draw what the model makes of images with these patches visible: uint8 (h, w, 3), see `draw_panels`.
 
     HOG is drawn as line segments along edges: the image's own, and that with the hidden patches predicted.
 
     Args:
-        pixels: uint8 (b, c, H, W).
+        pixels: (b, c, H, W), see `display_range`.
         visible_ids: int64 (b, p).
+        bands: see `as_rgb`.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    columns = _columns(model, normalize, normalize(pixels.to(device)), visible_ids.to(device))
+    columns = _columns(model, normalize, pixels.to(device), visible_ids.to(device))
     model.train(training)
-    return draw_panels(columns)
+    return draw_panels(columns, bands=bands)
 
 
 @torch.no_grad()
 def draw_mask_ratios(
-    model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, mask_ratios: Sequence[float], seed: int = 0
+    model: FCMAE,
+    normalize: PixelNormalizer,
+    pixels: Tensor,
+    mask_ratios: Sequence[float],
+    *,
+    bands: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
     """Draw what the model makes of one image at several mask ratios, a row for each: uint8 (h, w, 3).
 
     What is visible at a high ratio is visible at every lower one. As `draw_reconstructions`.
 
     Args:
-        pixels: uint8 (c, H, W), sides multiples of the patch size.
+        pixels: (c, H, W), sides multiples of the patch size.
         mask_ratios: shares of hidden patches, inside (0, 1).
+        bands: see `as_rgb`.
         seed: of the random masks.
 
     Raises:
         ValueError: if a ratio or the image's size does not fit.
     """
     grid = grid_shape((pixels.shape[1], pixels.shape[2]), model.patch_size)
-    images = normalize(pixels[None].to(next(model.parameters()).device))
+    batch = pixels[None].to(next(model.parameters()).device)
     model.eval()
     rows = []
     for ratio in mask_ratios:
         generator = torch.Generator().manual_seed(seed)  # the same noise: masks within masks
-        ids = model.mask_sampler(grid, ratio)(1, generator).to(images.device)
-        rows.append(_columns(model, normalize, images, ids))
+        ids = model.mask_sampler(grid, ratio)(1, generator).to(batch.device)
+        rows.append(_columns(model, normalize, batch, ids))
     columns = {title: torch.cat([row[title] for row in rows]) for title in rows[0]}
-    return draw_panels(columns, [f"{ratio:.0%} hidden" for ratio in mask_ratios])
+    return draw_panels(columns, [f"{ratio:.0%} hidden" for ratio in mask_ratios], bands)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -251,7 +251,7 @@ def main(argv: list[str]) -> int:
             some = [every[(i + 1) * len(every) // LAYERS_SHOWN - 1] for i in range(LAYERS_SHOWN)]
             wanted = {layer: taps[layer] for layer in dict.fromkeys(some)}
             maps = maps_of(subject.network, wanted, lambda s=subject, x=first: s.encode(x))
-        pictures[name] = as_rgb(images.normalize.invert(first))[0].cpu(), maps
+        pictures[name] = as_rgb(images.normalize.invert(first).clamp(0, 1))[0].cpu(), maps
         subject.network.cpu()
         if idle := [layer for layer in taps if layer not in models[name]]:
             print(f"{name}: features do not depend on {', '.join(idle)}: left out", file=sys.stderr)

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fcmae.data.batches import BadImage
 from fcmae.data.labels import write_labels
 from fcmae.data.npy import write_array
-from fcmae.data.pixels import kind_name, rounded
+from fcmae.data.pixels import kind_name
 from fcmae.data.sampling import spread
 from fcmae.data.shards import INDEX, PLAN, PREPARED, SIZES, shard_path
 from fcmae.data.sources import Source
-from fcmae.data.views import Part
+from fcmae.data.views import Part, resample
 from fcmae.errors import UserError
 from fcmae.files import WRITING, atomic_file, free_bytes, write_text
 
@@ -64,10 +63,7 @@ def shrink(source: Source, index: int, short_side: int) -> Tensor:
     if min(height, width) <= short_side:
         return pixels
     scale = short_side / min(height, width)
-    size = [round(scale * height), round(scale * width)]
-    exact = pixels if pixels.dtype == torch.uint8 else pixels.float()
-    resized = v2.functional.resize(exact, size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return rounded(resized, pixels.dtype)
+    return resample(pixels, (round(scale * height), round(scale * width)))
 
 
 class _Shards(Dataset[Any]):

@@ -35,6 +35,13 @@ def whole(height: int, width: int) -> Part:
     return Part(0, 0, height, width, (height, width))
 
 
+def resample(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize pixels (c, h, w) to `size` (height, width) by torch's antialiased bicubic filter."""
+    exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # of 8 bits it takes whole numbers
+    resized = v2.functional.resize(exact, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    return rounded(resized, pixels.dtype)
+
+
 class View(ABC):
     """An augmentation in two stages: what part of an image is seen, then what becomes of its pixels.
 
@@ -78,11 +85,8 @@ class RandomView(View):
         return bool(torch.rand(1) < self.hflip)
 
     def finish(self, pixels: Tensor) -> Tensor:
-        exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # which torch resizes in whole numbers
-        resized = v2.functional.resize(
-            exact, list(self.size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-        )
-        return rounded(resized.flip(-1) if self.flips() else resized, pixels.dtype)
+        resized = resample(pixels, self.size)
+        return resized.flip(-1) if self.flips() else resized
 
 
 def _cubic_weights(lengths: Tensor, longest: int, size: int, flipped: Tensor | None = None) -> Tensor:
@@ -293,5 +297,5 @@ class PixelNormalizer(nn.Module):
         return (pixels.float() / FULL[pixels.dtype] - self.mean) / self.std
 
     def invert(self, images: Tensor) -> Tensor:
-        """Turn normalised images (..., c, h, w) back into pixels in [0, 1], clamped."""
-        return (images.float() * self.std + self.mean).clamp(0, 1)
+        """Turn normalised images (..., c, h, w) back into pixels, 1.0 for 255 or 65535."""
+        return images.float() * self.std + self.mean

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
 from fcmae.data.images import extensions, open_pixels
-from fcmae.data.views import PixelNormalizer, cover, whole
+from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
 from fcmae.files import require_regular
 from fcmae.model import FCMAE
@@ -158,7 +157,7 @@ def reconstruct_images(
         before = image.pixels.shape[1], image.pixels.shape[2]
         masked_together = model.patch_size * model.mask_group
         after = fit_to_patches(*before, patch=masked_together, area=math.prod(config.data.size))
-        pixels = v2.functional.resize(
-            image.pixels, list(after), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        picture = draw_mask_ratios(
+            model, normalize, resample(image.pixels, after), mask_ratios, bands=config.visualize.bands
         )
-        yield Reconstruction(image.path, draw_mask_ratios(model, normalize, pixels, mask_ratios), before, after)
+        yield Reconstruction(image.path, picture, before, after)

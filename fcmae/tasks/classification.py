@@ -52,7 +52,7 @@ def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
     source = open_source(data.name, data.root, data.split, config.model.in_chans, dtype=data.dtype)
     if data.auto_augment is not None and source.dtype != torch.uint8:
         raise UserError(
-            f"data.auto_augment={data.auto_augment}: is for pixels of 8 bits, but those of data.root={data.root} are "
+            f"data.auto_augment={data.auto_augment}: is for pixels of 8 bits, and data.root={data.root} has "
             f"{kind_name(source.dtype)}; set data.auto_augment=null"
         )
     labels = labels_by(source, None, f"data.root={data.root}, split {data.split}")
