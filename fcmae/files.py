@@ -2,12 +2,14 @@
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fcmae.errors import UserError
 
 WRITING = ".writing-"
 """What names of unfinished files and folders begin with; a kill may leave some behind."""
@@ -24,22 +26,29 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _unfinished(path: Path) -> Path:
+    """Return a name beside `path`, of no other file or folder, for what is to become it."""
+    start = path.name.encode(errors="replace")[:100].decode(errors="ignore")  # names have 255 bytes at most
+    return path.with_name(f"{WRITING}{start}-{secrets.token_hex(8)}")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write, which gets the name `path`, replacing what is there, when it is on disk.
 
-    Whatever ends the block early, an exception or a kill, leaves what was under that name before.
+    Whatever ends the block early, an exception or a kill, leaves what was under that name before. A link of that
+    name is replaced, and what it leads to left alone.
     """
-    handle, name = tempfile.mkstemp(prefix=f"{WRITING}{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _unfinished(path)
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # as open() would have made it
         fsync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # which nobody asked for
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -74,12 +83,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Yields the folder to fill. An exception deletes it; a kill leaves it beside `path` under a name of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{WRITING}{path.name}-", dir=path.parent.absolute()))
+    temporary = _unfinished(path.absolute())
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         for inside in (*temporary.rglob("*"), temporary):
             fsync(inside)
         os.replace(temporary, path)
@@ -97,6 +104,53 @@ def point_link(link: Path, target: str) -> None:
         shutil.rmtree(link)  # a copy of a run that followed the link
     os.replace(temporary, link)
     fsync(link.parent)
+
+
+def require_free(path: Path, *, overwrite: bool = False) -> None:
+    """Check that a file may be written at `path`: that nothing is there, not even a link that leads nowhere.
+
+    Args:
+        overwrite: whether a file there may be replaced.
+
+    Raises:
+        UserError: naming `path`, if not.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name another place")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path}: exists already; name another place, or add --overwrite")
+
+
+def require_folder(folder: Path, subject: str, *, inputs: Iterable[str | Path] = ()) -> None:
+    """Check that files may be written into a folder, there or yet to be made.
+
+    Args:
+        subject: what an error begins with, such as the option that names the folder.
+        inputs: what is read; the folder may not be one of these, nor in one, whatever they are called by.
+
+    Raises:
+        UserError: if not.
+    """
+    places = [place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place)]
+    if not places[0].is_dir():
+        raise UserError(f"{subject}: {places[0]} exists already; name another folder")
+    if not os.access(places[0], os.W_OK):
+        raise UserError(f"{subject}: {places[0]} cannot be written; name another folder")
+    for read in filter(os.path.isdir, inputs):
+        if any(os.path.samefile(read, place) for place in places):
+            raise UserError(f"{subject}: in {read}, whose images are read; name a folder elsewhere")
+
+
+def require_distinct(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Check that no file to write is a file to read, under another name or through a link either.
+
+    Raises:
+        UserError: naming the file, if one is.
+    """
+    read = {(found.st_dev, found.st_ino) for path in inputs if path.exists() for found in [path.stat()]}
+    for path in outputs:
+        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in read:
+            raise UserError(f"{path}: is read, so it cannot be written; name another folder")
 
 
 def free_bytes(path: Path) -> int:

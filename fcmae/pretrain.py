@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before torch is imported, so that the first line, 
     arguments.run("pretrain")
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.config import ModelSection, PretrainConfig, parse_config, shipped_configs
@@ -41,7 +40,7 @@ from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
-from fcmae.visualize import draw_reconstructions
+from fcmae.visualize import draw_reconstructions, write_picture
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 
@@ -173,7 +172,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
             picture = draw_reconstructions(model, normalize, pixels, ids)
             path = trainer.run.reconstruction(step)
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
+            write_picture(path, picture)
             log.picture("reconstructions", picture, step)
 
     shows = [Show("pictures", config.visualize.every_steps, show)]

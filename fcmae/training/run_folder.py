@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fcmae.config import RunConfig, Section, parse_config
+from fcmae.config import RunConfig, Section, load_config, parse_config, to_yaml
 from fcmae.errors import UserError
 from fcmae.files import free_bytes
 from fcmae.training.checkpoint import (
@@ -75,6 +75,15 @@ class RunFolder:
         return max(complete_checkpoints(self.checkpoints), default=None)
 
 
+def _is_begun(run: RunFolder, kind: type[RunConfig]) -> bool:
+    """Whether a run without checkpoints began in a folder: its config.yaml is as one writes it, nobody's own."""
+    try:
+        config = load_config(kind, run.config)
+        return run.metrics.is_file() or to_yaml(config) == run.config.read_text(encoding="utf-8")
+    except UserError:
+        return False
+
+
 def claim_run_folder(config: RunConfig) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None for a new run; writes nothing.
 
@@ -92,6 +101,8 @@ def claim_run_folder(config: RunConfig) -> Checkpoint | None:
         raise UserError(f"output={run.path}: not empty; go on with resume=auto, or name another folder")
     newest = run.newest
     if newest is None:
+        if not _is_begun(run, type(config)):
+            raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
         return None
     checkpoint = read_checkpoint(newest)
     stored = parse_config(type(config), checkpoint.state["config"], str(newest))
