@@ -543,6 +543,8 @@ def plot(grid: Grid, scores: Scores, picture: Path) -> None:
         one.set_xlabel(label)
         one.grid(axis="x", alpha=0.3)
     figure.suptitle(grid.title)
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -216,7 +216,9 @@ def _begin_output() -> None:
     while (handle := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(handle)
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -225,8 +227,8 @@ def _begin_output() -> None:
 def run_script(main: Callable[[list[str]], int]) -> int:
     """Run `main` on the command line; whatever ends it early ends in one line on standard error.
 
-    Returns the exit code: 2 for what the user or the machine is to blame for, 1 for a bug of ours, whose traceback is
-    kept in a file.
+    Returns the exit code: 2 for what the user or the machine is to blame for, 1 for a bug of ours, whose traceback
+    is kept in a file.
     """
     _begin_output()
     try:

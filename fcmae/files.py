@@ -106,6 +106,19 @@ def point_link(link: Path, target: str) -> None:
     fsync(link.parent)
 
 
+def require_new_folder(folder: Path, subject: str) -> None:
+    """Check that `atomic_folder` can make a folder: that it is not there, or empty and no more than a folder.
+
+    Raises:
+        UserError: beginning with `subject`, if not.
+    """
+    require_folder(folder, subject)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{subject}: exists already; name another folder")
+    if folder.is_dir() and (folder.is_mount() or folder.is_symlink() or folder.samefile(os.curdir)):
+        raise UserError(f"{subject}: cannot be replaced as a whole; name a new folder in it")
+
+
 def require_free(path: Path, *, overwrite: bool = False) -> None:
     """Check that a file may be written at `path`: that nothing is there, not even a link that leads nowhere.
 
@@ -131,6 +144,10 @@ def require_folder(folder: Path, subject: str, *, inputs: Iterable[str | Path] =
     Raises:
         UserError: if not.
     """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:  # which libraries that write cannot open
+        raise UserError(f"{subject}: not UTF-8; name another folder") from error
     places = [place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place)]
     if not places[0].is_dir():
         raise UserError(f"{subject}: {places[0]} exists already; name another folder")

@@ -113,6 +113,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if options.size and (len(options.size) > 2 or min(options.size) < 1):
         raise UserError(f"--size {' '.join(map(str, options.size))}: give a side in pixels, or height and width")
+    for name in (options.data, *options.models):
+        name.encode()  # which fails where no picture could show it
     out: Path = options.output
     require_folder(out, f"--output {out}", inputs=[options.data])
     if out.is_dir() and any(out.iterdir()) and not options.overwrite:

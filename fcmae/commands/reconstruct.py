@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fcmae.commands.arguments import add_images, command_parser, open_images
-from fcmae.errors import blame
+from fcmae.errors import blame, one_line
 from fcmae.files import require_distinct, require_folder, require_free
 
 
@@ -81,5 +81,5 @@ def main(argv: list[str]) -> int:
             options.output.mkdir(parents=True, exist_ok=True)
             write_picture(path, outcome.picture)
             (height, width), (new_height, new_width) = outcome.before, outcome.after
-            print(f"{path}  resized from {width} x {height} to {new_width} x {new_height}")
+            print(f"{one_line(str(path))}  resized from {width} x {height} to {new_width} x {new_height}")
     return 2 if unreadable else 0

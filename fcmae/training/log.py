@@ -34,14 +34,17 @@ def writing(run: RunFolder) -> Iterator[None]:
     """Turn what a disk refuses inside into a `UserError` that names the run.
 
     Raises:
-        UserError: such as for a full disk.
+        UserError: such as for a full disk, or a folder that was removed.
     """
     try:
         yield
     except OSError as error:
+        gone = not run.metrics.exists()
+        reason = "they were removed or moved meanwhile" if gone else error.strerror or error
+        remedy = "put them back" if gone else "checkpoints are intact: free some space"
         raise UserError(
-            f"{run.path}: its records are not written ({error.strerror or error}); checkpoints are intact: free some "
-            "space, then start the same command with resume=auto"
+            f"{run.path}: its records are not written, {reason}; {remedy}, then start the same command with "
+            "resume=auto"
         ) from error
 
 
@@ -72,6 +75,7 @@ class MetricsLog:
             UserError: as `writing`.
         """
         with writing(self.run):
+            self.run.metrics.stat()  # what is written to a removed file is lost without an error
             print(json.dumps({"step": step, **values}), file=self.file, flush=True)
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)

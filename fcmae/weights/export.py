@@ -1,6 +1,5 @@
 """A network in the formats of others, checked against ours before it gets its name; and the folder a run leaves."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
-from fcmae.files import atomic_folder, free_bytes, require_folder
+from fcmae.files import atomic_folder, free_bytes, require_new_folder
 from fcmae.weights.base import Preprocessing, Weights, build_encoder
 from fcmae.weights.card import write_card
 from fcmae.weights.networks import OTHER_FORMATS, folder_format
@@ -78,11 +77,7 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
             written computes something else; then nothing is left.
     """
-    require_folder(output, f"--output {output}")
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"--output {output}: exists already; name another folder")
-    if output.is_dir() and (os.path.ismount(output) or output.samefile(os.curdir) or output.is_symlink()):
-        raise UserError(f"--output {output}: cannot be replaced as a whole; name a new folder in it")
+    require_new_folder(output, f"--output {output}")
     encoder = build_encoder(weights).eval()
     formats = FORMATS if encoder.family == "convnext" else OTHER_FORMATS[encoder.family]
     if to not in formats:
