@@ -98,7 +98,9 @@ def _describe_system(error: OSError) -> str:
     said = _said(error)
     number = error.errno or next((n for n in REMEDIES if os.strerror(n) in said), None)
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    what = f"{' to '.join(names) or 'reading or writing'}: {error.strerror}" if error.strerror else said
+    what = (
+        f"{' to '.join(dict.fromkeys(names)) or 'reading or writing'}: {error.strerror}" if error.strerror else said
+    )
     return f"{what}; {REMEDIES.get(number or 0, 'start the same command again, or name another place')}"
 
 

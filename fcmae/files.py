@@ -1,10 +1,11 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
+import io
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         if error.filename in (None, str(temporary)):  # which nobody asked for
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -60,10 +61,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that under its name there is never a part of it."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def write_by(save: Callable[[BinaryIO], object], path: Path) -> None:
+    """Write what `save` writes into a file, by way of memory: on a full disk PyTorch's archives end the process."""
+    file = io.BytesIO()
+    save(file)
+    write_bytes(path, file.getbuffer())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,7 +28,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
         text.set_parse_math(False)  # a dollar in a name is a dollar
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

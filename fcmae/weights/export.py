@@ -4,6 +4,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+
 from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
@@ -111,6 +113,8 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
     except ImportError as error:
         packages = "transformers onnx onnxruntime onnxscript"  # the extra `export`, which no package index knows
         raise UserError(f"--to {to}: {error.name or error} is missing: pip install {packages}") from error
-    except OSError as error:
-        raise UserError(f"--output {output}: not written ({error})") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--output {output}: not written ({error}); free some space, or name another folder"
+        ) from error
     return Exported(tuple(sorted(output.iterdir())), difference, form.how(encoder, output))
