@@ -116,7 +116,8 @@ def describe(error: BaseException) -> str | None:
         case UnicodeEncodeError(object=text, start=start, end=end, encoding=encoding):
             return f"{text[max(0, start - 80) : end + 20]}: a name that {encoding} cannot write; rename it"
         case RuntimeError() if not isinstance(error, RecursionError | NotImplementedError):
-            said = f"CUDA {error}" if type(error).__name__ == "OutOfMemoryError" else str(error)
+            is_gpus = type(error).__name__ == "OutOfMemoryError"  # torch's, which this module does not import
+            said = "CUDA out of memory" if is_gpus else str(error)
             return next((ours for pattern, ours in KNOWN.items() if re.search(pattern, said)), None)
     return None
 
