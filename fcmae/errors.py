@@ -181,7 +181,8 @@ def report(error: BaseException) -> int:
     line = describe(error)
     code = 1 if line is None else 2
     if line is None:
-        what = textwrap.shorten(f"{type(error).__name__}: {_said(error)}", 300, placeholder=" ...")
+        what = ": ".join(filter(None, (type(error).__name__, _said(error))))
+        what = textwrap.shorten(what, 300, placeholder=" ...")
         line = f"{what}; a bug in fcmae: please report it with the whole traceback"
     line = one_line(line)
     first = rank == 0 if isinstance(error, UserError) and error.everywhere else _reports_first()
