@@ -126,8 +126,11 @@ def describe(error: BaseException) -> str | None:
 
 
 def one_line(text: str, *, longest: int = 2000) -> str:
-    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
-    text = text if len(text) <= longest else f"{text[:longest]}..."
+    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes.
+
+    Of what is longer than `longest` characters the middle is left out.
+    """
+    text = text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

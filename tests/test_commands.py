@@ -602,7 +602,7 @@ def test_a_users_files_are_refused_before_anything_takes_long(
     table = tmp_path / "grid" / "cifar10-versions" / "table.md"
     table.parent.mkdir(parents=True)
     table.write_text("mine")
-    line = refused(command, "ablate", "cifar10-versions", PHOTOS, f"output={tmp_path / 'grid'}")
+    line = refused(command, "ablate", "cifar10-versions", f"output={table.parents[1]}", PHOTOS, "--launch", "false")
     assert line.startswith(f"error: {table}: exists already")
     for config in ("mine", (ROOT / "configs" / "quickstart.yaml").read_text()):
         mine["config.yaml"].write_text(config)
