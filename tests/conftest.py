@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,8 +73,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """Say last, but for pytest's closing line, what this machine could not test and how it can."""
+    """Say last, but for pytest's closing line, what was counted, what this machine could not test and how it can."""
     yield
+    counted: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", "") == "teardown":
+            for key, value in report.user_properties:
+                if key == "tally":
+                    what, survived, tried = value
+                    counted[f"{what}: survived"] += survived
+                    counted[f"{what}: tried"] += tried
+    for what, number in sorted(counted.items()):
+        terminalreporter.write_line(f"{number:6} {what}")
     skipped = terminalreporter.stats.get("skipped", [])
     for marker, (what, command) in NOT_TESTED.items():
         if count := sum(marker in report.keywords for report in skipped):
