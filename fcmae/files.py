@@ -86,6 +86,22 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def create_bytes(path: Path, content: bytes) -> None:
+    """Write a file that must be new: of several processes that try, one succeeds.
+
+    Raises:
+        FileExistsError: if there is something of that name.
+    """
+    with open(path, "xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file so that under its name there is never a part of it."""
     write_bytes(path, text.encode())

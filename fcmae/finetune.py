@@ -29,7 +29,9 @@ from fcmae.patches import grid_shape
 from fcmae.story import training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
+from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw, layer_scales
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
@@ -144,8 +146,21 @@ def evaluate_weights(options: argparse.Namespace) -> int:
 def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Fine-tune as configured, or only try everything out; returns the exit code."""
     config, taken = resolve_recipe(recipe)
-    accelerator, checkpoint = start_run(config, dry_run=dry_run)
+    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+        train(config, accelerator, checkpoint, lock, taken=taken, dry_run=dry_run)
+    return 0
 
+
+def train(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    lock: Lock | None,
+    *,
+    taken: str,
+    dry_run: bool,
+) -> None:
+    """Do the work of a run that has begun; `taken` says which settings its weights chose."""
     # The images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
     source, class_names = training_source(config)
@@ -201,6 +216,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         config=config,
         ema_decay=config.train.ema_decay,
         facts={"class_names": list(class_names)},
+        lock=lock,
     )
     trainer.say(f"weights          {started}")
     if taken:
@@ -212,7 +228,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     if dry_run:
         sources = {"data": source, **({"validation": validation.source} if validation else {})}
         try_run(trainer, load, sources, classes=len(class_names))
-        return 0
+        return
 
     # The evaluation: the weights and their EMA, side by side
     def score(step: int, log: MetricsLog | None) -> float:
@@ -253,8 +269,6 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         ]
         scores = {"top-1": "val_top1", "top-1 of the EMA": "ema_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
-    accelerator.end_training()
-    return 0
 
 
 def main(argv: list[str]) -> int:

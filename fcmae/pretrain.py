@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before torch is imported, so that the first line, 
     arguments.run("pretrain")
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
@@ -34,7 +35,9 @@ from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
 from fcmae.story import training_batches, try_run
 from fcmae.tensors import misfits
+from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_run
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk, stored_model
@@ -87,8 +90,20 @@ def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.dev
 
 def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     """Pretrain as configured, or only try everything out; returns the exit code."""
-    accelerator, checkpoint = start_run(config, dry_run=dry_run)
+    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+        train(config, accelerator, checkpoint, lock, dry_run=dry_run)
+    return 0
 
+
+def train(
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    lock: Lock | None,
+    *,
+    dry_run: bool,
+) -> None:
+    """Do the work of a run that has begun."""
     # The network: a sparse ConvNeXt encoder and a light decoder
     torch.manual_seed(config.train.seed)
     with blame("model"):
@@ -126,6 +141,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         compute_loss=compute_loss,
         plan=Plan.of(config, len(source), accelerator.num_processes),
         config=config,
+        lock=lock,
     )
     require_disk(config, model, trainer.plan)
     if checkpoint is not None:
@@ -133,7 +149,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     load = training_batches(trainer, dataset)
     if dry_run:
         try_run(trainer, load, {"data": source})
-        return 0
+        return
 
     # The features, evaluated: labelled images, whose labels training never sees, classified by k-NN
     def score(step: int, log: MetricsLog | None) -> None:
@@ -222,8 +238,6 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         ]
         scores = {"k-NN top-1": "knn_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
-    accelerator.end_training()
-    return 0
 
 
 def main(argv: list[str]) -> int:

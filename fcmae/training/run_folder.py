@@ -39,6 +39,7 @@ HARMLESS = (
     "data.max_bad",
     "data.val_",
     "data.crop_pct",
+    "train.max_hours",
     "checkpoint",
     "eval",
     "log",
@@ -53,6 +54,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.lock = self.path / "lock.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -85,22 +87,38 @@ class RunFolder:
         return next(reversed(step_folders(self.checkpoints)), None)
 
 
+def is_unused(run: RunFolder) -> bool:
+    """Whether there is nothing of a run, but for the lock of one that was killed at its start."""
+    return not run.path.is_dir() or all(path == run.lock for path in run.path.iterdir())
+
+
+def require_run_folder(config: RunConfig) -> None:
+    """Check that nothing but a run is in the folder; reads no run.
+
+    Raises:
+        UserError: if there is.
+    """
+    run = RunFolder(config.output)
+    if run.path.is_file():
+        raise UserError(f"output={run.path}: is a file; name a folder")
+    if not is_unused(run) and not run.config.is_file():
+        raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
+
+
 def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> Checkpoint | None:
     """Return the checkpoint to resume from, the newest that is intact, or None for a new run.
 
     Damaged ones that are newer, and a damaged best, are set aside, which `say` is told; nothing else is written.
 
+    The folder is one that `require_run_folder` lets pass.
+
     Raises:
-        UserError: if the folder is in use and `resume` is "never", is no run folder, holds another model, or none
-            of its checkpoints is intact.
+        UserError: if the folder is in use and `resume` is "never", holds another model, or none of its checkpoints
+            is intact.
     """
     run = RunFolder(config.output)
-    if run.path.is_file():
-        raise UserError(f"output={run.path}: is a file; name a folder")
-    if not run.path.is_dir() or not any(run.path.iterdir()):
+    if is_unused(run):
         return None
-    if not run.config.is_file():
-        raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
     if config.resume == "never":
         raise UserError(f"output={run.path}: not empty; go on with resume=auto, or name another folder")
     checkpoint, wrong = newest_intact(run.checkpoints)

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -32,10 +32,12 @@ from fcmae.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan, is_due
+from fcmae.training.stop import Stopped, StopRequests, describe
 
 Unreadable = tuple[int, str, str]
 """A sample that could not be read: its index, what it is called, why."""
@@ -112,6 +114,7 @@ class Trainer:
         ema_decay: of the exponential moving average (EMA) of the weights, kept in `ema`; None for none. While the
             run is young it is step / (step + 10), so that a short run's EMA is not of its first weights.
         facts: what else belongs into the checkpoints' state.json, such as class names.
+        lock: of the run folder, on the process that holds it.
     """
 
     def __init__(
@@ -125,8 +128,10 @@ class Trainer:
         config: RunConfig,
         ema_decay: float | None = None,
         facts: Mapping[str, Any] | None = None,
+        lock: Lock | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self.lock = lock
         self.facts = dict(facts or {})
         self.compute_loss = compute_loss
         self.plan = plan
@@ -289,8 +294,21 @@ class Trainer:
                 f"the first is {name}: {reason}; fix or remove them, or raise data.max_bad"
             )
 
+    def _require_lock(self) -> None:
+        """Make sure, before something is written, that the run folder is still this run's."""
+        if self.lock is not None:
+            self.lock.check()
+
+    @contextmanager
+    def _between(self, what: str, every: int) -> Iterator[None]:
+        """What is done between updates, and writes into the run folder."""
+        self._require_lock()
+        with self.progress.between(what, every):
+            yield
+
     def _record(self, log: MetricsLog | None) -> None:
         loss = self.check()
+        self._require_lock()
         w = self.window
         rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
         wait = w.waiting_s / max(w.busy_s, 1e-9)
@@ -370,7 +388,7 @@ class Trainer:
         evaluate_every: int = 1,
         evaluate_first: bool = False,
     ) -> None:
-        """Train to the end of the plan, recording, saving and showing on the way.
+        """Train to the end of the plan, recording, saving and showing on the way, unless asked to stop before.
 
         Args:
             batches: this process's batches, from the present step on.
@@ -381,7 +399,8 @@ class Trainer:
             evaluate_first: evaluate before the first step, too.
 
         Raises:
-            UserError: for a non-finite loss, too many unreadable images, or a full disk.
+            UserError: for a non-finite loss, too many unreadable images, a full disk, or a lost lock.
+            Stopped: after saving, for a signal or `train.max_hours`.
         """
         progress, total = self.progress, self.plan.total_steps
         save_every = self.config.checkpoint.every_steps
@@ -403,35 +422,46 @@ class Trainer:
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:
-                    with progress.between(show.what, show.every):
+                    with self._between(show.what, show.every):
                         show.call(0, log)
             if evaluate and evaluate_first and self.step == 0:
-                with progress.between("evaluation", evaluate_every):
+                with self._between("evaluation", evaluate_every):
                     evaluate(0, log)
-            try:
-                while self.step < total:
-                    self.update(batches)
-                    progress.advance_bar()
-                    self.writer.poll()
-                    if self.step % self.config.log.every_steps == 0 or self.step == total:
-                        self._record(log)
-                    for show in shows:
-                        if log and is_due(self.step, show.every, total):
-                            with progress.between(show.what, show.every):
-                                show.call(self.step, log)
-                    is_best = False
-                    if evaluate and is_due(self.step, evaluate_every, total):
-                        self.check()
-                        with progress.between("evaluation", evaluate_every):
-                            is_best = self._note(evaluate(self.step, log))
-                    # last: a resumed run repeats nothing before
-                    if self._keep() or is_best or self.step % save_every == 0 or self.step == total:
-                        self.check()
-                        with progress.between("checkpoint", save_every):
-                            self.save()
-            except KeyboardInterrupt:
-                self.say(f"stopped at step {self.step}; last good checkpoint: {self.last_good()}")
-                raise
+            stop = stack.enter_context(
+                StopRequests(
+                    say=self.say,
+                    max_hours=self.config.train.max_hours,
+                    num_processes=self.accelerator.num_processes,
+                )
+            )
+            while self.step < total:
+                self.update(batches)
+                progress.advance_bar()
+                self.writer.poll()
+                if self.step % self.config.log.every_steps == 0 or self.step == total:
+                    self._record(log)
+                for show in shows:
+                    if log and is_due(self.step, show.every, total):
+                        with self._between(show.what, show.every):
+                            show.call(self.step, log)
+                is_best = False
+                if evaluate and is_due(self.step, evaluate_every, total):
+                    self.check()
+                    with self._between("evaluation", evaluate_every):
+                        is_best = self._note(evaluate(self.step, log))
+                # last: a resumed run repeats nothing before
+                code = stop.asked()
+                if self._keep() or code or is_best or self.step % save_every == 0 or self.step == total:
+                    self.check()
+                    with self._between("checkpoint", save_every):
+                        self.save()
+                if code and self.step < total:
+                    self.writer.wait()
+                    self.say(
+                        f"stopped by {describe(code)} at step {self.step} of {total}; saved: {self.run.newest}; "
+                        "to go on: the same command with resume=auto"
+                    )
+                    raise Stopped(code)
         self.accelerator.wait_for_everyone()  # for the main process, which writes
 
     def _keep(self) -> bool:
