@@ -46,6 +46,15 @@ def remove_folder(path: Path) -> None:
     doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files and folders that kills left anywhere in a folder."""
+    for path in [path for path in folder.rglob(f"{WRITING}*") if os.path.lexists(path)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def rename(path: Path, new: Path) -> None:
     """Give a file or folder another name beside it, which must be free, and wait until that is on disk."""
     os.rename(path, new)

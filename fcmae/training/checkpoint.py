@@ -369,11 +369,7 @@ def save_checkpoint(
                 write_json(temporary / STATE, state.model_dump(mode="json") | {"format": FORMAT})
                 names = sorted([*files, STATE])
                 write_text(temporary / SUMS, "".join(f"{sha256(temporary / name)}  {name}\n" for name in names))
-        point_links(folder, state)
-        spared = {*state.kept, *([state.best.step] if state.best else [])}
-        for old in step_folders(folder)[:-keep]:
-            if step_of(old) not in spared:
-                remove_folder(old)
+        settle(folder, state, keep=keep)
     except OSError as error:
         full = error.errno == errno.ENOSPC or "No space left" in str(error)
         raise UserError(
@@ -393,6 +389,18 @@ def _is_written(path: Path, say: Callable[[str], None]) -> bool:
         say(f"{error}; set aside as {set_aside(path).name}")
         return False
     return True
+
+
+def settle(folder: Path, state: State, *, keep: int) -> None:
+    """Point the links at what a run has at a step, and delete all checkpoints but the newest `keep` and the spared.
+
+    A kill may have come between a checkpoint and this.
+    """
+    point_links(folder, state)
+    spared = {*state.kept, *([state.best.step] if state.best else [])}
+    for old in step_folders(folder)[:-keep]:
+        if step_of(old) not in spared:
+            remove_folder(old)
 
 
 def point_links(folder: Path, state: State) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fcmae.config import RunConfig, Section, parse_config
 from fcmae.errors import UserError
-from fcmae.files import free_bytes
+from fcmae.files import WRITING, free_bytes
 from fcmae.training.checkpoint import (
     BEST,
     EMA,
@@ -19,11 +19,11 @@ from fcmae.training.checkpoint import (
     State,
     holds_ema,
     newest_intact,
-    point_links,
     read_checkpoint,
     read_state,
     read_tensors,
     set_aside,
+    settle,
     step_folder,
     step_folders,
     step_of,
@@ -88,8 +88,10 @@ class RunFolder:
 
 
 def is_unused(run: RunFolder) -> bool:
-    """Whether there is nothing of a run, but for the lock of one that was killed at its start."""
-    return not run.path.is_dir() or all(path == run.lock for path in run.path.iterdir())
+    """Whether there is nothing of a run, but for what one that was killed at its start may leave."""
+    return not run.path.is_dir() or all(
+        path == run.lock or path.name.startswith(WRITING) for path in run.path.iterdir()
+    )
 
 
 def require_run_folder(config: RunConfig) -> None:
@@ -140,7 +142,7 @@ def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> C
         say(f"{error}; set aside as {set_aside(path).name}, going on from {checkpoint.path.name}")
     if not _best_is_intact(checkpoint, say):
         checkpoint = checkpoint._replace(state=checkpoint.state.model_copy(update={"best": None}))
-    point_links(run.checkpoints, checkpoint.state)
+    settle(run.checkpoints, checkpoint.state, keep=config.checkpoint.keep)
     return checkpoint
 
 

@@ -73,7 +73,7 @@ class FileLayer:
             folder = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
             parent, name = os.path.split(os.path.normpath(os.path.join(folder, os.fsdecode(path))))
             full = os.path.join(os.path.realpath(parent), name)
-        return full[len(self.root) + 1 :] if full.startswith(self.root + os.sep) else None
+        return full[len(self.root) + 1 :] if f"{full}/".startswith(f"{self.root}/") else None
 
     def perform(self, kind: str, path: str, change: Callable[[], Any], model: Callable[[], None]) -> Any:
         with self.lock:

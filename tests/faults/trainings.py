@@ -21,6 +21,7 @@ from file_layer import TEMPORARY, FileLayer, Tree, Watcher
 from PIL import Image
 
 from fcmae import arguments
+from fcmae.training import lock
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +35,7 @@ PRETRAINING = """
 model: {variant: [[1, 1, 1, 1], [8, 8, 16, 16]], stem_stride: 1, decoder_dim: 16, drop_path: 0.2}
 data: {root: DATA, image_size: 32, batch_size: 4, num_workers: 1}
 optim: {base_lr: 0.03, warmup_epochs: 1, accumulate: 2}
-train: {max_steps: 11}
+train: {max_steps: 8}
 eval: {knn_every_epochs: 1, collapse_every_epochs: 1}
 visualize: {num_images: 2, every_steps: 6}
 """
@@ -44,7 +45,7 @@ model: {variant: [[1, 1, 2, 1], [8, 16, 24, 32]], stem_stride: 1, drop_path: 0.2
 data: {root: DATA, image_size: 32, batch_size: 4, num_workers: 1, crop_scale: [0.3, 1], crop_pct: 1,
        mixup: 0.8, cutmix: 1, auto_augment: rand-m9-mstd0.5-inc1, erase_prob: 0.25}
 optim: {base_lr: 0.05, warmup_epochs: 0.5, layer_decay: 0.9, weight_decay: 0.05, clip_grad: 5, accumulate: 2}
-train: {max_steps: 11, ema_decay: 0.9}
+train: {max_steps: 8, ema_decay: 0.9}
 eval: {every_epochs: 1}
 """
 
@@ -87,6 +88,9 @@ PRELOADED = (
 )
 
 
+Image.init()  # all that a loader worker would import, once
+
+
 def fork_server() -> Any:
     """Return a context of multiprocessing that forks from a process which has imported everything, and no threads."""
     context = multiprocessing.get_context("forkserver")
@@ -108,6 +112,7 @@ def _work(
         os.close(file)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    lock.held.__wrapped__.__kwdefaults__["watched_s"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [f"{story}.py", *words]
     if watcher is None:
         arguments.run(story)
