@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fcmae import __version__
 from fcmae.config import RunConfig, parse_config, to_yaml
 from fcmae.errors import UserError
-from fcmae.files import write_json, write_text
+from fcmae.files import make_folder, write_json, write_text
 from fcmae.seeding import reseed
 from fcmae.tensors import differences, kind, load_strictly
 from fcmae.training.checkpoint import (
@@ -397,7 +397,7 @@ class Trainer:
             stack.enter_context(self.writer)  # left last: a run is over when its checkpoints are on disk
             log = None
             if self.accelerator.is_main_process:
-                self.run.path.mkdir(parents=True, exist_ok=True)
+                make_folder(self.run.path)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
             stack.enter_context(progress)
