@@ -1,4 +1,4 @@
-"""Runs of a real Trainer on a network of a few numbers, in this process, which tests of checkpoints break and resume."""
+"""Runs of a real Trainer on a network of a few numbers, in this process, to be broken and resumed."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -89,7 +89,7 @@ def small_run(config: FinetuneConfig, checkpoint: Checkpoint | None = None) -> T
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a run has come to: each file of tensors of the newest checkpoint, and what was recorded but for the clock."""
+    """What a run has come to: the newest tensors, file by file, and the records but for the clock."""
     last = run / "checkpoints" / "last"
     clock = ("time", "images_per_s", "data_wait")
     kept = [{key: value for key, value in record.items() if key not in clock} for record in records(run)]
