@@ -202,7 +202,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     if not path.is_file():
         return {}
-    lines = [re.fullmatch(r"([0-9a-f]{64})  ([a-zA-Z0-9.]+)", line) for line in _read(path).decode().splitlines()]
+    text = _read(path).decode(errors="replace")
+    lines = [re.fullmatch(r"([0-9a-f]{64})  ([a-zA-Z0-9.]+)", line) for line in text.splitlines()]
     sums = {line[2]: line[1] for line in lines if line}
     if len(sums) < len(lines) or not {MODEL, OPTIMIZER, STATE} <= sums.keys() <= {MODEL, OPTIMIZER, STATE, EMA}:
         raise Damaged(f"{path}: damaged: these are not the hashes of a checkpoint's files")

@@ -155,8 +155,8 @@ def _best_is_intact(checkpoint: Checkpoint, say: Callable[[str], None]) -> bool:
     try:
         read_checkpoint(path)
     except Damaged as error:
-        what = f"set aside as {set_aside(path).name}" if path.exists() else "it was"
-        say(f"{error}; {what} the best, which is looked for anew from step {checkpoint.state.step} on")
+        what = f"set aside as {set_aside(path).name}; " if path.exists() else ""
+        say(f"{error}; {what}it was the best, which is looked for anew from step {checkpoint.state.step} on")
         return False
     return True
 
