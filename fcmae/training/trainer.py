@@ -255,6 +255,7 @@ class Trainer:
         if write:
             path = self.run.non_finite(step + 1)
             if self.accelerator.is_main_process:
+                self._require_lock()
                 self.run.path.mkdir(parents=True, exist_ok=True)
                 write_json(path, {"step": step + 1, "indices": indices}, indent=None)
             parts.append(f"the batch's sample indices are in {path}")
@@ -392,6 +393,7 @@ class Trainer:
         with ExitStack() as stack:
             log = None
             if self.accelerator.is_main_process:
+                self._require_lock()
                 self.run.path.mkdir(parents=True, exist_ok=True)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
