@@ -412,12 +412,19 @@ print(*(process.pid for process in psutil.Process().children()), flush=True)
     ]
     for process, code in zip(processes, (3, -signal.SIGKILL), strict=True):
         assert process.stdout is not None
-        left = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+        pids = {int(pid) for pid in process.stdout.readline().split()}
         try:
-            assert len(left) == 2
+            assert len(pids) == 2
             assert process.wait(60) == code
-            assert not psutil.wait_procs(left, timeout=30)[1]
+            for _ in range(300):
+                left = [other for other in psutil.process_iter(["status"]) if other.pid in pids]
+                left = [other for other in left if other.info["status"] != psutil.STATUS_ZOMBIE]
+                if not left:
+                    break
+                time.sleep(0.1)
+            else:
+                kill_all(left)
+                pytest.fail(f"{code}: left behind: {left}")
         finally:
-            kill_all(left)
             process.kill()
             process.stdout.close()
