@@ -106,8 +106,9 @@ def create_bytes(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             path.unlink(missing_ok=True)
+            error.filename = str(path)
             raise
 
 

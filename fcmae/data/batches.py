@@ -21,7 +21,7 @@ from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
 from fcmae.errors import UserError
 from fcmae.seeding import seeded, torch_seeded
-from fcmae.signals import ignore_stop_signals, stop_signals_held
+from fcmae.signals import serve_parent, stop_signals_held
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""
@@ -330,7 +330,7 @@ def load_batches(
             pin_memory=pin_memory,
             collate_fn=dataset.collate,
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
-            worker_init_fn=ignore_stop_signals if num_workers else None,
+            worker_init_fn=serve_parent if num_workers else None,
         )
         with _new_processes() as workers, stop_signals_held():
             batches = iter(loader)

@@ -277,6 +277,7 @@ class Trainer:
         if write:
             path = self.run.non_finite(step + 1)
             if self.accelerator.is_main_process:
+                self._require_lock()
                 self.run.path.mkdir(parents=True, exist_ok=True)
                 write_json(path, {"step": step + 1, "indices": indices}, indent=None)
             parts.append(f"the batch's sample indices are in {path}")
@@ -416,6 +417,7 @@ class Trainer:
             stack.enter_context(self.writer)  # left last: a run is over when its checkpoints are on disk
             log = None
             if self.accelerator.is_main_process:
+                self._require_lock()
                 make_folder(self.run.path)
                 remove_leftovers(self.run.path)
                 write_text(self.run.config, to_yaml(self.config))
