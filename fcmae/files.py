@@ -1,14 +1,17 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
 import hashlib
+import io
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from fcmae.errors import UserError
 
 WRITING = ".writing-"
 """What names of unfinished files and folders begin with; a kill may leave some behind."""
@@ -61,22 +64,29 @@ def rename(path: Path, new: Path) -> None:
     fsync(new.parent)
 
 
+def _unfinished(path: Path) -> Path:
+    """Return a name beside `path`, of no other file or folder, for what is to become it."""
+    start = path.name.encode(errors="replace")[:100].decode(errors="ignore")  # names have 255 bytes at most
+    return path.with_name(f"{WRITING}{start}-{secrets.token_hex(8)}")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write, which gets the name `path`, replacing what is there, when it is on disk.
 
-    Whatever ends the block early, an exception or a kill, leaves what was under that name before.
+    Whatever ends the block early, an exception or a kill, leaves what was under that name before. A link of that
+    name is replaced, and what it leads to left alone.
     """
-    handle, name = tempfile.mkstemp(prefix=f"{WRITING}{path.name}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _unfinished(path)
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # as open() would have made it
         fsync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # which nobody asked for
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
@@ -89,7 +99,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that under its name there is never a part of it."""
     with atomic_file(path) as file:
         file.write(content)
@@ -112,6 +122,13 @@ def create_bytes(path: Path, content: bytes) -> None:
             raise
 
 
+def write_by(save: Callable[[BinaryIO], object], path: Path) -> None:
+    """Write what `save` writes into a file, by way of memory: on a full disk PyTorch's archives end the process."""
+    file = io.BytesIO()
+    save(file)
+    write_bytes(path, file.getbuffer())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file so that under its name there is never a part of it."""
     write_bytes(path, text.encode())
@@ -129,12 +146,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Yields the folder to fill. An exception deletes it; a kill leaves it beside `path` under a name of its own.
     """
     make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{WRITING}{path.name}-", dir=path.parent.absolute()))
+    temporary = _unfinished(path.absolute())
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         for inside in (*temporary.rglob("*"), temporary):
             fsync(inside)
         os.replace(temporary, path)
@@ -152,6 +167,70 @@ def point_link(link: Path, target: str) -> None:
         shutil.rmtree(link)  # a copy of a run that followed the link
     os.replace(temporary, link)
     fsync(link.parent)
+
+
+def require_new_folder(folder: Path, subject: str) -> None:
+    """Check that `atomic_folder` can make a folder: that it is not there, or empty and no more than a folder.
+
+    Raises:
+        UserError: beginning with `subject`, if not.
+    """
+    require_folder(folder, subject)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{subject}: exists already; name another folder")
+    if folder.is_dir() and (folder.is_mount() or folder.is_symlink() or folder.samefile(os.curdir)):
+        raise UserError(f"{subject}: cannot be replaced as a whole; name a new folder in it")
+
+
+def require_free(path: Path, *, overwrite: bool = False) -> None:
+    """Check that a file may be written at `path`: that nothing is there, not even a link that leads nowhere.
+
+    Args:
+        overwrite: whether a file there may be replaced.
+
+    Raises:
+        UserError: naming `path`, if not.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name another place")
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path}: exists already; name another place, or add --overwrite")
+
+
+def require_folder(folder: Path, subject: str, *, inputs: Iterable[str | Path] = ()) -> None:
+    """Check that files may be written into a folder, there or yet to be made.
+
+    Args:
+        subject: what an error begins with, such as the option that names the folder.
+        inputs: what is read; the folder may not be one of these, nor in one, whatever they are called by.
+
+    Raises:
+        UserError: if not.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:  # which libraries that write cannot open
+        raise UserError(f"{subject}: not UTF-8; name another folder") from error
+    places = [place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place)]
+    if not places[0].is_dir():
+        raise UserError(f"{subject}: {places[0]} exists already; name another folder")
+    if not os.access(places[0], os.W_OK):
+        raise UserError(f"{subject}: {places[0]} cannot be written; name another folder")
+    for read in filter(os.path.isdir, inputs):
+        if any(os.path.samefile(read, place) for place in places):
+            raise UserError(f"{subject}: in {read}, whose images are read; name a folder elsewhere")
+
+
+def require_distinct(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Check that no file to write is a file to read, under another name or through a link either.
+
+    Raises:
+        UserError: naming the file, if one is.
+    """
+    read = {(found.st_dev, found.st_ino) for path in inputs if path.exists() for found in [path.stat()]}
+    for path in outputs:
+        if path.exists() and (path.stat().st_dev, path.stat().st_ino) in read:
+            raise UserError(f"{path}: is read, so it cannot be written; name another folder")
 
 
 def free_bytes(path: Path) -> int:

@@ -16,14 +16,13 @@ if __name__ == "__main__":  # before torch is imported, so that the first line, 
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
-from fcmae.files import write_json
+from fcmae.files import require_folder, require_free, write_json
 from fcmae.load import known_of, load_weights, require_network, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.story import training_batches, try_run
@@ -38,7 +37,7 @@ from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
-from fcmae.visualize import draw_confusion
+from fcmae.visualize import draw_confusion, write_picture
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.export import write_folder
 
@@ -100,14 +99,18 @@ def evaluate(
 
 
 def evaluate_weights(options: argparse.Namespace) -> int:
-    """Print how well a classifier does; write it and its confusion matrix into the run's folder."""
+    """Print how well a classifier does; write it and its confusion matrix into the run's folder.
+
+    What an earlier evaluation of the same run left is replaced; files elsewhere only with `--overwrite`.
+    """
     source = Path(options.evaluate)
-    run = RunFolder.around(source)
+    own = RunFolder.around(source)
     if options.config is None:
-        if run is None:
+        if own is None:
             raise UserError(
                 f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
             )
+        run = own
         recipe = load_config(FinetuneRecipe, run.config, options.overrides)
     else:
         recipe = load_config(FinetuneRecipe, options.config, options.overrides)
@@ -115,6 +118,10 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
+    require_folder(run.path, f"output={run.path}")
+    is_own = own is not None and own.path == run.path.resolve()
+    for path in (run.evaluation, run.confusion):
+        require_free(path, overwrite=options.overwrite or is_own)
     accelerator = start_accelerator(recipe.train.precision)
     ema = recipe.eval.ema if options.ema is None else options.ema
     weights = load_weights(source, last=options.last, ema=ema)
@@ -133,7 +140,7 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     scores = evaluate(accelerator, model, dataset, config)
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_confusion(scores.confusion, dataset.class_names)).save(run.confusion)
+        write_picture(run.confusion, draw_confusion(scores.confusion, dataset.class_names))
         figures = {"weights": str(weights.path), "ema": weights.ema}
         write_json(run.evaluation, figures | classification.tabulate(scores, dataset.class_names))
         print(f"weights          {weights.path} ({weights.description})")

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # before torch is imported, so that the first line, 
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.config import ModelSection, PretrainConfig, parse_config, shipped_configs
@@ -29,6 +28,7 @@ from fcmae.data import (
 from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
+from fcmae.files import make_folder
 from fcmae.load import load_tensors, load_weights, require_network
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
@@ -44,7 +44,7 @@ from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
-from fcmae.visualize import draw_reconstructions
+from fcmae.visualize import draw_reconstructions, write_picture
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 
@@ -188,8 +188,8 @@ def train(
         if len(pixels):
             picture = draw_reconstructions(model, normalize, pixels, ids)
             path = trainer.run.reconstruction(step)
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
+            make_folder(path.parent)
+            write_picture(path, picture)
             log.picture("reconstructions", picture, step)
 
     shows = [Show("pictures", config.visualize.every_steps, show)]

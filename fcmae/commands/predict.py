@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from fcmae.commands.arguments import add_images, add_source, command_parser, load_source, open_images, report_source
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError, blame, one_line
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             classes = [entry._asdict() for entry in prediction.top_classes]
             results.append({"image": str(prediction.path), "classes": classes})
         else:
-            print(prediction.path)
+            print(one_line(str(prediction.path)))
             for entry in prediction.top_classes:
                 print(f"  {entry.probability:7.2%}  {entry.name}")
     if options.json:

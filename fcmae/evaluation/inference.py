@@ -60,6 +60,14 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def image_files(path: Path) -> list[Path]:
+    """Return the image files in a folder at any depth, sorted; of a file, itself."""
+    if not path.is_dir():
+        return [path]
+    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+
+
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
     """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says).
 
@@ -68,13 +76,10 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
     """
     if channels not in PIL_MODES:
         raise UserError(f"the network wants {channels} channels; image files have 1, 3 or 4")
-    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
-            if not files:
-                yield Unreadable(path, "no images in this folder")
+        files = image_files(path)
+        if not files:
+            yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
                 with Image.open(file) as image:

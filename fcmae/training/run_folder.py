@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fcmae.config import RunConfig, Section, parse_config
+from fcmae.config import RunConfig, Section, load_config, parse_config, to_yaml
 from fcmae.errors import UserError
 from fcmae.files import WRITING, free_bytes
 from fcmae.training.checkpoint import (
@@ -87,6 +87,15 @@ class RunFolder:
         return next(reversed(step_folders(self.checkpoints)), None)
 
 
+def _is_begun(run: RunFolder, kind: type[RunConfig]) -> bool:
+    """Whether a run without checkpoints began in a folder: its config.yaml is as one writes it, nobody's own."""
+    try:
+        config = load_config(kind, run.config)
+        return run.metrics.is_file() or to_yaml(config) == run.config.read_text(encoding="utf-8")
+    except UserError:
+        return False
+
+
 def is_unused(run: RunFolder) -> bool:
     """Whether there is nothing of a run, but for what one that was killed at its start may leave."""
     return not run.path.is_dir() or all(
@@ -130,6 +139,8 @@ def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> C
                 f"{next(iter(wrong.values()))}; no checkpoint in {run.checkpoints} is intact: name another output "
                 "folder to begin anew"
             )
+        if not _is_begun(run, type(config)):
+            raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
         return None
     stored = parse_config(type(config), checkpoint.state.config, str(checkpoint.path))
     for name, value in stored.model:

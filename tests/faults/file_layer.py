@@ -1,8 +1,8 @@
 """Stands between a process and its disk: names each change, lets it fail, models a disk; knows no training.
 
-What Python asks of the system to change files below a folder passes through here: `FileLayer` replaces functions of `os`,
-`open`, and the one by which safetensors writes, until the process ends. Each write is cut into two halves, so that what is
-between two operations includes torn files.
+What Python asks of the system to change files below a folder passes through here: `FileLayer` replaces functions
+of `os`, `open`, and the one by which safetensors writes, until the process ends. Each write is cut into two halves, so
+that what is between two operations includes torn files.
 """
 
 import _pyio
@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import safetensors
 import safetensors.torch
 
-TEMPORARY = re.compile(r"(\.writing-[^/]+)-[a-z0-9_]{8}(?=/|$)")
-"""Names that tempfile made, whose last part is random."""
+TEMPORARY = re.compile(r"(\.writing-[^/]+)-[0-9a-f]{16}(?=/|$)")
+"""Names of unfinished files, whose last part is random."""
 
 BEST_EFFORT = re.compile(r"(^|/)tensorboard(/|$)")
 """What no promise is made of."""
@@ -149,7 +150,9 @@ class FileLayer:
         )
 
     def mkdir(self, path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
-        self._change("folder", "mkdir", path, mode, dir_fd=dir_fd, model=lambda place: self.disk.put(place, Folder()))
+        self._change(
+            "folder", "mkdir", path, mode, dir_fd=dir_fd, model=lambda place: self.disk.put(place, Folder())
+        )
 
     def symlink(self, target: Any, path: Any, *_: Any, dir_fd: int | None = None) -> None:
         place = self.place(path, dir_fd)
@@ -167,7 +170,10 @@ class FileLayer:
         if old is None or new is None:
             return self.real["link"](source, path, **where)
         return self.perform(
-            "link", new, lambda: self.real["link"](source, path, **where), lambda: self.disk.put(new, self.disk.file(old))
+            "link",
+            new,
+            lambda: self.real["link"](source, path, **where),
+            lambda: self.disk.put(new, self.disk.file(old)),
         )
 
     def unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
@@ -176,13 +182,13 @@ class FileLayer:
     def rmdir(self, path: Any, *, dir_fd: int | None = None) -> None:
         self._change("remove", "rmdir", path, dir_fd=dir_fd, model=self.disk.remove)
 
-    def _change(self, kind: str, name: str, path: Any, *rest: Any, dir_fd: int | None, model: Callable[[str], None]) -> None:
+    def _change(
+        self, kind: str, name: str, path: Any, *rest: Any, dir_fd: int | None, model: Callable[[str], None]
+    ) -> None:
         place = self.place(path, dir_fd)
         if place is None or (kind == "remove" and not os.path.lexists(os.path.join(self.root, place))):
             return self.real[name](path, *rest, dir_fd=dir_fd)
-        return self.perform(
-            kind, place, lambda: self.real[name](path, *rest, dir_fd=dir_fd), lambda: model(place)
-        )
+        return self.perform(kind, place, lambda: self.real[name](path, *rest, dir_fd=dir_fd), lambda: model(place))
 
     # In place of the real ones
 
@@ -202,16 +208,16 @@ class FileLayer:
 
         io.open = builtins.open = open_in_python
 
-        def serialize_file(tensors: Any, path: Any, metadata: Mapping[str, str] | None = None) -> None:
+        def serialize_file(tensors: Any, path: Any, metadata: dict[str, str] | None = None) -> None:
             try:  # as the real one: no fsync, and its own words for what the system said
                 with open(path, "wb") as file:
-                    file.write(safetensors.torch.serialize(tensors, metadata))
+                    file.write(safetensors.serialize(tensors, metadata))
             except OSError as error:
                 raise safetensors.SafetensorError(
                     f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
                 ) from error
 
-        safetensors.torch.serialize_file = serialize_file
+        setattr(safetensors.torch, "serialize_file", serialize_file)  # noqa: B010
 
 
 REPLACED = {
@@ -234,7 +240,7 @@ class File:
 
 
 class Folder:
-    """Entries as the process sees them; those that are on the disk, and the changes since, each of which may be there."""
+    """Entries as the process sees them; those on the disk, and the changes since, each of which may be there."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Node] = {}
@@ -321,7 +327,9 @@ class Disk:
         return _tree(self.root, fate.entries, fate.content)
 
 
-def _tree(folder: Folder, entries: Callable[[Folder], Mapping[str, Node]], content: Callable[[File], bytes]) -> Tree:
+def _tree(
+    folder: Folder, entries: Callable[[Folder], Mapping[str, Node]], content: Callable[[File], bytes]
+) -> Tree:
     tree: Tree = {}
     for name, node in sorted(entries(folder).items(), key=lambda entry: entry[0]):
         if isinstance(node, Folder):
@@ -333,7 +341,7 @@ def _tree(folder: Folder, entries: Callable[[Folder], Mapping[str, Node]], conte
 
 
 class Fate:
-    """Decides what survives of what was not synced: each change of names or not, none, a part or all of a content."""
+    """Decides what survives of what was not synced: a change of names or not, none, a part or all of a content."""
 
     def __init__(self, names: Callable[[], bool], share: Callable[[], float]) -> None:
         self.names = names
@@ -373,7 +381,7 @@ class Recorder:
         self.killed: dict[Key, tuple[Operation, Tree]] = {}
         self.unpowered: dict[Key, tuple[Operation, Tree]] = {}
         self.history: list[tuple[Operation, list[Key]]] = []
-        """Each operation, and which trees a power failure before it may leave: what was synced alone comes first."""
+        """Each operation, and what a power failure before it may leave: first what was synced, alone."""
         self.contents: dict[bytes, bytes] = {}
 
     def watch(self, disk: Disk, operation: Operation) -> None:
@@ -386,7 +394,9 @@ class Recorder:
 
     def _note(self, found: dict[Key, tuple[Operation, Tree]], operation: Operation, tree: Tree) -> Key:
         tree = {
-            TEMPORARY.sub(r"\1-abcd1234", path): self.contents.setdefault(v, v) if isinstance(v, bytes) else v
+            TEMPORARY.sub(r"\1-0123456789abcdef", path): self.contents.setdefault(v, v)
+            if isinstance(v, bytes)
+            else v
             for path, v in tree.items()
         }
         key = frozenset(tree.items())

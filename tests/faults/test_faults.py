@@ -1,4 +1,4 @@
-"""Runs that cannot be lost: killed at any operation on files or at any time, on disks that fail, on machines that do.
+"""Runs that cannot be lost: killed at any operation on files or at any time, on disks and machines that fail.
 
 In the default suite a sample of each; `make faults` takes all. What is drawn is drawn by `SEED`.
 """
@@ -33,7 +33,14 @@ def test_the_file_layer_changes_nothing_and_misses_nothing(name: str, workshop: 
     left = read_tree(workshop.folder / name / "recorded" / "work")
     assert not differences(outcome(left), workshop.undisturbed(name))
     assert not differences(seen, left), "something was written past the layer"
-    assert {operation.kind for operation in recorder.operations} >= {"create", "write", "sync", "rename", "link", "remove"}
+    assert {operation.kind for operation in recorder.operations} >= {
+        "create",
+        "write",
+        "sync",
+        "rename",
+        "link",
+        "remove",
+    }
 
 
 # States of the disk
@@ -51,7 +58,9 @@ def test_once_there_is_an_intact_checkpoint_there_always_is_one(name: str, works
     synced = [left[keys[0]] for _, keys in recorder.history]
     assert True in synced, "no checkpoint was ever synced"
     later = recorder.history[synced.index(True) :]
-    assert not [operation for operation, keys in later if not all(left[key] for key in keys)], "after a power failure"
+    assert not [operation for operation, keys in later if not all(left[key] for key in keys)], (
+        "after a power failure"
+    )
 
 
 @parts
@@ -73,7 +82,9 @@ def test_a_run_goes_on_from_what_a_power_failure_at_any_operation_leaves(
 ) -> None:
     recorder, _ = workshop.recording(name)
     tally = Tally()
-    for operation, tree in drawn(recorder.unpowered.values(), 5 if name in ALONE else 1, part=part, what="unpowered"):
+    for operation, tree in drawn(
+        recorder.unpowered.values(), 5 if name in ALONE else 1, part=part, what="unpowered"
+    ):
         tally.attempt(operation, partial(workshop.resume, name, f"unpowered-{tally.tried}", tree))
     tally.end(record_property, f"{name}: power failed at an operation on files")
 
@@ -82,7 +93,7 @@ def test_a_run_goes_on_from_what_a_power_failure_at_any_operation_leaves(
 
 
 def survive_failure(workshop: Workshop, name: str, place: str, fault: Fault) -> None:
-    """Hold that a run whose disk fails ends in one line, or to its proper end, and goes on when the disk is well."""
+    """Hold that a run whose disk fails ends in one line, or properly, and goes on when the disk is well."""
     run = workshop.run(name, place, watcher=fault)
     codes = run.wait()
     fault, _ = run.seen()

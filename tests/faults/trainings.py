@@ -84,7 +84,14 @@ def make_images(root: Path) -> None:
 
 PRELOADED = (
     *("fcmae.pretrain", "fcmae.finetune", "fcmae.ops.patch_depthwise_numba", "file_layer", "trainings"),
-    *("torch.utils.tensorboard", "PIL.features", "llvmlite.ir", "numba.np.arrayobj", "numba.typed", "einops._torch_specific"),
+    *(
+        "torch.utils.tensorboard",
+        "PIL.features",
+        "llvmlite.ir",
+        "numba.np.arrayobj",
+        "numba.typed",
+        "einops._torch_specific",
+    ),
 )
 
 
@@ -92,7 +99,7 @@ Image.init()  # all that a loader worker would import, once
 
 
 def fork_server() -> Any:
-    """Return a context of multiprocessing that forks from a process which has imported everything, and no threads."""
+    """Return a context of multiprocessing that forks from a process which has imported all, and has no threads."""
     context = multiprocessing.get_context("forkserver")
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
@@ -101,13 +108,20 @@ def fork_server() -> Any:
 
 
 def _work(
-    story: str, words: list[str], folder: Path, environment: Mapping[str, str], watcher: Watcher | None, report: Path
+    story: str,
+    words: list[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    watcher: Watcher | None,
+    report: Path,
 ) -> None:
     os.setpgid(0, 0)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in any other process
     os.chdir(folder)
     for handle, name in ((1, "output.txt"), (2, "errors.txt")):
-        file = os.open(report.with_name(f"{environment.get('RANK', '0')}-{name}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        file = os.open(
+            report.with_name(f"{environment.get('RANK', '0')}-{name}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY
+        )
         os.dup2(file, handle)
         os.close(file)
     os.environ.update(environment)
@@ -115,7 +129,7 @@ def _work(
     lock.held.__wrapped__.__kwdefaults__["watched_s"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [f"{story}.py", *words]
     if watcher is None:
-        arguments.run(story)
+        return arguments.run(story)
     layer = FileLayer(folder, watcher)
     layer.install()
     try:
@@ -201,7 +215,7 @@ def read_tree(folder: Path) -> Tree:
     """Read all below a folder, but for TensorBoard's files."""
     tree: Tree = {}
     for path in sorted(folder.rglob("*")):
-        name = TEMPORARY.sub(r"\1-abcd1234", path.relative_to(folder).as_posix())
+        name = TEMPORARY.sub(r"\1-0123456789abcdef", path.relative_to(folder).as_posix())
         if "tensorboard" not in path.parts:
             tree[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
     return tree
@@ -223,20 +237,18 @@ def write_tree(folder: Path, tree: Tree) -> None:
 
 def without_clocks(records: bytes) -> list[dict[str, Any]]:
     return [
-        {key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in records.splitlines()
+        {key: value for key, value in json.loads(line).items() if key not in CLOCKS}
+        for line in records.splitlines()
     ]
 
 
 def outcome(tree: Tree) -> dict[str, Any]:
     """Return what must be alike in two runs: names, hashes of files, and records but for what the clock says."""
-    return {
-        name: without_clocks(value)
-        if name.endswith("metrics.jsonl")
-        else hashlib.sha256(value).hexdigest()
-        if isinstance(value, bytes)
-        else value
-        for name, value in tree.items()
-    }
+    return {name: _compared(name, value) if isinstance(value, bytes) else value for name, value in tree.items()}
+
+
+def _compared(name: str, content: bytes) -> object:
+    return without_clocks(content) if name.endswith("metrics.jsonl") else hashlib.sha256(content).hexdigest()
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
@@ -259,12 +271,13 @@ def intact(tree: Tree, tensors: Mapping[str, Mapping[str, bytes]]) -> list[str]:
 def _is_intact(tree: Tree, folder: str, files: Mapping[str, bytes]) -> bool:
     if any(tree.get(f"{folder}/{name}") != content for name, content in files.items()):
         return False
-    try:
-        state = json.loads(tree.get(f"{folder}/state.json") or "")
-        sums = tree.get(f"{folder}/SHA256SUMS") or b""
-    except ValueError:
-        return False
-    assert isinstance(sums, bytes)
-    found = dict(reversed(line.split(maxsplit=1)) for line in sums.decode().splitlines())
-    contents = {name: tree[f"{folder}/{name}"] for name in ("state.json", *files)}
-    return "format" not in state or found == {n: hashlib.sha256(c).hexdigest() for n, c in contents.items()}
+    contents = {name: tree.get(f"{folder}/{name}", b"") for name in ("state.json", "SHA256SUMS", *files)}
+    sums = contents.pop("SHA256SUMS")
+    hashes = {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
+        if isinstance(content, bytes)
+    }
+    return isinstance(sums, bytes) and sorted(sums.decode().splitlines()) == sorted(
+        f"{h}  {n}" for n, h in hashes.items()
+    )

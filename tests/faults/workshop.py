@@ -48,7 +48,7 @@ class Workshop:
     def finish(self, name: str, place: str, *words: str) -> Run:
         run = self.run(name, place, *words)
         codes = run.wait()
-        assert not any(codes) and not run.errors(), f"{run.place}: exit codes {codes}: {run.errors()}"
+        assert (set(codes), run.errors()) == ({0}, []), run.place
         return run
 
     def _undisturbed(self, name: str) -> dict[str, Any]:
@@ -78,7 +78,9 @@ class Workshop:
         if tree is not None:
             write_tree(self.folder / name / place / "work", tree)
         run = self.finish(name, place)
-        found, expected = ({k: v for k, v in o.items() if but(k)} for o in (outcome(read_tree(run.folder)), self.undisturbed(name)))
+        found, expected = (
+            {k: v for k, v in o.items() if but(k)} for o in (outcome(read_tree(run.folder)), self.undisturbed(name))
+        )
         assert not differences(found, expected), f"{run.place}: {differences(found, expected)}"
 
 
