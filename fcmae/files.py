@@ -1,5 +1,6 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
+import hashlib
 import io
 import json
 import os
@@ -27,6 +28,42 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal, reading it piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it where they are missing, and wait until their names are on disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        fsync(place.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, which under its name is never there in part."""
+    doomed = path.with_name(f"{WRITING}{path.name}")
+    rename(path, doomed)
+    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files and folders that kills left anywhere in a folder."""
+    for path in [path for path in folder.rglob(f"{WRITING}*") if os.path.lexists(path)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file or folder another name beside it, which must be free, and wait until that is on disk."""
+    os.rename(path, new)
+    fsync(new.parent)
+
+
 def _unfinished(path: Path) -> Path:
     """Return a name beside `path`, of no other file or folder, for what is to become it."""
     start = path.name.encode(errors="replace")[:100].decode(errors="ignore")  # names have 255 bytes at most
@@ -52,6 +89,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+    fsync(path.parent)
 
 
 @contextmanager
@@ -65,6 +103,23 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that under its name there is never a part of it."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def create_bytes(path: Path, content: bytes) -> None:
+    """Write a file that must be new: of several processes that try, one succeeds.
+
+    Raises:
+        FileExistsError: if there is something of that name.
+    """
+    with open(path, "xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            error.filename = str(path)
+            raise
 
 
 def write_by(save: Callable[[BinaryIO], object], path: Path) -> None:
@@ -90,7 +145,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Yields the folder to fill. An exception deletes it; a kill leaves it beside `path` under a name of its own.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _unfinished(path.absolute())
     temporary.mkdir()
     try:
