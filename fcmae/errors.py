@@ -2,6 +2,7 @@
 
 import errno
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,21 @@ def blame(subject: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{subject}: {error}") from error
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 100
+SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Write any value in a line of some hundred characters at most, as Python does, its middle left out."""
+    return SHORT.repr(value)
+
+
+def named(text: str) -> str:
+    """Write a name, key or path as it is, or as `shown` where that is no line of readable length."""
+    return text if len(text) <= 300 and text.isprintable() else shown(text)
 
 
 PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)

@@ -36,6 +36,7 @@ from fcmae.story import training_batches, try_run
 from fcmae.tensors import misfits
 from fcmae.training.launch import start_run
 from fcmae.training.log import MetricsLog
+from fcmae.training.memory import require_memory
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
@@ -90,6 +91,9 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     accelerator, checkpoint = start_run(config, dry_run=dry_run)
 
     # The network: a sparse ConvNeXt encoder and a light decoder
+    with blame("model"), torch.device("meta"):
+        outline = FCMAE(**config.model.model_dump())
+    require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = FCMAE(**config.model.model_dump())
