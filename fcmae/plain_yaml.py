@@ -64,13 +64,13 @@ class _Loader(yaml.SafeLoader):
         keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith((":str", ":merge")):
-                raise self.refuse(f"key {shown(key.value)} is no word: quote it", key.start_mark)
+                raise self.refuse("a key that is no word, such as a number: quote it", key.start_mark)
             if key.value in keys:
                 raise self.refuse(f"key {shown(key.value)} given twice", key.start_mark)
             keys.add(key.value)
         values = super().construct_mapping(node, deep)
-        if wrong := [key for key in values if not isinstance(key, str)]:  # merged
-            raise self.refuse(f"key {shown(wrong[0])} is no word: quote it", node.start_mark)
+        if not all(isinstance(key, str) for key in values):  # of what is merged
+            raise self.refuse("a key that is no word, such as a number: quote it", node.start_mark)
         return values
 
 
@@ -103,8 +103,10 @@ def read_yaml(text: str | bytes) -> Any:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = " ".join(str(error.problem or error.context).split())
         raise ValueError(f"not valid YAML: {what[:200]}{place}") from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter of characters given by number
+    except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    except (ValueError, OverflowError) as error:  # PyYAML's own, as of "\\UFFFFFFFF" and %YAML 1.999...
+        raise ValueError("not valid YAML: a character or version of a number that there is not") from error
 
 
 def write_yaml(values: Any) -> str:
