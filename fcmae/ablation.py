@@ -323,7 +323,8 @@ class Results:
         Raises:
             UserError: if one is damaged.
         """
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        with blame(f"{self.path}: not a text file"):
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         records = []
         for number, line in enumerate(lines, 1):
             with blame(f"{self.path}, line {number}"):

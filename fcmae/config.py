@@ -36,7 +36,7 @@ MOST_CHANNELS = 4096
 MOST_UPDATES = 99_999_999
 """Of a run: what the eight digits of a checkpoint's name count."""
 Channel = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
-Depth = Annotated[int, Field(ge=1, le=1000)]
+Depth = Annotated[int, Field(ge=1, le=300)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Side = Annotated[int, Field(ge=1, le=65_536)]
 Batch = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -597,18 +597,17 @@ def load_config(kind: type[Config], name: str | Path, overrides: Sequence[str] =
         UserError: if the file cannot be read, or as `parse_config`.
     """
     path = find_config(kind, name)
+    source = named(str(path))
     try:
         with path.open("rb") as file:
             text = file.read(MOST_CHARACTERS + 1)
     except OSError as error:
-        raise UserError(
-            f"--config {named(str(path))}: {error.strerror}; 'fcmae configs' lists the shipped ones"
-        ) from error
-    with blame(f"--config {named(str(path))}"):
+        raise UserError(f"--config {source}: {error.strerror}; 'fcmae configs' lists the shipped ones") from error
+    with blame(f"--config {source}"):
         values = read_yaml(text) or {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections of 'key: value' lines, found a {type(values).__name__}")
-    return override_config(kind, values, overrides, named(str(path)))
+        raise UserError(f"{source}: expected sections of 'key: value' lines, found a {type(values).__name__}")
+    return override_config(kind, values, overrides, source)
 
 
 def to_yaml(config: Section) -> str:

@@ -61,7 +61,7 @@ def test_shipped_recipes_fit_onto_a_gpu_of_24_gb_with_8_beside_it(machine: None)
         (["data.image_size=65536"], "data.image_size=65536"),
         (["data.image_size=[65536,32]", "data.batch_size=10000"], "data.batch_size=10000"),
         (["model.decoder_dim=65536"], "model.decoder_dim=65536"),
-        (["model.variant=[[1,1,1,1000],[8,8,8,65536]]"], "model.variant=((1, 1, 1, 1000), (8, 8, 8, 65536))"),
+        (["model.variant=[[1,1,1,1],[8,8,8,65536]]"], "model.variant=((1, 1, 1, 1), (8, 8, 8, 65536))"),
         (["model.variant=huge", "data.batch_size=2048"], "data.batch_size=2048"),  # by its features
     ],
 )
@@ -120,7 +120,7 @@ def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_commands_refuse_before_anything_is_allocated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, output = f"data.root={ROOT / 'docs' / 'photos'}", f"output={tmp_path / 'run'}"
-    wide = "model.variant=[[1000,1000,1000,1000],[65536,65536,65536,65536]]"
+    wide = "model.variant=[[1,1,1,1],[65536,65536,65536,65536]]"
     error = error_line(pretrain.main, capsys, "--config", "quickstart", photos, output, "model.decoder_dim=65536")
     assert error.startswith("error: model.decoder_dim=65536: takes ")
     labelled = tmp_path / "labelled"
@@ -129,5 +129,5 @@ def test_commands_refuse_before_anything_is_allocated(tmp_path: Path, capsys: py
         (labelled / name / "x.jpg").write_bytes((ROOT / "docs" / "photos" / "bird.jpg").read_bytes())
     words = [f"data.root={labelled}", output, "init_from=null", "data.val_split=null", wide]
     error = error_line(finetune.main, capsys, "--config", "small-folder-cpu", *words)
-    assert error.startswith("error: model.variant=((1000, 1000, 1000, 1000), (65536, ")
+    assert error.startswith("error: model.variant=((1, 1, 1, 1), (65536, ")
     assert not (tmp_path / "run").exists()

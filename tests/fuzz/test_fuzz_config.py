@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fcmae import arguments
 from fcmae.ablation import Grid, stages_of
-from fcmae.arguments import read_given, read_words
+from fcmae.arguments import read_given
 from fcmae.config import (
     EvaluateConfig,
     FinetuneConfig,
@@ -38,6 +38,7 @@ from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.plain_yaml import read_yaml, write_value
+from fcmae.recipe import Images, Machine, assignments, choose
 from fcmae.tasks.classification import build_classifier
 from fcmae.training.memory import require_batch, require_memory
 from fcmae.training.schedule import Plan
@@ -45,6 +46,7 @@ from fcmae.training.schedule import Plan
 KINDS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneRecipe, "ablate": Grid}
 SHIPPED = {name: path.read_text() for name, path in shipped_configs().items()}
 CPU = torch.device("cpu")
+IMAGES, MACHINE = Images(13, 64, 3, (0.5,) * 3, (0.2,) * 3), Machine("a CPU", False, 2**33, False, 2)
 
 # fmt: off
 VALUES: list[Any] = [
@@ -234,7 +236,7 @@ def test_any_bytes_are_taken_or_refused_in_a_line(file: Path, content: bytes) ->
 
 
 @st.composite
-def assignments(draw: st.DrawFn) -> tuple[str, list[str]]:
+def arguments_of(draw: st.DrawFn) -> tuple[str, list[str]]:
     """A command, and KEY=VALUE for it."""
     command = draw(st.sampled_from([*KINDS, "evaluate", "recipe"]))
     known = keys_of({**KINDS, "evaluate": EvaluateConfig, "recipe": PretrainConfig}[command])
@@ -251,7 +253,7 @@ def _as_text(value: Any) -> str:
 
 
 @fuzzed(150, 3000)
-@given(case=assignments())
+@given(case=arguments_of())
 def test_any_overrides_are_taken_or_refused_in_a_line(case: tuple[str, list[str]]) -> None:
     command, words = case
     try:
@@ -259,8 +261,10 @@ def test_any_overrides_are_taken_or_refused_in_a_line(case: tuple[str, list[str]
             config = override_config(EvaluateConfig, {"data": {"root": "x"}}, words, "a test")
             require_batch(config.data, 3, CPU)
         elif command == "recipe":
-            given = read_given(read_words(words))
-            assert all(isinstance(key, str) for key in given)
+            overrides = ["data.root=photos", *words]
+            choices = choose(IMAGES, MACHINE, read_given(overrides))
+            values = assignments([("output", "x"), *((key, value) for key, value, _ in choices)])
+            follow(override_config(PretrainConfig, values, overrides, "a test"))
         elif command == "ablate":
             grid = load_config(Grid, "cifar10-versions", words)
             stages_of(grid, "grid", next(iter(grid.arms)), grid.seeds[0])
