@@ -112,7 +112,8 @@ def check_options(options: argparse.Namespace) -> None:
     """
     for name, (least, most) in BOUNDS.items():
         if not least <= (value := getattr(options, name)) <= most:
-            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {least} to {most}")
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
     if options.size and (len(options.size) > 2 or min(options.size) < 1 or max(options.size) > MOST_SIDE):
         raise UserError(f"--size {shown(options.size)}: give a side in pixels, or height and width, to {MOST_SIDE}")
     out: Path = options.output
