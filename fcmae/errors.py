@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import select
 import shlex
 import sys
@@ -39,6 +40,21 @@ def blame(subject: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{subject}: {error}") from error
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 100
+SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Write any value in a line of some hundred characters at most, as Python does, its middle left out."""
+    return SHORT.repr(value)
+
+
+def named(text: str) -> str:
+    """Write a name, key or path as it is, or as `shown` where that is no line of readable length."""
+    return text if len(text) <= 300 and text.isprintable() else shown(text)
 
 
 # What is said of errors that are not ours
