@@ -124,7 +124,7 @@ class SharedFile:
     def __init__(self, path: Path) -> None:
         require_regular(path)
         self.path = path
-        self.file = open(path, "rb", buffering=0)
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (as long as this lives)
 
     def __reduce__(self) -> tuple[type["SharedFile"], tuple[Path]]:
         return SharedFile, (self.path,)

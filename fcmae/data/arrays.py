@@ -33,8 +33,8 @@ class ArraySource:
             )
         if header.fortran_order:
             raise UserError(
-                f"{path}: in Fortran order, in which each image is all over the file; fcmae.data.save_arrays writes "
-                "it image by image"
+                f"{path}: in Fortran order, which has each image all over the file; "
+                "fcmae.data.save_arrays writes one after the other"
             )
         self.folder = folder
         self.place = path.resolve()

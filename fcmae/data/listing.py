@@ -20,7 +20,7 @@ VISITS = 1000
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
-    """Return what sorts names with numbers in them by the numbers, as timm does, and different ones always alike."""
+    """Return what sorts names with numbers in them by these, as timm does, and different names always alike."""
     parts: list[int | str] = [*re.split(r"(\d{1,4000})", name.lower())]
     for place in range(1, len(parts), 2):
         parts[place] = int(parts[place])
@@ -122,7 +122,6 @@ def _members(file: IO[bytes], size: int, extensions: Collection[str], within: st
     before = -1
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            tar.members.clear()  # which hold many times what is needed of them
             if not before < member.offset < member.offset_data:  # or it would go round for ever
                 raise ValueError(f"damaged at {member.name!r}")
             before = member.offset
