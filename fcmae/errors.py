@@ -27,6 +27,12 @@ def blame(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {error}") from error
 
 
+def one_line(text: str, *, longest: int = 2000) -> str:
+    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 """Operating system errors about a place that only the user can fix."""
 

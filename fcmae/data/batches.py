@@ -15,7 +15,7 @@ from fcmae.data.sampling import PADDING, Key
 from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
-from fcmae.errors import UserError
+from fcmae.errors import UserError, one_line
 from fcmae.seeding import seeded, torch_seeded
 
 SUBSTITUTES = 64
@@ -32,9 +32,9 @@ LONGEST_REASON = 300
 """Characters of what a decoder says, which may quote the file."""
 
 
-def in_one_line(text: str) -> str:
-    """Return a text as it can be printed, line breaks, control codes and bytes that are no UTF-8 escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def brief(error: Exception) -> str:
+    """Return what an error says, as part of a line."""
+    return one_line(" ".join(str(error).split()), longest=LONGEST_REASON) or type(error).__name__
 
 
 class BadImage(NamedTuple):
@@ -46,8 +46,7 @@ class BadImage(NamedTuple):
 
     @classmethod
     def of(cls, index: int, source: Source, error: Exception) -> Self:
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        return cls(index, in_one_line(source.describe(index)), in_one_line(reason))
+        return cls(index, one_line(source.describe(index)), brief(error))
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
-from fcmae.data.images import PIL_MODES, decode, refuse_pages
+from fcmae.data.batches import brief
+from fcmae.data.images import PIL_MODES, decode, extensions, open_image, refuse_pages
+from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
@@ -68,24 +70,22 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
     """
     if channels not in PIL_MODES:
         raise UserError(f"the network wants {channels} channels; image files have 1, 3 or 4")
-    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    known = extensions()
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+            files = sorted(map(Path, images_below(str(path), known)))
             if not files:
                 yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
-                with Image.open(file) as image:
+                with open_image(file) as image:
                     refuse_pages(image)
                     yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
-            except UnidentifiedImageError:
-                yield Unreadable(file, "not an image, or damaged")
             except Exception as error:  # a broken file can make a decoder raise anything
-                yield Unreadable(file, " ".join(str(error).split()) or type(error).__name__)
+                yield Unreadable(file, brief(error))
 
 
 # Classes
