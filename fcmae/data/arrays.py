@@ -15,6 +15,9 @@ from fcmae.files import SharedFile
 
 IMAGES = "images.npy"
 
+AT_ONCE = 1 << 18
+"""Bytes that are read at once, which stay in the processor's cache until they are copied."""
+
 
 class ArraySource:
     """`FOLDER/images.npy`: uint8 (n, h, w, c) or (n, h, w), with labels where they lie beside it.
@@ -58,9 +61,14 @@ class ArraySource:
         _, image_height, image_width, channels = self.shape
         top, left, height, width, _ = choose(image_height, image_width)
         row = image_width * channels
-        content = self.file.read(self.start + (index * image_height + top) * row, height * row)
-        rows = np.frombuffer(content, np.uint8).reshape(height, image_width, channels)
-        return torch.from_numpy(rows[:, left : left + width].copy()).permute(2, 0, 1)
+        start = self.start + (index * image_height + top) * row
+        part = np.empty((height, width, channels), np.uint8)
+        at_once = max(1, AT_ONCE // row)
+        for first in range(0, height, at_once):
+            number = min(at_once, height - first)
+            rows = np.frombuffer(self.file.read(start + first * row, number * row), np.uint8)
+            part[first : first + number] = rows.reshape(number, image_width, channels)[:, left : left + width]
+        return torch.from_numpy(part).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder / IMAGES}[{index}]"

@@ -62,6 +62,11 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def image_files(path: Path) -> list[Path]:
+    """Return the image files in a folder at any depth, sorted; of a file, itself."""
+    return sorted(map(Path, images_below(str(path), extensions()))) if path.is_dir() else [path]
+
+
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
     """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says).
 
@@ -70,13 +75,10 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
     """
     if channels not in PIL_MODES:
         raise UserError(f"the network wants {channels} channels; image files have 1, 3 or 4")
-    known = extensions()
     for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(map(Path, images_below(str(path), known)))
-            if not files:
-                yield Unreadable(path, "no images in this folder")
+        files = image_files(path)
+        if not files:
+            yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
                 with open_image(file) as image:
