@@ -1,5 +1,6 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
+import io
 import json
 import os
 import shutil
@@ -112,6 +113,22 @@ def require_regular(path: str | Path) -> None:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
+
+
+class BoundedFile(io.BufferedReader):
+    """A file opened for reading, of which no more is asked for than there is: memory is taken before it is read.
+
+    Raises:
+        OSError: if it is not a regular file, or none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        require_regular(path)
+        super().__init__(io.FileIO(path))
+        self.size = os.path.getsize(path)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size <= AT_ONCE else min(size, self.size))
 
 
 class SharedFile:

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from fcmae.errors import UserError
-from fcmae.files import SharedFile, require_regular
+from fcmae.files import BoundedFile, SharedFile
 
 VISITS = 1000
 """Ways that lead to one folder, at most: links to folders of links multiply."""
@@ -93,8 +93,7 @@ class FolderFiles:
         return self.names[index]
 
     def open(self, index: int) -> IO[bytes]:
-        require_regular(self.names[index])
-        return open(self.names[index], "rb")
+        return BoundedFile(self.names[index])
 
 
 class Member(NamedTuple):
@@ -157,10 +156,8 @@ class TarFiles:
         self.path = path
         self.file = SharedFile(Path(path))
         try:
-            with open(path, "rb") as file:
-                members = sorted(
-                    _members(file, os.path.getsize(path), extensions), key=lambda m: natural_key(m.name)
-                )
+            with BoundedFile(path) as file:
+                members = sorted(_members(file, file.size, extensions), key=lambda m: natural_key(m.name))
         except Exception as error:  # tarfile raises anything for what is none
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"not a readable .tar of images ({reason})") from error

@@ -19,6 +19,7 @@ from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
+from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -81,7 +82,7 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
             yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
-                with open_image(file) as image:
+                with BoundedFile(file) as opened, open_image(opened) as image:
                     refuse_pages(image)
                     yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
             except FileNotFoundError:
