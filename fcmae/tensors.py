@@ -1,28 +1,87 @@
 """Tensors by name: safetensors files, and loading into a module strictly; knows no network's names."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcmae.errors import UserError
+from fcmae.errors import UserError, one_line
 from fcmae.files import atomic_path
+
+LONGEST_HEADER = 2**23
+"""Bytes of what a file may say of its tensors: a hundred times those of the largest networks."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+"""Of weights and, the last one, of what counts batches in them."""
+
+MOST_AXES = 8
+
+
+def require_plain(path: Path, tensors: Mapping[Any, tuple[torch.dtype | str, tuple[int, ...]]]) -> None:
+    """Check that what a file says of its tensors is said of weights, and that it can hold them.
+
+    Args:
+        path: of the file.
+        tensors: dtype, or the kind where it is not a dense one, and shape by name.
+
+    Raises:
+        UserError: naming the first tensor that is not.
+    """
+    total, size = 0, path.stat().st_size
+    for name, (dtype, shape) in tensors.items():
+        shown = f"{path}: {one_line(str(name), longest=80)}"
+        if not isinstance(name, str):
+            raise UserError(f"{shown} is a number that stands for a tensor's name; save a state dict")
+        if isinstance(dtype, str) or dtype not in DTYPES:
+            kind = str(dtype).removeprefix("torch.")
+            raise UserError(f"{shown} is a {kind} tensor, not a dense one of floats; save its network as float32")
+        if len(shape) > MOST_AXES or min(shape, default=1) < 1:
+            raise UserError(f"{shown} has {len(shape)} axes, the smallest of {min(shape)}, which no weights have")
+        total += math.prod(shape) * dtype.itemsize
+        if total > size:
+            raise UserError(f"{shown} has more numbers than are in the file; save its weights anew, each whole")
+
+
+def require_finite(source: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that no number is NaN, or infinite as float32.
+
+    Raises:
+        UserError: naming `source` and the first tensor with such a number.
+    """
+    largest = torch.finfo(torch.float32).max
+    for name, tensor in tensors.items():
+        low, high = tensor.aminmax()
+        if not (low >= -largest and high <= largest):
+            raise UserError(
+                f"{source}: {one_line(name, longest=80)} holds numbers that are not finite, with which the network "
+                "computes nothing; take earlier weights, or get the file again"
+            )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU.
 
     Raises:
-        UserError: if it is missing, truncated or of another kind.
+        UserError: if it is missing, truncated or of another kind, or a tensor is no plain one of floats.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > LONGEST_HEADER:
+            raise SafetensorError(f"a header of {header} bytes")
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+        said = one_line(str(error), longest=200)
+        raise UserError(f"{path}: not a readable safetensors file ({said})") from error
+    require_plain(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    return tensors
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -42,16 +101,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """List how tensors differ, by name and shape, from those of `module`."""
+    """List how tensors differ, by name, shape and whether they are floats, from those of `module`."""
     wanted = module.state_dict()
     missing = [f"missing {name}" for name in wanted if name not in tensors]
-    unexpected = [f"unexpected {name}" for name in tensors if name not in wanted]
+    unexpected = [f"unexpected {one_line(name, longest=80)}" for name in tensors if name not in wanted]
+    found = {name: (tensors[name], value) for name, value in wanted.items() if name in tensors}
     shapes = [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in tensors and tensors[name].shape != value.shape
+        f"{name} is {tuple(tensor.shape)}, not {tuple(value.shape)}"
+        for name, (tensor, value) in found.items()
+        if tensor.shape != value.shape
     ]
-    return missing + unexpected + shapes
+    kinds = [
+        f"{name} is {tensor.dtype}, not {value.dtype}"
+        for name, (tensor, value) in found.items()
+        if tensor.is_floating_point() != value.is_floating_point()
+    ]
+    return missing + unexpected + shapes + kinds
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
