@@ -13,7 +13,6 @@ from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
-from fcmae.tensors import read_safetensors
 from fcmae.training.checkpoint import STATE
 from fcmae.training.run_folder import StoredModel, stored_model
 from fcmae.weights.base import (
@@ -24,6 +23,8 @@ from fcmae.weights.base import (
     describe_encoder,
     load_network,
     report_damage,
+    require_arguments,
+    require_fit,
 )
 from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
 
@@ -65,10 +66,9 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
         preprocessing = Preprocessing.of(described)
         model = stored.state["config"].get("model", {})
-    tensors = read_safetensors(stored.file)
-    network = {key: model[key] for key in ("response", "grn") if key in model}
-    if is_other(model.get("variant")):
-        network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
+        keys = ("variant", "in_chans", "stem_stride") if is_other(model.get("variant")) else ("response", "grn")
+        network = require_arguments({key: model[key] for key in keys if key in model})
+    tensors = read_tensors(stored.file)
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
@@ -171,9 +171,17 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         raise UserError(
             f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
         )
-    config = parse_config(PretrainConfig, stored.state["config"], str(state))
+    with report_damage(state):
+        values = stored.state["config"]
+    config = parse_config(PretrainConfig, values, str(state))
+    variant = config.model.variant
+    blocks = config.model.decoder_depth + (0 if isinstance(variant, str) else sum(variant[0]))
     with blame(str(state)):
+        if blocks > len(tensors):
+            raise ValueError(f"its network has {blocks} blocks, but {file.name} beside it {len(tensors)} tensors")
         settings: dict[str, Any] = {**config.model.model_dump(), "layout": "auto"}  # training's may need a package
+        with torch.device("meta"):
+            require_fit(FCMAE(**settings), tensors, file)  # before it takes the memory that the configuration asks
         model = FCMAE(**settings)
     load_network(model, tensors, file)
     return model, config

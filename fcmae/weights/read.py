@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.encoder.networks import build_network
+from fcmae.encoder.networks import classifier_name
 from fcmae.errors import UserError, blame, one_line
 from fcmae.tensors import misfits, read_safetensors, require_finite
 from fcmae.weights.base import (
@@ -134,9 +134,9 @@ def interpret(
         form = folder_format(network["variant"]) if "variant" in network else recognise(state)
         assert form.read is not None
         tensors, described = form.read(state, folder)
+        classifier = classifier_name(network.get("variant"))
+        num_classes = count_classes(tensors, classifier)
         with torch.device("meta"):
-            classifier = build_network(**network).classifier if "variant" in network else "head"
-            num_classes = count_classes(tensors, classifier)
             untrained = build_untrained(tensors, num_classes=num_classes, network=network)
             problems = misfits(untrained, tensors)
     weights = Weights(file, tensors, form.kind, network=network, classifier=classifier)

@@ -19,8 +19,11 @@ from torch import Tensor
 from fcmae.errors import UserError, one_line
 from fcmae.tensors import LONGEST_HEADER, require_plain
 
-MOST_INSTRUCTIONS = 2**21
-"""Of one pickle; ten times those of a checkpoint with optimizer and EMA, and some seconds."""
+MOST_INSTRUCTIONS = 2**20
+"""Of one pickle: ten times those of the largest checkpoint with optimizer and EMA."""
+
+MOST_ARGUMENTS = 20
+"""Of a call or a shape, so that one long tuple cannot be read over and over."""
 
 CHUNK = 2**20
 
@@ -63,6 +66,18 @@ SETTINGS = {
     *(f"torch.per_{what}" for what in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric")),
 }
 """What is no code, and says nothing of tensors that we need."""
+
+
+LITERALS: dict[str, Any] = {
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), ...),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING"), ...),
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+    "EMPTY_SET": None,
+}
+"""Instructions of pickles that stand for a value: that which follows, or this."""
 
 
 class Storage(NamedTuple):
@@ -130,8 +145,10 @@ class Structure(io.BufferedReader):
 
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> View | Odd:
     """A tensor as torch describes it; then come whether it is trained, its hooks, and whether it is negated."""
-    if not isinstance(storage, Storage) or any(type(number) is not int for number in (offset, *shape, *strides)):
-        raise ValueError("a tensor without storage or shape")
+    if not isinstance(storage, Storage) or max(len(shape), len(strides)) > MOST_ARGUMENTS:
+        raise ValueError("a tensor without storage, or of many axes")
+    if any(type(number) is not int for number in (offset, *shape, *strides)):
+        raise ValueError("a tensor without shape")
     return Odd("negated") if len(more) > 2 and more[2] else View(storage, offset, shape, strides)
 
 
@@ -171,6 +188,8 @@ NO_CODE = SETTINGS | STORAGES.keys() | CALLS.keys()
 
 def _call(what: Any, args: Any) -> Any:
     """Return what stands for the result of a call, None for that of settings."""
+    if len(args) > MOST_ARGUMENTS:
+        raise ValueError(f"{len(args)} arguments")
     return CALLS.get(what.name, lambda *args: None)(*args)
 
 
@@ -192,27 +211,19 @@ def read_pickle(file: BinaryIO, find: Callable[[Storage], Storage] = lambda stor
     """
     stack: list[Any] = []
     outer: list[list[Any]] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for count, (instruction, value, _) in enumerate(pickletools.genops(file)):
         if count > MOST_INSTRUCTIONS:
             raise ValueError("too long a description")
         match instruction.name:
             case "PROTO" | "FRAME":
                 pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(value)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "SHORT_BINSTRING":
-                stack.append(value)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[instruction.name])
+            case name if name in LITERALS:
+                stack.append(value if LITERALS[name] is ... else LITERALS[name])
             case "EMPTY_DICT":
                 stack.append({})
             case "EMPTY_LIST":
                 stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_SET":
-                stack.append(None)
             case "MARK":
                 outer.append(stack)
                 stack = []
@@ -251,7 +262,7 @@ def read_pickle(file: BinaryIO, find: Callable[[Storage], Storage] = lambda stor
             case "BUILD":  # attributes of what stays
                 stack.pop()
             case "BINPERSID":
-                _, kind, key, _, numel, *_ = stack.pop()
+                kind, key, _, numel = stack.pop()[1:5]
                 if not isinstance(key, str) or type(numel) is not int or numel < 0:
                     raise ValueError("a storage without name or size")
                 stack.append(find(Storage(key, STORAGES[kind.name], numel)))
