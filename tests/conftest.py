@@ -48,6 +48,7 @@ def fuzzed(few: int, many: int) -> settings:
         suppress_health_check=list(HealthCheck),
     )
 
+
 TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
 

@@ -524,7 +524,9 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
     path = (folder or Path()) / name
     with report_damage(path):
         values = {}
-        if folder and path.is_file():
+        if folder and path.exists():
+            if not path.is_file():
+                raise UserError(f"{path}: neither a file nor absent; remove it")
             if path.stat().st_size > LONGEST_DESCRIPTION:
                 raise ValueError(f"longer than {LONGEST_DESCRIPTION} bytes")
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -550,7 +552,9 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     "in_chans": lambda value: type(value) is int and 0 < value < 2**16,
     "stem_stride": lambda value: type(value) is int,
     "response": lambda value: isinstance(value, str),
-    "grn": lambda value: isinstance(value, dict) and value.keys() <= OWN_PARTS.keys(),
+    "grn": lambda value: (
+        isinstance(value, dict) and all(type(part) is type(OWN_PARTS.get(key)) for key, part in value.items())
+    ),
 }
 """What files may say of a network beside its tensors, arguments of `build_network`: whether a value is one."""
 

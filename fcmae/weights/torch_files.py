@@ -239,6 +239,8 @@ def read_pickle(file: BinaryIO, find: Callable[[Storage], Storage] = lambda stor
             case "APPENDS":
                 items, stack = stack, outer.pop()
                 stack[-1].extend(items)
+            case "ADDITEMS":
+                stack = outer.pop()
             case "SETITEM":
                 item, key = stack.pop(), stack.pop()
                 stack[-1].update(_known([(key, item)]))
@@ -350,6 +352,7 @@ MALFORMED = (
     EOFError,
     LookupError,
     NotImplementedError,
+    OSError,
     RecursionError,
     TypeError,
     ValueError,

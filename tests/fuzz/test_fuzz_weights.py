@@ -7,23 +7,20 @@ older pickles. The bytes of a checkpoint are checked against its SHA256SUMS, by 
 import io
 import json
 import os
-import resource
 import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from conftest import fuzzed, small_encoder
 from hypothesis import event, given
 from hypothesis import strategies as st
 from torch import Tensor
-from weight_files import save_run
+from weight_files import little_memory, save_run
 
 from fcmae.errors import UserError, blame
 from fcmae.load import load_weights
@@ -34,14 +31,17 @@ from fcmae.weights.official import DENSE, SPARSE
 from fcmae.weights.timm import to_timm
 from fcmae.weights.transformers import to_transformers
 
-Files = dict[str, bytes]
-"""A folder: content by name."""
+
+class Files(dict[str, bytes]):
+    """A folder: content by name."""
+
+    def __repr__(self) -> str:
+        return repr({name: f"{len(content)} bytes" for name, content in self.items()})
+
 
 NARROW = ((1, 1, 2, 1), (2, 4, 4, 8))
 KNOWN = Preprocessing((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), (64, 64), 0.8, "bicubic", (0.0, 1.0))
 CANARY = "canary"
-MEMORY = 2**29
-"""Bytes of address space that reading any of these files may take more; they have 100 kB."""
 
 
 class Bomb:
@@ -56,7 +56,7 @@ class Bomb:
 
 def content_of(folder: Path) -> Files:
     files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return Files({str(path.relative_to(folder)): path.read_bytes() for path in files})
 
 
 def saved(content: Any, **how: Any) -> bytes:
@@ -397,7 +397,7 @@ WAYS: dict[str, tuple[Callable[[Any, bytes, str], bytes], ...]] = {
 @st.composite
 def damaged_folder(draw: Any, folder: str) -> Files:
     """A folder one of whose files is damaged, seldom more of them."""
-    files = dict(seed(draw(st.sampled_from(list(SEEDS)))))
+    files = Files(seed(draw(st.sampled_from(list(SEEDS)))))
     for _ in range(draw(st.sampled_from((1, 1, 1, 2)))):
         name = draw(st.sampled_from(sorted(files)))
         damage = draw(st.sampled_from(WAYS.get(Path(name).suffix, (damage_bytes,))))
@@ -409,17 +409,6 @@ def damaged_folder(draw: Any, folder: str) -> Files:
 
 
 # What must hold
-
-
-@contextmanager
-def little_memory() -> Iterator[None]:
-    """Let this process take only `MEMORY` more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @fuzzed(150, 3000)
