@@ -29,7 +29,6 @@ from fcmae.patches import grid_shape
 from fcmae.story import training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
-from fcmae.tensors import read_safetensors
 from fcmae.training.launch import start_accelerator, start_run
 from fcmae.training.log import MetricsLog
 from fcmae.training.optim import build_adamw, layer_scales
@@ -171,7 +170,6 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         model.requires_grad_(False)
         model.classifier_layer.requires_grad_()
         model.eval()  # without drop path
-    require_disk(config, model, best=True, ema=config.train.ema_decay is not None)
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
     classification_loss = build_loss(config, len(class_names))
@@ -207,6 +205,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     trainer.say(f"weights          {started}")
     if taken:
         trainer.say(f"auto             {taken}")
+    require_disk(config, model, trainer.plan, best=True, ema=config.train.ema_decay is not None)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
@@ -238,7 +237,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         folder = trainer.run
         final = stored_model(folder.path)
         assert final is not None
-        load_network(model, read_safetensors(final.file), final.file)
+        load_network(model, final.read(), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
         write_folder(model, preprocessing, folder.model)

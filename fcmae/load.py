@@ -14,7 +14,7 @@ from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
 from fcmae.training.checkpoint import STATE
-from fcmae.training.run_folder import StoredModel, stored_model
+from fcmae.training.run_folder import RunFolder, StoredModel, newest_state, stored_model
 from fcmae.weights.base import (
     Preprocessing,
     Weights,
@@ -42,8 +42,10 @@ def load_tensors(
     Arguments and errors are those of `load_weights`.
     """
     stored = _stored_model(path, last, ema)
-    file = stored.file if stored else find_weights(Path(path))
-    return file, read_tensors(file, ema=stored is None and bool(ema))
+    if stored is not None:
+        return stored.file, stored.read()
+    file = find_weights(Path(path))
+    return file, read_tensors(file, ema=bool(ema))
 
 
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
@@ -63,12 +65,12 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     if stored is None:
         return read_weights(path, ema=bool(ema))
     with report_damage(stored.file.with_name(STATE)):
-        described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
+        described = stored.state.config["data"] | {"class_names": stored.state.class_names}
         preprocessing = Preprocessing.of(described)
-        model = stored.state["config"].get("model", {})
+        model = stored.state.config.get("model", {})
         keys = ("variant", "in_chans", "stem_stride") if is_other(model.get("variant")) else ("response", "grn")
         network = require_arguments({key: model[key] for key in keys if key in model})
-    tensors = read_tensors(stored.file)
+    tensors = stored.read()
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
@@ -141,11 +143,11 @@ def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
         UserError: if there is nothing to take it from, or it does not fit.
     """
     keys, source, known = recipe.automatic, "the configuration", {}
-    stored = _stored_model(Path(recipe.output), True, None) if keys and recipe.resume == "auto" else None
+    stored = newest_state(RunFolder(recipe.output)) if keys and recipe.resume == "auto" else None
     if stored is not None:
         source = recipe.output
-        with report_damage(stored.file.with_name(STATE)):
-            sections = stored.state["config"]
+        with report_damage(Path(source)):
+            sections = stored.config
             split = [(key, *key.split(".")) for key in keys]
             known = {key: sections[section][name] for key, section, name in split if name in sections[section]}
     elif keys and recipe.init_from is not None:
@@ -171,9 +173,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         raise UserError(
             f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
         )
-    with report_damage(state):
-        values = stored.state["config"]
-    config = parse_config(PretrainConfig, values, str(state))
+    config = parse_config(PretrainConfig, stored.state.config, str(state))
     variant = config.model.variant
     blocks = config.model.decoder_depth + (0 if isinstance(variant, str) else sum(variant[0]))
     with blame(str(state)):

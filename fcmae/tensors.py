@@ -1,7 +1,7 @@
 """Tensors by name: safetensors files, and loading into a module strictly; knows no network's names."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from fcmae.files import atomic_path
 LONGEST_HEADER = 2**23
 """Bytes of what a file may say of its tensors: a hundred times those of the largest networks."""
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of the numbers that training computes with."""
+
+DTYPES = (*FLOATS, torch.int64)
 """Of weights and, the last one, of what counts batches in them."""
 
 MOST_AXES = 8
@@ -47,20 +50,25 @@ def require_plain(path: Path, tensors: Mapping[Any, tuple[torch.dtype | str, tup
             raise UserError(f"{shown} has more numbers than are in the file; save its weights anew, each whole")
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with a NaN, or what float32 takes for infinity; None without one."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in FLOATS and tensor.numel()}
+    ends = ((name, *(end.item() for end in torch.aminmax(tensor))) for name, tensor in floats.items())
+    largest = torch.finfo(torch.float32).max
+    return next((name for name, low, high in ends if not -largest <= low <= high <= largest), None)
+
+
 def require_finite(source: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Check that no number is NaN, or infinite as float32.
+    """Check that all numbers are finite, as float32 too.
 
     Raises:
-        UserError: naming `source` and the first tensor with such a number.
+        UserError: naming `source` and the first tensor with a number that is not.
     """
-    largest = torch.finfo(torch.float32).max
-    for name, tensor in tensors.items():
-        low, high = tensor.aminmax()
-        if not (low >= -largest and high <= largest):
-            raise UserError(
-                f"{source}: {one_line(name, longest=80)} holds numbers that are not finite, with which the network "
-                "computes nothing; take earlier weights, or get the file again"
-            )
+    if (name := not_finite(tensors)) is not None:
+        raise UserError(
+            f"{source}: {one_line(name, longest=80)} holds numbers that are not finite, with which a network "
+            "computes nothing; take earlier weights, or get the file again"
+        )
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -84,39 +92,55 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def fill_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, from any device, as a safetensors file with the header that transformers and timm ask for.
 
-    Under its name there is never a part of it.
+    Where a part of it may lie under its name: in a folder that has none yet.
 
     Raises:
         OSError: if it cannot be written, such as for a full disk.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with atomic_path(path) as temporary:
-            save_file(contiguous, temporary, metadata={"format": "pt"})
+        save_file(contiguous, path, metadata={"format": "pt"})
     except SafetensorError as error:  # its own words for what the system said
         raise OSError(str(error)) from error
 
 
-def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """List how tensors differ, by name, shape and whether they are floats, from those of `module`."""
-    wanted = module.state_dict()
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """As `fill_safetensors`, but under its name there is never a part of the file."""
+    with atomic_path(path) as temporary:
+        fill_safetensors(temporary, tensors)
+
+
+def kind(tensor: Tensor) -> str:
+    """Describe dtype and shape, such as "float32 (3, 4)"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def differences(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    describe: Callable[[Tensor], object] = lambda tensor: tuple(tensor.shape),
+) -> list[str]:
+    """List how tensors differ, by name and by what `describe` says of them, from those that are wanted."""
     missing = [f"missing {name}" for name in wanted if name not in tensors]
     unexpected = [f"unexpected {one_line(name, longest=80)}" for name in tensors if name not in wanted]
-    found = {name: (tensors[name], value) for name, value in wanted.items() if name in tensors}
-    shapes = [
-        f"{name} is {tuple(tensor.shape)}, not {tuple(value.shape)}"
-        for name, (tensor, value) in found.items()
-        if tensor.shape != value.shape
+    others = [
+        f"{name} is {describe(tensors[name])}, not {describe(value)}"
+        for name, value in wanted.items()
+        if name in tensors and describe(tensors[name]) != describe(value)
     ]
-    kinds = [
-        f"{name} is {tensor.dtype}, not {value.dtype}"
-        for name, (tensor, value) in found.items()
-        if tensor.is_floating_point() != value.is_floating_point()
-    ]
-    return missing + unexpected + shapes + kinds
+    return missing + unexpected + others
+
+
+def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """List how tensors differ, by name and shape and where they are no floats, from those of `module`."""
+
+    def describe(tensor: Tensor) -> object:
+        return tuple(tensor.shape) if tensor.is_floating_point() else kind(tensor)
+
+    return differences(tensors, module.state_dict(), describe)
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from fcmae.config import RunConfig
 from fcmae.errors import UserError
-from fcmae.training.checkpoint import Checkpoint
+from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
 from fcmae.training.run_folder import claim_run_folder
 
 T = TypeVar("T")
@@ -88,6 +89,27 @@ def decide_once(decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def claim_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """Return what `claim_run_folder` does, decided on the main process and read by each.
+
+    Raises:
+        UserError: as `claim_run_folder`.
+    """
+    claimed: list[Checkpoint | None] = []
+
+    def claim() -> tuple[Path, Best | None] | None:
+        checkpoint = claim_run_folder(config)
+        claimed.append(checkpoint)
+        return checkpoint and (checkpoint.path, checkpoint.state.best)
+
+    decided = decide_once(claim)
+    if claimed or decided is None:
+        return claimed[0] if claimed else None
+    path, best = decided
+    checkpoint = read_checkpoint(path)
+    return checkpoint._replace(state=checkpoint.state.model_copy(update={"best": best}))
+
+
 def start_run(config: RunConfig, *, dry_run: bool) -> tuple[Accelerator, Checkpoint | None]:
     """Return this process's Accelerator and the checkpoint to resume from: None for a new run, or a dry one.
 
@@ -95,6 +117,6 @@ def start_run(config: RunConfig, *, dry_run: bool) -> tuple[Accelerator, Checkpo
         UserError: as `start_accelerator` and `claim_run_folder`.
     """
     accelerator = start_accelerator(config.train.precision)
-    checkpoint = None if dry_run else claim_run_folder(config)
+    checkpoint = None if dry_run else claim_checkpoint(config)
     accelerator.wait_for_everyone()  # until every process has seen the folder as it was
     return accelerator, checkpoint

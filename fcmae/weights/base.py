@@ -551,7 +551,7 @@ ARGUMENTS: dict[str, Callable[[Any], bool]] = {
     "variant": lambda value: isinstance(value, str) and len(value) <= 100,
     "in_chans": lambda value: type(value) is int and 0 < value < 2**16,
     "stem_stride": lambda value: type(value) is int,
-    "response": lambda value: isinstance(value, str),
+    "response": lambda value: isinstance(value, str) and len(value) <= 100,
     "grn": lambda value: (
         isinstance(value, dict) and all(type(part) is type(OWN_PARTS.get(key)) for key, part in value.items())
     ),
