@@ -430,7 +430,10 @@ class Trainer:
                         with progress.between("checkpoint", save_every):
                             self.save()
             except KeyboardInterrupt:
-                self.say(f"stopped at step {self.step}; last good checkpoint: {self.last_good()}")
+                with suppress(UserError):
+                    self.writer.wait()
+                start = self.run.newest or "the start, as there is no checkpoint yet"
+                self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
                 raise
         self.accelerator.wait_for_everyone()  # for the main process, which writes
 
