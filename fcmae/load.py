@@ -30,8 +30,10 @@ from fcmae.weights.read import find_weights, interpret, read_tensors, read_weigh
 
 
 def _stored_model(path: str | Path, last: bool, ema: bool | None) -> StoredModel | None:
-    with report_damage(Path(path)):
-        return stored_model(Path(path), last=last, ema=ema)
+    if not (path := Path(path)).exists():  # links in a circle, too
+        return None
+    with report_damage(path):
+        return stored_model(path, last=last, ema=ema)
 
 
 def load_tensors(

@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, error_line, randomise, small_encoder
 from safetensors.torch import save_file
 from torch import Tensor
-from weight_files import MEAN, NAMES, STD, little_memory, same, save_run
+from weight_files import MEAN, STD, little_memory, same, save_run
 
 from fcmae import FCMAE
 from fcmae.commands import diagnose, export, predict
@@ -22,6 +22,7 @@ from fcmae.config import PretrainConfig, parse_config
 from fcmae.errors import UserError
 from fcmae.load import load_encoder, load_fcmae, load_weights
 from fcmae.weights.base import Preprocessing
+from fcmae.weights.official import PLAIN
 from fcmae.weights.read import read_tensors, read_weights
 from fcmae.weights.timm import write_timm_folder
 
@@ -86,9 +87,9 @@ def test_weights_that_are_not_finite_in_float32_are_not_used(
     encoder = small_encoder(num_classes=3)
     encoder.get_parameter(NAME).data[3] = value
     torch.save(encoder.state_dict(), tmp_path / "x.pth")
-    save_run(tmp_path / "run", encoder, class_names=list(NAMES))
+    PLAIN.write(encoder, Preprocessing(MEAN, STD), tmp_path)
     (tmp_path / "images").mkdir()
-    for source in (tmp_path / "x.pth", tmp_path / "run"):
+    for source in (tmp_path / "x.pth", tmp_path):
         commands = (
             (predict.main, (str(source), str(tmp_path / "images"))),
             (export.main, (str(source), "--to", "timm", "--output", str(tmp_path / "out"))),
@@ -96,7 +97,7 @@ def test_weights_that_are_not_finite_in_float32_are_not_used(
         )
         for main, arguments in commands:
             line = error_line(main, capsys, *arguments)
-            assert re.search(rf"(x\.pth|model\.safetensors): .*{NAME} (holds numbers that are|is) not finite", line)
+            assert re.search(rf"(x\.pth|model\.safetensors): {NAME} holds numbers that are not finite", line)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

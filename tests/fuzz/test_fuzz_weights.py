@@ -403,7 +403,7 @@ def damaged_folder(draw: Any, folder: str) -> Files:
         damage = draw(st.sampled_from(WAYS.get(Path(name).suffix, (damage_bytes,))))
         try:
             files[name] = damage(draw, files[name], folder)
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error, zipfile.BadZipFile):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error, zipfile.BadZipFile):
             files[name] = damage_bytes(draw, files[name], folder)  # of what is damaged already
     return files
 
