@@ -33,6 +33,12 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+def one_line(text: str, *, longest: int = 2000) -> str:
+    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def blame(subject: str) -> Iterator[None]:
     """Turn a ValueError inside into a `UserError` that begins with `subject`, a file or key."""
