@@ -147,12 +147,6 @@ def describe(error: BaseException) -> str | None:
 # How it is said
 
 
-def one_line(text: str, *, longest: int = 2000) -> str:
-    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
-    text = text if len(text) <= longest else f"{text[:longest]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _say(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # whoever reads may have gone
         print(line, file=sys.stderr, flush=True)
