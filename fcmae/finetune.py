@@ -28,9 +28,11 @@ from fcmae.patches import grid_shape
 from fcmae.story import training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
-from fcmae.tensors import read_safetensors
+from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
+from fcmae.training.memory import require_batch, require_memory
 from fcmae.training.optim import build_adamw, layer_scales
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
@@ -130,6 +132,7 @@ def evaluate_weights(options: argparse.Namespace) -> int:
         raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
+    require_batch(config.data, model.in_chans, accelerator.device)
     dataset = classification.validation_set(config, weights.preprocessing.class_names, model.in_chans)
     if len(dataset.class_names) != model.num_classes:
         raise UserError(
@@ -152,8 +155,21 @@ def evaluate_weights(options: argparse.Namespace) -> int:
 def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Fine-tune as configured, or only try everything out; returns the exit code."""
     config, taken = resolve_recipe(recipe)
-    accelerator, checkpoint = start_run(config, dry_run=dry_run)
+    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+        train(config, accelerator, checkpoint, lock, taken=taken, dry_run=dry_run)
+    return 0
 
+
+def train(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    lock: Lock | None,
+    *,
+    taken: str,
+    dry_run: bool,
+) -> None:
+    """Do the work of a run that has begun; `taken` says which settings its weights chose."""
     # The images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
     source, class_names = training_source(config)
@@ -164,6 +180,9 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
     # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
+    with torch.device("meta"):
+        outline = build_classifier(config, len(class_names))
+    require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):
@@ -178,7 +197,6 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         model.requires_grad_(False)
         model.classifier_layer.requires_grad_()
         model.eval()  # without drop path
-    require_disk(config, model, best=True, ema=config.train.ema_decay is not None)
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
     classification_loss = build_loss(config, len(class_names))
@@ -210,17 +228,19 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         config=config,
         ema_decay=config.train.ema_decay,
         facts={"class_names": list(class_names)},
+        lock=lock,
     )
     trainer.say(f"weights          {started}")
     if taken:
         trainer.say(f"auto             {taken}")
+    require_disk(config, model, trainer.plan, best=True, ema=config.train.ema_decay is not None)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
     if dry_run:
         sources = {"data": source, **({"validation": validation.source} if validation else {})}
         try_run(trainer, load, sources, classes=len(class_names))
-        return 0
+        return
 
     # The evaluation: the weights and their EMA, side by side
     def score(step: int, log: MetricsLog | None) -> float:
@@ -245,7 +265,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         folder = trainer.run
         final = stored_model(folder.path)
         assert final is not None
-        load_network(model, read_safetensors(final.file), final.file)
+        load_network(model, final.read(), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
         write_folder(model, preprocessing, folder.model)
@@ -261,8 +281,6 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         ]
         scores = {"top-1": "val_top1", "top-1 of the EMA": "ema_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
-    accelerator.end_training()
-    return 0
 
 
 def main(argv: list[str]) -> int:

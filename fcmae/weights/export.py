@@ -10,7 +10,7 @@ from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
-from fcmae.files import atomic_folder, free_bytes, require_new_folder
+from fcmae.files import atomic_folder, free_bytes, make_folder, require_new_folder
 from fcmae.weights.base import Preprocessing, Weights, build_encoder
 from fcmae.weights.card import write_card
 from fcmae.weights.networks import OTHER_FORMATS, folder_format
@@ -58,7 +58,7 @@ def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -
     if isinstance(network, ConvNeXt) and TIMM.holds(network):
         return write_timm_folder(network, preprocessing, folder)
     use = preprocessing.completed(network)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     form = PLAIN if isinstance(network, ConvNeXt) else folder_format(str(network.variant))
     form.write(network, use, folder)
     what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
