@@ -1,5 +1,6 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +25,33 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal, reading it piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those around it where they are missing, and wait until their names are on disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        fsync(place.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, which under its name is never there in part."""
+    doomed = path.with_name(f"{WRITING}{path.name}")
+    rename(path, doomed)
+    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file or folder another name beside it, which must be free, and wait until that is on disk."""
+    os.rename(path, new)
+    fsync(new.parent)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write, which gets the name `path`, replacing what is there, when it is on disk.
@@ -42,6 +70,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    fsync(path.parent)
 
 
 @contextmanager
@@ -90,7 +119,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Yields the folder to fill. An exception deletes it; a kill leaves it beside `path` under a name of its own.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f"{WRITING}{path.name}-", dir=path.parent.absolute()))
     try:
         yield temporary

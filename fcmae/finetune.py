@@ -29,7 +29,6 @@ from fcmae.patches import grid_shape
 from fcmae.story import training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
-from fcmae.tensors import read_safetensors
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
 from fcmae.training.lock import Lock
@@ -186,7 +185,6 @@ def train(
         model.requires_grad_(False)
         model.classifier_layer.requires_grad_()
         model.eval()  # without drop path
-    require_disk(config, model, best=True, ema=config.train.ema_decay is not None)
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
     classification_loss = build_loss(config, len(class_names))
@@ -223,6 +221,7 @@ def train(
     trainer.say(f"weights          {started}")
     if taken:
         trainer.say(f"auto             {taken}")
+    require_disk(config, model, trainer.plan, best=True, ema=config.train.ema_decay is not None)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
@@ -254,7 +253,7 @@ def train(
         folder = trainer.run
         final = stored_model(folder.path)
         assert final is not None
-        load_network(model, read_safetensors(final.file), final.file)
+        load_network(model, final.read(), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
         write_folder(model, preprocessing, folder.model)

@@ -13,9 +13,8 @@ from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
-from fcmae.tensors import read_safetensors
 from fcmae.training.checkpoint import STATE
-from fcmae.training.run_folder import StoredModel, stored_model
+from fcmae.training.run_folder import RunFolder, StoredModel, newest_state, stored_model
 from fcmae.weights.base import (
     Preprocessing,
     Weights,
@@ -41,8 +40,10 @@ def load_tensors(
     Arguments and errors are those of `load_weights`.
     """
     stored = _stored_model(path, last, ema)
-    file = stored.file if stored else find_weights(Path(path))
-    return file, read_tensors(file, ema=stored is None and bool(ema))
+    if stored is not None:
+        return stored.file, stored.read()
+    file = find_weights(Path(path))
+    return file, read_tensors(file, ema=bool(ema))
 
 
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
@@ -62,10 +63,10 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     if stored is None:
         return read_weights(path, ema=bool(ema))
     with report_damage(stored.file.with_name(STATE)):
-        described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
+        described = stored.state.config["data"] | {"class_names": stored.state.class_names}
         preprocessing = Preprocessing.of(described)
-        model = stored.state["config"].get("model", {})
-    tensors = read_safetensors(stored.file)
+        model = stored.state.config.get("model", {})
+    tensors = stored.read()
     network = {key: model[key] for key in ("response", "grn") if key in model}
     if is_other(model.get("variant")):
         network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
@@ -141,11 +142,11 @@ def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
         UserError: if there is nothing to take it from, or it does not fit.
     """
     keys, source, known = recipe.automatic, "the configuration", {}
-    stored = _stored_model(Path(recipe.output), True, None) if keys and recipe.resume == "auto" else None
+    stored = newest_state(RunFolder(recipe.output)) if keys and recipe.resume == "auto" else None
     if stored is not None:
         source = recipe.output
-        with report_damage(stored.file.with_name(STATE)):
-            sections = stored.state["config"]
+        with report_damage(Path(source)):
+            sections = stored.config
             split = [(key, *key.split(".")) for key in keys]
             known = {key: sections[section][name] for key, section, name in split if name in sections[section]}
     elif keys and recipe.init_from is not None:
@@ -171,7 +172,7 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         raise UserError(
             f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
         )
-    config = parse_config(PretrainConfig, stored.state["config"], str(state))
+    config = parse_config(PretrainConfig, stored.state.config, str(state))
     with blame(str(state)):
         settings: dict[str, Any] = {**config.model.model_dump(), "layout": "auto"}  # training's may need a package
         model = FCMAE(**settings)

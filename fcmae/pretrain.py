@@ -68,7 +68,7 @@ def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
     has = f"init_from={source}: {weights.kind} weights with"
     otherwise = "or name the run's encoder/ to start with a new decoder"
     if stored := stored_model(file):
-        run = parse_config(PretrainConfig, stored.state["config"], str(file.parent)).model
+        run = parse_config(PretrainConfig, stored.state.config, str(file.parent)).model
         for key in DECODER_KEYS:
             if getattr(run, key) != getattr(config, key):
                 raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, {otherwise}")
@@ -114,7 +114,6 @@ def train(
         model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
         accelerator.print(f"weights          {start_from(model, config.model, config.init_from)}")
-    require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
@@ -144,6 +143,7 @@ def train(
         config=config,
         lock=lock,
     )
+    require_disk(config, model, trainer.plan)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)

@@ -21,6 +21,7 @@ from torch.backends.cpu import get_cpu_capability
 
 from fcmae.encoder.convnext import ConvNeXt, Layout
 from fcmae.errors import run_script
+from fcmae.training.checkpoint import State
 
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
 torch.set_num_threads(1)
@@ -183,6 +184,20 @@ def error_line(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[s
 def records(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(step: int, **known: Any) -> State:
+    """What a checkpoint of a step holds besides tensors, of a run that nothing is to be known of."""
+    values = {"seen_images": 8 * step, "loss_sum": 0.5, "num_losses": 1, "bad_images": (), "best": None}
+    values |= {"scaler": None, "num_processes": 1, "config": {}, "fcmae": "0", "torch": "0"}
+    return State(**(values | {"step": step} | known))
+
+
+def flip(path: Path, byte: int, bit: int = 6) -> None:
+    """Flip one bit of a file, as a failing disk or memory does."""
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, error_line, randomise, run_main, small_encoder
+from conftest import ROOT, TINY, error_line, randomise, run_main, small_encoder, state_of
 from PIL import Image
 from safetensors.torch import save_file
 from test_evaluate import extract, splits_of, write_classes
@@ -30,7 +30,7 @@ from fcmae.data import PixelNormalizer, cover
 from fcmae.evaluation.inference import fit_to_patches
 from fcmae.evaluation.probes import L2, knn_accuracy
 from fcmae.load import load_weights
-from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, Best, save_checkpoint
 from fcmae.weights.base import Preprocessing
 from fcmae.weights.export import FORMATS
 from fcmae.weights.timm import write_timm_folder
@@ -78,7 +78,7 @@ def save_pretraining(folder: Path, **kwargs: Any) -> Path:
     torch.manual_seed(0)
     state_dict = randomise(FCMAE(**network), std=0.1).state_dict()
     checkpoints = folder / "checkpoints"
-    save_checkpoint(checkpoints, step=3, model=state_dict, optimizer={}, state={"config": config}, keep=1)
+    save_checkpoint(checkpoints, state_of(3, config=config), {MODEL: state_dict, OPTIMIZER: {}}, keep=1)
     return folder
 
 
@@ -107,16 +107,9 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return network.state_dict()
 
     for step in (1, 2):
-        save_checkpoint(
-            folder / "checkpoints",
-            step=step,
-            model=sure_of(2 * step - 2),
-            optimizer={},
-            state={"config": config, "class_names": names},
-            keep=2,
-            ema=sure_of(2 * step - 1),
-            best=1,
-        )
+        state = state_of(step, config=config, class_names=names, best=Best(step=1, score=0.5))
+        files = {MODEL: sure_of(2 * step - 2), OPTIMIZER: {}, EMA: sure_of(2 * step - 1)}
+        save_checkpoint(folder / "checkpoints", state, files, keep=2)
     return folder
 
 

@@ -136,9 +136,9 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(path: Path, dead: int) -> Non
     def contend(_: int) -> str:
         together.wait()
         try:
-            with take(path) as (mine, _):
+            with take(path) as taken:
                 done.wait()
-                mine.check()
+                taken[0].check()
                 return "held"
         except UserError as error:
             done.wait()
@@ -187,11 +187,12 @@ def test_on_a_full_disk_no_lock_is_left(path: Path, monkeypatch: pytest.MonkeyPa
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    path.parent.mkdir()
     monkeypatch.setattr("fcmae.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left") as error, take(path):
         pass
     assert error.value.filename == str(path)
-    assert not path.parent.exists()
+    assert not list(path.parent.iterdir())
 
 
 # Of a run

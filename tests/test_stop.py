@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -325,7 +324,7 @@ def test_processes_of_which_one_gets_a_signal_stop_at_the_same_step(
 
 
 @pytest.fixture
-def free_ports() -> Iterator[list[str]]:
+def free_ports() -> list[str]:
     import socket
 
     sockets = [socket.socket() for _ in range(3)]

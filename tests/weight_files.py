@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import small_encoder
+from conftest import small_encoder, state_of
 from torch import Tensor, nn
 
 from fcmae.encoder.convnext import ConvNeXt
-from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, Best, save_checkpoint
 from fcmae.weights.base import Preprocessing, Weights
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -42,13 +42,7 @@ def save_run(
 ) -> Path:
     """Add a checkpoint to a run folder, as training leaves it; returns the checkpoint's folder."""
     data = {"mean": MEAN, "std": STD, "image_size": [64, 96]}
-    return save_checkpoint(
-        run / "checkpoints",
-        step=step,
-        model=model.state_dict(),
-        optimizer={},
-        state={"config": {"data": data}} | state,
-        keep=1,
-        ema=None if ema is None else ema.state_dict(),
-        best=best,
-    )
+    files = {MODEL: model.state_dict(), OPTIMIZER: {}} | ({} if ema is None else {EMA: ema.state_dict()})
+    best_one = None if best is None else Best(step=best, score=0.5)
+    known = {"config": {"data": data}, "best": best_one} | state
+    return save_checkpoint(run / "checkpoints", state_of(step, **known), files, keep=1)

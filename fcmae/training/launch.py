@@ -7,6 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from fcmae.config import RunConfig
 from fcmae.errors import UserError
-from fcmae.training.checkpoint import Checkpoint
+from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
 from fcmae.training.lock import Lock, held
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
 from fcmae.training.stop import Stopped
@@ -92,6 +93,27 @@ def decide_once(decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def claim_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """Return what `claim_run_folder` does, decided on the main process and read by each.
+
+    Raises:
+        UserError: as `claim_run_folder`.
+    """
+    claimed: list[Checkpoint | None] = []
+
+    def claim() -> tuple[Path, Best | None] | None:
+        checkpoint = claim_run_folder(config)
+        claimed.append(checkpoint)
+        return checkpoint and (checkpoint.path, checkpoint.state.best)
+
+    decided = decide_once(claim)
+    if claimed or decided is None:
+        return claimed[0] if claimed else None
+    path, best = decided
+    checkpoint = read_checkpoint(path)
+    return checkpoint._replace(state=checkpoint.state.model_copy(update={"best": best}))
+
+
 @contextmanager
 def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator, Checkpoint | None, Lock | None]]:
     """Begin a run, and end it with the block.
@@ -113,7 +135,7 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
 
         if not dry_run:
             decide_once(take)
-            checkpoint = claim_run_folder(config)
+            checkpoint = claim_checkpoint(config)
 
         @stack.push
         def end(kind: type[BaseException] | None, *_: object) -> None:

@@ -21,7 +21,7 @@ import psutil
 from pydantic import BaseModel, Field
 
 from fcmae.errors import UserError
-from fcmae.files import create_bytes
+from fcmae.files import create_bytes, make_folder
 
 RENEWED_S = 10.0
 """Time between two renewals of a lock."""
@@ -224,7 +224,7 @@ def held(
     """
     folder = path.parent
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     over = threading.Event()
 
     def renew() -> None:

@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from fcmae.files import write_text
+from fcmae.files import fsync, write_text
 from fcmae.training.run_folder import RunFolder
 
 
@@ -20,9 +20,10 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 
         if run.metrics.exists():
-            lines = run.metrics.read_text(encoding="utf-8").splitlines()
+            lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(run.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= (start or -1)))
         self.file = run.metrics.open("a", encoding="utf-8")
+        fsync(run.metrics.parent)  # its name; its content is synced before each checkpoint gets its own
         self.tensorboard = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else 0)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
@@ -45,8 +46,8 @@ class MetricsLog:
 
 
 def _step(line: str) -> float:
-    """Return the step of a record, or infinity for the line that a kill cut short."""
+    """Return the step of a record, or infinity for a line that a kill cut short or a disk damaged."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
