@@ -149,6 +149,14 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(path: Path, dead: int) -> Non
     assert outcomes == ["held"] + [f"output={path.parent}: in use by process {os.getpid()}"] * 15
 
 
+def test_a_dead_lock_that_another_has_taken_over_meanwhile_is_left_to_it(path: Path, dead: int) -> None:
+    leave(path, pid=dead)
+    content = path.read_bytes()
+    leave(path, host="elsewhere")
+    lock._remove(path, content)
+    assert "elsewhere" in path.read_text()
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"host": "a\\nb", "pid": -1}', b"\xff\0"])
 def test_a_damaged_lock_is_watched_and_then_replaced(path: Path, content: bytes) -> None:
     path.parent.mkdir()
