@@ -1,5 +1,6 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,9 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # as network file systems say that do not sync folders
+            raise
     finally:
         os.close(handle)
 

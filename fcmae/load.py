@@ -66,10 +66,9 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         described = stored.state.config["data"] | {"class_names": stored.state.class_names}
         preprocessing = Preprocessing.of(described)
         model = stored.state.config.get("model", {})
+        keys = ("variant", "in_chans", "stem_stride") if is_other(model.get("variant")) else ("response", "grn")
+        network = {key: model[key] for key in keys if key in model}
     tensors = stored.read()
-    network = {key: model[key] for key in ("response", "grn") if key in model}
-    if is_other(model.get("variant")):
-        network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)

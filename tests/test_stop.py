@@ -342,6 +342,7 @@ def free_ports() -> list[str]:
 class Numbers:
     """A dataset whose samples are their indices."""
 
+    sample_bytes = 8
     collate = staticmethod(list)
 
     def __getitem__(self, index: int) -> int:
@@ -395,6 +396,7 @@ import os, signal, sys, time
 import psutil
 from fcmae.data.batches import load_batches
 class Stuck:
+    sample_bytes = 8
     def __getitem__(self, index):
         while index:
             time.sleep(1)
