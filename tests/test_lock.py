@@ -253,7 +253,8 @@ def test_a_run_that_lost_its_lock_ends_before_it_writes(
             leave(path, host="elsewhere")
         return normalize(self, pixels)  # pyright: ignore[reportArgumentType]
 
-    leave(path, pid=dead)  # a folder with nothing but the lock of a run that was killed at its start is unused
+    leave(path, pid=dead)  # a folder with nothing but what a run leaves that was killed at its start is unused
+    (path.parent / ".writing-config.yaml-abc").touch()
     monkeypatch.setattr(PixelNormalizer, "forward", steal)
     line = error_line(pretrain.main, capsys, *arguments)
     assert "lock.json: this run's lock has been taken over by process" in line

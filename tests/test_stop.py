@@ -19,9 +19,10 @@ import psutil
 import pytest
 from conftest import ROOT, records, run_main
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fcmae import finetune, pretrain
-from fcmae.data import save_arrays
+from fcmae.data import PixelNormalizer, save_arrays
 from fcmae.data.batches import _death, load_batches
 from fcmae.errors import UserError
 from fcmae.training.stop import StopRequests
@@ -161,6 +162,23 @@ def test_max_hours_saves_and_stops_with_a_code_of_its_own_and_each_start_makes_p
     assert run_main(pretrain.main, *arguments) == 0
     assert "not the same run" not in capsys.readouterr().out
     assert outcome(folder) == whole["pretrain"]
+
+
+@pytest.mark.parametrize("good", [0, 1], ids=["the first", "a later one"])
+@pytest.mark.parametrize("name", STORIES)
+def test_a_dry_run_whose_loss_is_not_finite_leaves_no_file(
+    name: str, good: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normalize, calls = PixelNormalizer.forward, count()
+
+    def poison(self: PixelNormalizer, pixels: Tensor) -> Tensor:
+        return normalize(self, pixels) * (1 if next(calls) < good else float("nan"))
+
+    arguments = settings(name, data, tmp_path / "run")
+    monkeypatch.setattr(PixelNormalizer, "forward", poison)
+    run_main(STORIES[name][0].main, *arguments, "--dry-run")
+    assert next(calls) > good
+    assert not (tmp_path / "run").exists()
 
 
 # What listens

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fcmae.config import RunConfig, Section, parse_config
 from fcmae.errors import UserError
-from fcmae.files import free_bytes
+from fcmae.files import WRITING, free_bytes
 from fcmae.training.checkpoint import (
     BEST,
     EMA,
@@ -88,8 +88,10 @@ class RunFolder:
 
 
 def is_unused(run: RunFolder) -> bool:
-    """Whether there is nothing of a run, but for the lock of one that was killed at its start."""
-    return not run.path.is_dir() or all(path == run.lock for path in run.path.iterdir())
+    """Whether there is nothing of a run, but for what one that was killed at its start leaves."""
+    return not run.path.is_dir() or all(
+        path == run.lock or path.name.startswith(WRITING) for path in run.path.iterdir()
+    )
 
 
 def require_run_folder(config: RunConfig) -> None:
