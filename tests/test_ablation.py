@@ -241,7 +241,7 @@ def test_a_killed_grid_leaves_no_run_behind_and_goes_on(fake: list[str]) -> None
         (["measure=[top1,speed]"], ["measure", "'knn'"]),
         (["measure=[knn]", "pretrain.eval.knn_every_epochs=null"], ["knn needs pretrain.eval.knn_every_epochs"]),
         (["seeds=[]"], ["seeds"]),
-        ([f"seeds=[{','.join(map(str, range(600)))}]"], ["2 arms and 600 seeds are more than 1000 runs"]),
+        ([f"seeds=[{','.join(map(str, range(600)))}]"], ["4 arms and 600 seeds are more than 1000 runs"]),
         (["both." + "a." * 5000 + "x=1"], ["unknown key"]),
         (["--launch='"], ["--launch ': No closing quotation"]),
         (["--launch=nonsense -x"], ["--launch nonsense -x: there is no program 'nonsense'"]),
