@@ -63,9 +63,9 @@ def _kept_values(config: RunConfig, model: nn.Module) -> float:
     if network.layer_depths is None:
         return 0.0
     shares = 1 - config.model.mask_ratio if isinstance(config.model, ModelSection) else 1.0
-    sites = shares * config.data.size[0] * config.data.size[1] / network.patch_size**2
+    patches = int(shares * config.data.size[0] * config.data.size[1] / network.patch_size**2)
     widths = zip(network.layer_depths, network.dims, (64, 16, 4, 1), strict=True)
-    return sites * sum(depth * dim * finer for depth, dim, finer in widths)
+    return patches * sum(depth * dim * finer for depth, dim, finer in widths)
 
 
 def _room(device: torch.device, processes: int) -> tuple[float, str]:
