@@ -29,6 +29,7 @@ from fcmae import sample_visible_ids
 from fcmae.__main__ import run
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
 from fcmae.data.shards import PreparedSource
+from fcmae.data.shared_memory import say_once
 from fcmae.errors import UserError
 
 
@@ -408,6 +409,7 @@ def test_a_small_shared_memory_prepares_in_one_process(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(fcmae.data.prepare, "free_shared_bytes", lambda: 4096)
+    say_once.cache_clear()
     assert prepare(images, tmp_path, "--workers", 3) == 0
     assert "they load here, slower; docker run --shm-size=1g" in capsys.readouterr().err
 
