@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, error_line, randomise, small_encoder
+from conftest import TINY, error_line, randomise, run_main, small_encoder
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from weight_files import MEAN, STD, little_memory, same, save_run
@@ -98,6 +99,19 @@ def test_weights_that_are_not_finite_in_float32_are_not_used(
         for main, arguments in commands:
             line = error_line(main, capsys, *arguments)
             assert re.search(rf"(x\.pth|model\.safetensors): {NAME} holds numbers that are not finite", line)
+
+
+def test_weights_that_overflow_predict_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = small_encoder(num_classes=3)
+    encoder.get_parameter("head.weight").data.fill_(3e38)
+    torch.save(encoder.state_dict(), tmp_path / "x.pth")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    source, image = str(tmp_path / "x.pth"), str(tmp_path / "red.png")
+    capsys.readouterr()
+    assert run_main(predict.main, source, image, "--json") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "x.pth: finite weights that compute what is not" in said.err
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
