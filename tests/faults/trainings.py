@@ -1,5 +1,6 @@
 """Small trainings with everything on, started in processes that can be killed; knows no faults."""
 
+import atexit
 import hashlib
 import json
 import multiprocessing
@@ -128,14 +129,15 @@ def _work(
     torch.set_num_threads(1)
     lock.held.__wrapped__.__kwdefaults__["watched_s"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [f"{story}.py", *words]
-    if watcher is None:
-        return arguments.run(story)
-    layer = FileLayer(folder, watcher)
-    layer.install()
+    layer = watcher and FileLayer(folder, watcher)
+    if layer:
+        layer.install()
     try:
         arguments.run(story)
     finally:
-        report.write_bytes(pickle.dumps((watcher, layer.disk.seen())))
+        if layer:
+            report.write_bytes(pickle.dumps((watcher, layer.disk.seen())))
+        atexit._run_exitfuncs()  # which ends as any process does, but one of a fork server does not
 
 
 class Run:
