@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import reprlib
 import select
 import shlex
 import sys
@@ -32,6 +33,12 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+def one_line(text: str, *, longest: int = 2000) -> str:
+    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def blame(subject: str) -> Iterator[None]:
     """Turn a ValueError inside into a `UserError` that begins with `subject`, a file or key."""
@@ -39,6 +46,21 @@ def blame(subject: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(f"{subject}: {error}") from error
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 100
+SHORT.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """Write any value in a line of some hundred characters at most, as Python does, its middle left out."""
+    return SHORT.repr(value)
+
+
+def named(text: str) -> str:
+    """Write a name, key or path as it is, or as `shown` where that is no line of readable length."""
+    return text if len(text) <= 300 and text.isprintable() else shown(text)
 
 
 # What is said of errors that are not ours
@@ -116,18 +138,13 @@ def describe(error: BaseException) -> str | None:
         case UnicodeEncodeError(object=text, start=start, end=end, encoding=encoding):
             return f"{text[max(0, start - 80) : end + 20]}: a name that {encoding} cannot write; rename it"
         case RuntimeError() if not isinstance(error, RecursionError | NotImplementedError):
-            said = f"CUDA {error}" if type(error).__name__ == "OutOfMemoryError" else str(error)
+            is_gpus = type(error).__name__ == "OutOfMemoryError"  # torch's, which this module does not import
+            said = "CUDA out of memory" if is_gpus else str(error)
             return next((ours for pattern, ours in KNOWN.items() if re.search(pattern, said)), None)
     return None
 
 
 # How it is said
-
-
-def one_line(text: str, *, longest: int = 2000) -> str:
-    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
-    text = text if len(text) <= longest else f"{text[:longest]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _say(line: str) -> None:

@@ -1,11 +1,13 @@
 """Atomic writes, links and free disk space: everything that touches a disk; knows no formats."""
 
+import errno
 import hashlib
 import io
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,9 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # as network file systems say that do not sync folders
+            raise
     finally:
         os.close(handle)
 
@@ -231,6 +236,73 @@ def require_distinct(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     for path in outputs:
         if path.exists() and (path.stat().st_dev, path.stat().st_ino) in read:
             raise UserError(f"{path}: is read, so it cannot be written; name another folder")
+
+
+AT_ONCE = 1 << 26
+"""Bytes that are asked for at once: a file may hold less than a header says, and memory is taken before."""
+
+
+def require_regular(path: str | Path) -> None:
+    """Check that a path leads to a file: opening a FIFO waits for ever, opening a device may do anything.
+
+    Raises:
+        OSError: if it does not, or nothing is there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+
+
+class BoundedFile(io.BufferedReader):
+    """A file opened for reading, of which no more is asked for than there is: memory is taken before it is read.
+
+    Raises:
+        OSError: if it is not a regular file, or none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        require_regular(path)
+        super().__init__(io.FileIO(path))
+        self.size = os.path.getsize(path)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size <= AT_ONCE else min(size, self.size))
+
+
+class SharedFile:
+    """A file of which parts are read, at the same time in processes that were forked while it was open.
+
+    A part that is not there, as where the file has been cut off meanwhile, is an error; mapped memory would end the
+    process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_regular(path)
+        self.path = path
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (as long as this lives)
+
+    def __reduce__(self) -> tuple[type["SharedFile"], tuple[Path]]:
+        return SharedFile, (self.path,)
+
+    def _read(self, length: int, start: int) -> bytes:
+        if hasattr(os, "pread"):  # which leaves the position alone that forked processes share
+            return os.pread(self.file.fileno(), length, start)
+        self.file.seek(start)
+        return self.file.read(length)
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return `length` bytes from byte `start` on.
+
+        Raises:
+            OSError: if the file is shorter.
+        """
+        parts: list[bytes] = []
+        missing = length
+        while missing:
+            parts.append(self._read(min(missing, AT_ONCE), start + length - missing))
+            if not parts[-1]:
+                raise OSError(f"{self.path}: cut off")
+            missing -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def free_bytes(path: Path) -> int:

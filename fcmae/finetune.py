@@ -32,6 +32,7 @@ from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
+from fcmae.training.memory import require_batch, require_memory
 from fcmae.training.optim import build_adamw, layer_scales
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
@@ -131,6 +132,7 @@ def evaluate_weights(options: argparse.Namespace) -> int:
         raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
+    require_batch(config.data, model.in_chans, accelerator.device)
     dataset = classification.validation_set(config, weights.preprocessing.class_names, model.in_chans)
     if len(dataset.class_names) != model.num_classes:
         raise UserError(
@@ -178,6 +180,9 @@ def train(
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
     # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
+    with torch.device("meta"):
+        outline = build_classifier(config, len(class_names))
+    require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):

@@ -23,13 +23,17 @@ from fcmae.weights.base import (
     describe_encoder,
     load_network,
     report_damage,
+    require_arguments,
+    require_fit,
 )
 from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
 
 
 def _stored_model(path: str | Path, last: bool, ema: bool | None) -> StoredModel | None:
-    with report_damage(Path(path)):
-        return stored_model(Path(path), last=last, ema=ema)
+    if not (path := Path(path)).exists():  # links in a circle, too
+        return None
+    with report_damage(path):
+        return stored_model(path, last=last, ema=ema)
 
 
 def load_tensors(
@@ -66,10 +70,9 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         described = stored.state.config["data"] | {"class_names": stored.state.class_names}
         preprocessing = Preprocessing.of(described)
         model = stored.state.config.get("model", {})
+        keys = ("variant", "in_chans", "stem_stride") if is_other(model.get("variant")) else ("response", "grn")
+        network = require_arguments({key: model[key] for key in keys if key in model})
     tensors = stored.read()
-    network = {key: model[key] for key in ("response", "grn") if key in model}
-    if is_other(model.get("variant")):
-        network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
@@ -173,8 +176,14 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
             f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
         )
     config = parse_config(PretrainConfig, stored.state.config, str(state))
+    variant = config.model.variant
+    blocks = config.model.decoder_depth + (0 if isinstance(variant, str) else sum(variant[0]))
     with blame(str(state)):
+        if blocks > len(tensors):
+            raise ValueError(f"its network has {blocks} blocks, but {file.name} beside it {len(tensors)} tensors")
         settings: dict[str, Any] = {**config.model.model_dump(), "layout": "auto"}  # training's may need a package
+        with torch.device("meta"):
+            require_fit(FCMAE(**settings), tensors, file)  # before it takes the memory that the configuration asks
         model = FCMAE(**settings)
     load_network(model, tensors, file)
     return model, config

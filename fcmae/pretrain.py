@@ -39,6 +39,7 @@ from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_run
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
+from fcmae.training.memory import require_memory
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
@@ -105,6 +106,9 @@ def train(
 ) -> None:
     """Do the work of a run that has begun."""
     # The network: a sparse ConvNeXt encoder and a light decoder
+    with blame("model"), torch.device("meta"):
+        outline = FCMAE(**config.model.model_dump())
+    require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = FCMAE(**config.model.model_dump())

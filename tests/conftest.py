@@ -50,6 +50,7 @@ def fuzzed(few: int, many: int) -> settings:
         suppress_health_check=list(HealthCheck),
     )
 
+
 TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 """Small enough for float64 on two cores; a stage of two blocks, all widths different."""
 
@@ -199,9 +200,15 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def state_of(step: int, **known: Any) -> State:
     """What a checkpoint of a step holds besides tensors, of a run that nothing is to be known of."""
-    values = {"seen_images": 8 * step, "loss_sum": 0.5, "num_losses": 1, "bad_images": (), "best": None}
+    values: dict[str, Any] = {
+        "seen_images": 8 * step,
+        "loss_sum": 0.5,
+        "num_losses": 1,
+        "bad_images": (),
+        "best": None,
+    }
     values |= {"scaler": None, "num_processes": 1, "config": {}, "fcmae": "0", "torch": "0"}
-    return State(**(values | {"step": step} | known))
+    return State.model_validate(values | {"step": step} | known)
 
 
 def flip(path: Path, byte: int, bit: int = 6) -> None:

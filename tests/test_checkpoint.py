@@ -19,6 +19,7 @@ from small_runs import batches, outcome, rehash, small_config, small_run, small_
 from torch import Tensor, nn
 
 import fcmae.training.checkpoint as checkpoint
+import fcmae.training.launch as launch
 import fcmae.training.run_folder as run_folder
 from fcmae import FCMAE
 from fcmae.errors import UserError
@@ -277,6 +278,15 @@ def test_a_damaged_best_is_set_aside_and_the_best_of_what_comes_takes_its_place(
     assert trainer.best == Best(step=8, score=0.4)
     assert (stopped / "checkpoints" / "best").resolve().name == "step-00000008"
     assert outcome(stopped) == outcome(finished)
+
+
+def test_every_process_takes_what_the_main_one_chose(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = stopped / "checkpoints" / "step-00000006"
+    decided = newest.with_name("step-00000004"), None  # as the main process found the best damaged
+    monkeypatch.setattr(launch, "decide_once", lambda claim: decided)
+    found = launch.claim_checkpoint(small_config(stopped))
+    assert found is not None
+    assert (found.state.step, found.state.best) == (4, None)
 
 
 def test_a_step_folder_in_the_way_of_a_checkpoint_is_set_aside_where_it_is_none(tmp_path: Path) -> None:

@@ -145,10 +145,13 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path
         for whole_root in (False, True):
             options = {"whole_root": whole_root, "key": "data.val_root", "remedy": "do something"}
             line = error_of("folder", images, split, 3, **options)
-            assert line == f"data.val_root={images}: no split '{split}' in it (found: Test, train); do something"
+            meant = "" if split == "val" else "; did you mean train?"
+            assert line == (
+                f"data.val_root={images}: no split '{split}' in it (found: Test, train{meant}); do something"
+            )
             line = error_of("arrays", arrays, split, 3, **options)
             assert line.startswith(f"data.val_root={arrays}: holds no {split}/images.npy (")
-            assert line.endswith("(found: Test, a-test, train); do something")
+            assert line.endswith(f"(found: Test, a-test, train{meant}); do something")
     assert "data.split=NAME" in error_of("folder", images, "val", 3)
     assert len(open_source("folder", images, "a-test", 3)) == len(open_source("folder", images, "Test", 3)) == 6
 
@@ -283,7 +286,7 @@ def test_arrays_have_labels_and_class_names_where_they_were_saved(tmp_path: Path
 @pytest.mark.parametrize(
     ("labels", "names"),
     [([0, 1], None), ([0, 1, -1], None), ([0.5, 1, 2], None), ([0, 1, 2], ["a", "b"]), (None, ["a"])]
-    + [([0, 0, 0], [name]) for name in ("", "two\nlines", " spaced")],
+    + [([0, 0, 0], [name]) for name in ("", "two\nlines", "two\rlines", "spaced ", "\udcff")],
 )
 def test_arrays_with_labels_that_do_not_fit_are_not_written(
     tmp_path: Path, labels: list[int] | None, names: list[str] | None

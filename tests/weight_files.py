@@ -1,9 +1,12 @@
 """Networks, weights and run folders that the tests of fcmae.weights and fcmae.load share."""
 
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from conftest import small_encoder, state_of
 from torch import Tensor, nn
@@ -46,3 +49,14 @@ def save_run(
     best_one = None if best is None else Best(step=best, score=0.5)
     known = {"config": {"data": data}, "best": best_one} | state
     return save_checkpoint(run / "checkpoints", state_of(step, **known), files, keep=1)
+
+
+@contextmanager
+def little_memory(most: int = 2**29) -> Iterator[None]:
+    """Let this process take only so many bytes of address space more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fcmae.arguments import add_path, read_words
 from fcmae.commands.arguments import command_parser
-from fcmae.errors import UserError
+from fcmae.errors import UserError, blame, named, shown
 from fcmae.files import require_folder, require_free, write_text
 
 
@@ -86,9 +86,10 @@ def main(argv: list[str]) -> int:
             ablation.plot(grid, scores, options.plot)
         return 0
 
-    launcher = shlex.split(options.launch) if options.launch else [sys.executable]
+    with blame(f"--launch {named(str(options.launch))}"):
+        launcher = shlex.split(options.launch or "") or [sys.executable]
     if shutil.which(launcher[0]) is None:
-        raise UserError(f"--launch {options.launch}: there is no program {launcher[0]!r} on PATH")
+        raise UserError(f"--launch {named(str(options.launch))}: there is no program {shown(launcher[0])} on PATH")
     runner = ablation.Runner(
         output,
         results,

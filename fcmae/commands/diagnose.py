@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae import arguments
 from fcmae.commands.arguments import command_parser
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError, blame, shown
 from fcmae.files import require_folder, write_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ REPORT, COLLAPSE, CHANNELS, MAPS = "diagnosis.json", "collapse.png", "channels.p
 LAYERS_SHOWN = 4
 """Layers of which feature maps are drawn."""
 TAPS = ("act", "response", "block")
+BOUNDS = {"images": (1, 1_000_000), "batch": (1, 1_000_000), "num_workers": (0, 1024)}
+"""Of options, least and most."""
+MOST_SIDE = 65_536
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -108,11 +111,12 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option.
     """
-    for name, least in (("images", 1), ("batch", 1), ("num_workers", 0)):
-        if (value := getattr(options, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if options.size and (len(options.size) > 2 or min(options.size) < 1):
-        raise UserError(f"--size {' '.join(map(str, options.size))}: give a side in pixels, or height and width")
+    for name, (least, most) in BOUNDS.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
+    if options.size and (len(options.size) > 2 or min(options.size) < 1 or max(options.size) > MOST_SIDE):
+        raise UserError(f"--size {shown(options.size)}: give a side in pixels, or height and width, to {MOST_SIDE}")
     for name in (options.data, *options.models):
         name.encode()  # which fails where no picture could show it
     out: Path = options.output

@@ -115,8 +115,10 @@ def main(argv: list[str]) -> int:
 
     from fcmae.data import open_source, seeded
     from fcmae.encoder.networks import build_network
+    from fcmae.evaluation.inference import best_device
     from fcmae.evaluation.probes import labelled_splits
     from fcmae.patches import grid_shape
+    from fcmae.training.memory import require_batch
     from fcmae.weights.base import build_encoder
 
     weights = load_source(options)
@@ -133,6 +135,7 @@ def main(argv: list[str]) -> int:
                 f"data.{key}={list(getattr(data, key))}: the encoder takes {encoder.in_chans} channels; "
                 f"give data.{key} one value for each"
             )
+    require_batch(data, encoder.in_chans, best_device())
     source = open_source(data.name, data.root, data.split, encoder.in_chans)
     splits = labelled_splits(source, data, config.eval, encoder.in_chans)
     everything = not (options.knn or options.linear)

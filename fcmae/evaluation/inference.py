@@ -8,15 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
-from fcmae.data.images import PIL_MODES, decode, refuse_pages
+from fcmae.data.batches import brief
+from fcmae.data.images import PIL_MODES, decode, extensions, open_image, refuse_pages
+from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
+from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -62,10 +65,7 @@ def best_device() -> torch.device:
 
 def image_files(path: Path) -> list[Path]:
     """Return the image files in a folder at any depth, sorted; of a file, itself."""
-    if not path.is_dir():
-        return [path]
-    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+    return sorted(map(Path, images_below(str(path), extensions()))) if path.is_dir() else [path]
 
 
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
@@ -82,15 +82,13 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
             yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
-                with Image.open(file) as image:
+                with BoundedFile(file) as opened, open_image(opened) as image:
                     refuse_pages(image)
                     yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
-            except UnidentifiedImageError:
-                yield Unreadable(file, "not an image, or damaged")
             except Exception as error:  # a broken file can make a decoder raise anything
-                yield Unreadable(file, " ".join(str(error).split()) or type(error).__name__)
+                yield Unreadable(file, brief(error))
 
 
 # Classes

@@ -19,6 +19,8 @@ from fcmae.errors import UserError
 from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, STATE, SUMS
 from fcmae.training.run_folder import stored_model
 
+pytestmark = pytest.mark.timeout(3600)
+
 NAMES = (MODEL, OPTIMIZER, EMA, STATE, SUMS)
 STEPS = (2, 4, 6)
 T = TypeVar("T")
