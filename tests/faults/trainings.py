@@ -129,7 +129,7 @@ def _work(
     torch.set_num_threads(1)
     lock.held.__wrapped__.__kwdefaults__["watched_s"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [f"{story}.py", *words]
-    layer = watcher and FileLayer(folder, watcher)
+    layer = FileLayer(folder, watcher) if watcher else None
     if layer:
         layer.install()
     try:
@@ -141,7 +141,7 @@ def _work(
 
 
 class Run:
-    """The processes of a training in `folder`/run, and what they said."""
+    """The processes of a training in `folder`/work/run; what they say goes into `folder`/`output`."""
 
     def __init__(
         self,
@@ -151,14 +151,16 @@ class Run:
         data: Path,
         *words: str,
         watcher: Watcher | None = None,
+        output: str = "",
     ) -> None:
-        self.place = folder
+        self.place = folder / output
+        self.place.mkdir(parents=True, exist_ok=True)
         self.folder = folder / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
         config.write_text(training.config.replace("DATA", str(data)) + COMMON)
-        self.report = folder / "report"
-        for old in (self.report, *folder.glob("*-*.txt")):
+        self.report = self.place / "report"
+        for old in (self.report, *self.place.glob("*-*.txt")):
             old.unlink(missing_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
