@@ -30,7 +30,7 @@ def fsync(path: Path) -> None:
 
 
 def real_path(path: Path) -> Path:
-    """Return a path without symbolic links, as far as they lead: a loop of them is no error, as in `Path.resolve`."""
+    """Return a path without symbolic links; a loop of them is no error, as it is to `Path.resolve`."""
     return Path(os.path.realpath(path))
 
 
