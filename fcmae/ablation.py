@@ -544,6 +544,7 @@ def table(grid: Grid, scores: Scores) -> str:
 def plot(grid: Grid, scores: Scores, picture: Path) -> None:
     """Draw an arm a row: a dot for each seed and a line at their mean, and beside them the paper's figures."""
     from matplotlib.figure import Figure  # here: it takes a second to import
+    from matplotlib.text import Text
 
     name = grid.measure[0]
     measure = MEASURES[name]
@@ -564,6 +565,8 @@ def plot(grid: Grid, scores: Scores, picture: Path) -> None:
         one.set_xlabel(label)
         one.grid(axis="x", alpha=0.3)
     figure.suptitle(grid.title)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

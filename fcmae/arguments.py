@@ -110,7 +110,8 @@ def finetune_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog,
         "Fine-tune a ConvNeXt V2 to classify labelled images, or evaluate one.",
         usage="%(prog)s --config NAME [IMAGES] [KEY=VALUE ...] [--print-config | --dry-run]\n"
-        "       %(prog)s --evaluate SOURCE [--last] [--ema | --raw] [--config NAME] [KEY=VALUE ...]",
+        "       %(prog)s --evaluate SOURCE [--last] [--ema | --raw] [--config NAME] [KEY=VALUE ...]\n"
+        "       [--overwrite]",
         examples=f"{name} --config tiny path/to/labelled init_from=runs/mine output=runs/classifier\n"
         f"{name} --evaluate runs/classifier",
         notes=KEYS,
@@ -134,6 +135,12 @@ def finetune_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="evaluate the EMA weights (default: where the run has them)",
     )
     kind.add_argument("--raw", action="store_false", dest="ema", help="evaluate the raw weights, not the EMA")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --evaluate, replace evaluation.json and confusion.png where they are not the run's own "
+        "(default: refuse)",
+    )
     return parser
 
 
@@ -248,8 +255,8 @@ def finetune(argv: list[str], *, prog: str | None = None) -> int:
     """Fine-tune or evaluate as asked for on the command line; returns the exit code."""
     parser = finetune_parser(prog)
     options = parser.parse_intermixed_args(argv)
-    if options.evaluate is None and (options.last or options.ema is not None):
-        parser.error("--last, --ema and --raw choose among what --evaluate takes")
+    if options.evaluate is None and (options.last or options.ema is not None or options.overwrite):
+        parser.error("--last, --ema, --raw and --overwrite are of --evaluate")
     options.overrides = read_words(options.words)
     if options.evaluate is not None:
         if not options.print_config:

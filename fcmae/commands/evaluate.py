@@ -52,8 +52,8 @@ def images_of(weights: "Weights") -> dict[str, Any]:
     if stored is None:
         known = {key: getattr(weights.preprocessing, key) for key in ("mean", "std", "image_size")}
         return {"data": {key: value for key, value in known.items() if value is not None}}
-    data = stored.state["config"]["data"]
-    validation = data | stored.state["config"].get("eval", {})  # named in `data` by fine-tuning, else in `eval`
+    data = stored.state.config["data"]
+    validation = data | stored.state.config.get("eval", {})  # named in `data` by fine-tuning, else in `eval`
     return {
         "data": {key: value for key, value in data.items() if key in DataSection.model_fields},
         "eval": {key: validation[key] for key in ("val_split", "val_root") if key in validation},

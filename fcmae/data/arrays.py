@@ -1,4 +1,4 @@
-"""Images as one array, `images.npy`: mapped, cropped and saved; knows no image files."""
+"""Images as one array, `images.npy`: read in parts, cropped and saved; knows no image files."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,44 +7,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcmae.data.labels import CLASSES, LABELS, read_labels, write_labels
-from fcmae.data.npy import map_array, write_array
+from fcmae.data.labels import CLASSES, LABELS, check_class_names, read_labels, write_labels
+from fcmae.data.npy import read_header, write_array
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
+from fcmae.files import SharedFile
 
 IMAGES = "images.npy"
 
+AT_ONCE = 1 << 18
+"""Bytes that are read at once, which stay in the processor's cache until they are copied."""
+
 
 class ArraySource:
-    """`FOLDER/images.npy`: uint8 (n, h, w, c) or (n, h, w), memory-mapped, with labels where they lie beside it."""
+    """`FOLDER/images.npy`: uint8 (n, h, w, c) or (n, h, w), with labels where they lie beside it.
+
+    Only the rows that are seen are read. The file is not mapped: one that is cut off meanwhile is an error, and not
+    the end of the process.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = folder / IMAGES
-        images = map_array(path)
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        header = read_header(path)
+        if header.dtype != np.uint8 or len(header.shape) not in (3, 4) or 0 in header.shape:
             raise UserError(
-                f"{path}: expected uint8 images (n, h, w, c), found {images.dtype} {images.shape}; "
+                f"{path}: expected uint8 images (n, h, w, c), found {header.dtype} {header.shape}; "
                 "fcmae.data.save_arrays writes them"
+            )
+        if header.fortran_order:
+            raise UserError(
+                f"{path}: in Fortran order, which has each image all over the file; "
+                "fcmae.data.save_arrays writes one after the other"
             )
         self.folder = folder
         self.place = path.resolve()
-        self.images = images if images.ndim == 4 else images[..., None]
-        self.channels = self.images.shape[-1]
-        self.labels, self.class_names = read_labels(folder, len(images))
+        self.file = SharedFile(path)
+        self.start = header.start
+        self.shape = (*header.shape, 1)[:4]
+        """(n, h, w, c)."""
+        self.channels = self.shape[3]
+        self.labels, self.class_names = read_labels(folder, len(self))
 
     def __reduce__(self) -> tuple[type["ArraySource"], tuple[Path]]:
-        return ArraySource, (self.folder,)  # workers map the file again instead of copying it
+        return ArraySource, (self.folder,)  # workers open the file again
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.shape[0]
 
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
 
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
-        top, left, height, width, _ = choose(*self.images.shape[1:3])
-        part = self.images[index, top : top + height, left : left + width]
-        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        _, image_height, image_width, channels = self.shape
+        top, left, height, width, _ = choose(image_height, image_width)
+        row = image_width * channels
+        start = self.start + (index * image_height + top) * row
+        part = np.empty((height, width, channels), np.uint8)
+        at_once = max(1, AT_ONCE // row)
+        for first in range(0, height, at_once):
+            number = min(at_once, height - first)
+            rows = np.frombuffer(self.file.read(start + first * row, number * row), np.uint8)
+            part[first : first + number] = rows.reshape(number, image_width, channels)[:, left : left + width]
+        return torch.from_numpy(part).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder / IMAGES}[{index}]"
@@ -72,8 +96,7 @@ def save_arrays(
     if class_names is not None:
         if labels is None or labels.max(initial=-1) >= len(class_names):
             raise ValueError(f"{len(class_names)} class names do not fit the labels")
-        if any(name != name.strip() or len(name.splitlines()) != 1 for name in class_names):
-            raise ValueError("a class name must be one line, without spaces around it")
+        check_class_names(class_names)
     path = Path(folder, IMAGES)
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in (LABELS, CLASSES):

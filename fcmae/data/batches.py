@@ -1,8 +1,15 @@
 """Datasets, samples and batches: an image, its mask or label, what could not be read; knows no model or split."""
 
+import atexit
+import math
+import multiprocessing
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -11,10 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.sampling import PADDING, Key
+from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
-from fcmae.errors import UserError
+from fcmae.errors import UserError, one_line
 from fcmae.seeding import seeded, torch_seeded
+from fcmae.signals import serve_parent, stop_signals_held
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""
@@ -26,6 +35,15 @@ NOT_COUNTED = -1
 """Label of what an evaluation leaves out: the padding of a last batch, and images that did not decode."""
 
 
+LONGEST_REASON = 300
+"""Characters of what a decoder says, which may quote the file."""
+
+
+def brief(error: Exception) -> str:
+    """Return what an error says, as part of a line."""
+    return one_line(" ".join(str(error).split()), longest=LONGEST_REASON) or type(error).__name__
+
+
 class BadImage(NamedTuple):
     """An image that did not decode."""
 
@@ -35,7 +53,7 @@ class BadImage(NamedTuple):
 
     @classmethod
     def of(cls, index: int, source: Source, error: Exception) -> Self:
-        return cls(index, source.describe(index), " ".join(str(error).split()) or type(error).__name__)
+        return cls(index, one_line(source.describe(index)), brief(error))
 
 
 @dataclass(frozen=True)
@@ -179,6 +197,11 @@ class TrainDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's tensors, at most."""
+        return self.source.channels * math.prod(self.view.size) + 8
+
     def load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
         """Load the part of image `index` that the view draws, or of a random other where it does not decode."""
         bad: list[BadImage] = []
@@ -224,6 +247,12 @@ class PretrainDataset(TrainDataset):
         self.random_view = view
         self.draw_ids = draw_ids
         self.resize_on_device = resize_on_device
+
+    @property
+    def sample_bytes(self) -> int:
+        pixels = math.prod(self.random_view.size)
+        ids = pixels // 8  # of 8 bytes, one for a patch of 64 pixels or more
+        return self.source.channels * pixels * (LARGEST_CROP**2 if self.resize_on_device else 1) + ids + 16
 
     def __getitem__(self, key: Key) -> MaskedSample:
         epoch, index = key
@@ -288,6 +317,11 @@ class EvaluationDataset(Dataset[LabelledSample]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's tensors."""
+        return math.prod(self.shape) + 8
+
     def __getitem__(self, index: int) -> LabelledSample:
         bad: tuple[BadImage, ...] = ()
         if index != PADDING:
@@ -300,6 +334,16 @@ class EvaluationDataset(Dataset[LabelledSample]):
         return LabelledSample(torch.zeros(self.shape, dtype=torch.uint8), index, bad, NOT_COUNTED)
 
 
+class _PipedCollate:
+    """A dataset's collation, for batches that come through pipes."""
+
+    def __init__(self, collate: Callable[[Any], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Piped[Batch]:
+        return Piped.of(self.collate(samples))
+
+
 def load_batches(
     dataset: PretrainDataset | LabelledDataset | EvaluationDataset,
     keys: Iterable[Any],
@@ -309,9 +353,23 @@ def load_batches(
 ) -> Iterator[Any]:
     """Yield a batch, of the dataset's kind, for each list of keys, loaded in `num_workers` processes.
 
+    These processes leave the signals that stop a run to this one, and end with it. Where shared memory is too small
+    for what they have ready, the same batches come another way; a line says so.
+
+    Args:
+        dataset: gives samples by key, and collates them.
+        keys: lists of keys, the first as long as any; iterated twice.
+        num_workers: processes; 0 loads in this one.
+        pin_memory: whether the batches end in pinned memory.
+
     Raises:
-        UserError: if nearly nothing decodes.
+        UserError: if nearly nothing decodes, or one of these processes died.
     """
+    batch_bytes = dataset.sample_bytes * len(next(iter(keys), ())) if num_workers else 0
+    queued_bytes = batch_bytes * (PREFETCH_FACTOR * num_workers + IN_HAND)
+    num_workers, piped, line = choose_transport(num_workers, queued_bytes, free_shared_bytes())
+    if line:
+        say_once(line)
     with warnings.catch_warnings():  # of more workers than cores, which the story says in words of its own
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
@@ -319,15 +377,59 @@ def load_batches(
             batch_sampler=keys,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            collate_fn=dataset.collate,
+            collate_fn=_PipedCollate(dataset.collate) if piped else dataset.collate,
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+            worker_init_fn=serve_parent if num_workers else None,
         )
-        batches = iter(loader)
+        with _new_processes() as workers, stop_signals_held():
+            batches = iter(loader)
     try:
-        yield from batches
+        yield from map(unpacked, batches)
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
         line = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         raise UserError(line, everywhere=False) from error
+    except (RuntimeError, OSError, EOFError) as error:  # of whatever was waited for, or half received
+        if dead := [worker.exitcode for worker in workers if worker.exitcode]:
+            raise UserError(f"data.num_workers={num_workers}: {_death(dead[0])}", everywhere=False) from error
+        raise
+    finally:
+        for worker in workers:
+            atexit.unregister(worker.kill)
+
+
+@contextmanager
+def _new_processes() -> Iterator[list[BaseProcess]]:
+    """Give the processes that are started inside, once they are; what terminates them kills them, as does exiting.
+
+    They ignore SIGTERM, for which this process would wait for ever, also at its exit. The deaths of theirs are met
+    when they are asked for something: torch would have them raise wherever this process happens to be.
+    """
+    started: list[BaseProcess] = []
+    others = set(multiprocessing.active_children())
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") and in_main_thread else None
+    yield started
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    started += set(multiprocessing.active_children()) - others
+    for process in started:
+        process.terminate = process.kill
+        atexit.register(process.kill)
+
+
+DEATHS = {
+    "SIGKILL": "as the system does when memory runs out: lower data.num_workers or data.batch_size",
+    "SIGBUS": "as happens when shared memory (/dev/shm) is full, or a file shrinks while it is read: "
+    "enlarge the first (docker run --shm-size=8g), or lower data.num_workers",
+}
+"""By which signal a process died -> what may have sent it, and what helps."""
+
+
+def _death(exitcode: int) -> str:
+    """Describe the death of a process that loaded images."""
+    how = f"exit code {exitcode}" if exitcode > 0 else signal.Signals(-exitcode).name
+    likely = "data.num_workers=0 shows what happens, and other images whether it is one of them"
+    return f"a process that loads images was ended by {how}, {DEATHS.get(how, likely)}"
 
 
 def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:

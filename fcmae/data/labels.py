@@ -1,17 +1,22 @@
 """Class labels: as files beside the images, and numbered by another's class names; knows no pixels."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from fcmae.data.npy import map_array, write_array
+from fcmae.data.npy import read_array, write_array
 from fcmae.errors import UserError
 from fcmae.files import write_text
 
 LABELS, CLASSES = "labels.npy", "classes.txt"
 """Files beside an array of images: whole numbers (n,) from 0 on, and a class name per line."""
+
+
+MAX_CLASSES = 1 << 20
+"""Classes at most; a larger label is a mistake, for which a classifier would take gigabytes."""
 
 
 class Labelled(Protocol):
@@ -23,6 +28,34 @@ class Labelled(Protocol):
     """By label; None without labels, or where nothing names them."""
 
 
+def check_labels(labels: np.ndarray, what: str) -> None:
+    """Check that labels, whole numbers (n,), count classes from 0 on.
+
+    Raises:
+        UserError: if one is negative or beyond `MAX_CLASSES`; begins with `what`.
+    """
+    for extreme, image in ((labels.min(), labels.argmin()), (labels.max(), labels.argmax())):
+        if not 0 <= extreme < MAX_CLASSES:
+            raise UserError(f"{what}: label {extreme} of image {image}: classes count from 0 to {MAX_CLASSES:,}")
+
+
+def _names_in(text: str) -> tuple[str, ...]:
+    return tuple(re.split("\r\n|\r|\n", text.rstrip()))
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Check that class names can be written a line each, and read again as they were.
+
+    Raises:
+        ValueError: if one cannot.
+    """
+    for name in names:
+        if not name or _names_in(name) != (name,) or name.encode(errors="replace") != name.encode(errors="ignore"):
+            raise ValueError(
+                f"class {name!r}: a class name must be one line of UTF-8 without spaces at its end; rename it"
+            )
+
+
 def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     """Read the labels and class names in a folder of `num_images` images; None for each file that is missing.
 
@@ -32,18 +65,17 @@ def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple
     path, names_path = folder / LABELS, folder / CLASSES
     if not path.is_file():
         return None, None
-    labels = map_array(path)
+    labels = read_array(path)
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         raise UserError(f"{path}: expected whole numbers (n,), found {labels.dtype} {labels.shape}")
     if len(labels) != num_images:
         raise UserError(f"{path}: {len(labels)} labels for the {num_images} images beside it; give one per image")
+    check_labels(labels, str(path))
     labels = np.asarray(labels, np.int64)
-    if labels.min() < 0:
-        raise UserError(f"{path}: label {labels.min()} of image {labels.argmin()}: classes count from 0")
     if not names_path.is_file():
         return labels, None
     try:
-        names = tuple(names_path.read_text(encoding="utf-8").rstrip().splitlines())
+        names = _names_in(names_path.read_bytes().decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{names_path}: not a text file; write one class name per line") from error
     if labels.max() >= len(names):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fcmae.data.labels import read_labels
-from fcmae.data.npy import map_array
+from fcmae.data.npy import read_array
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 
@@ -41,18 +41,28 @@ class PreparedSource:
             index = json.loads(path.read_text(encoding="utf-8"))
             if index["format"] != PREPARED:
                 raise ValueError(f"format {index['format']!r}, this version reads {PREPARED!r}")
-            counts = np.array(index["shards"], np.int64)
-            self.channels = int(index["channels"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: no index of prepared images ({error}); run fcmae prepare again") from error
+            numbers = [index["channels"], *index["shards"]]
+            if not all(type(number) is int and 0 <= number < 1 << 31 for number in numbers) or not numbers[0]:
+                raise ValueError("its numbers are no counts")
+            self.channels, *counts = numbers
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+            raise UserError(f"{path}: no index of prepared images ({reason}); run fcmae prepare again") from error
+        counts = np.array(counts, np.int64)
         self.folder = folder
         self.place = path.resolve()
-        self.sizes = np.asarray(map_array(folder / SIZES, "; run fcmae prepare again"))
+        self.sizes = read_array(folder / SIZES, "; run fcmae prepare again")
         if self.sizes.shape != (counts.sum(), 2) or self.sizes.dtype != np.int32:
             raise UserError(
                 f"{folder / SIZES}: {self.sizes.dtype} {self.sizes.shape}, but {path} counts {counts.sum()} "
                 "images; run fcmae prepare again"
             )
+        if (
+            not len(self.sizes)
+            or self.sizes.min() < 1
+            or self.sizes.prod(1, np.float64).sum() * self.channels > 2**62
+        ):
+            raise UserError(f"{folder / SIZES}: no heights and widths of images; run fcmae prepare again")
         num_bytes = self.sizes.astype(np.int64).prod(1) * self.channels
         ends = np.cumsum(num_bytes)
         self.firsts = np.cumsum(counts) - counts

@@ -1,7 +1,8 @@
 """What a source of images is, and how the one that is asked for is opened; knows neither views nor batches."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
 
@@ -22,8 +23,17 @@ SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evalu
 """Names of splits; those of a row stand for each other (timm's, and test)."""
 
 
+VALIDATED = ("imagenet", "places365", "inaturalist", "inat")
+"""Datasets of torchvision's that refuse splits which they do not have; others take any for the test images."""
+
+FOLDERS = ("folder", "image_folder")
+"""Names of torchvision's dataset of a folder."""
+
+
 class Source(Labelled, Protocol):
     """Images by index; loading the same index twice gives the same image."""
+
+    channels: int
 
     @property
     def place(self) -> Path | None:
@@ -61,6 +71,7 @@ class Subset:
         self.source = source
         self.indices = indices
         self.place = source.place
+        self.channels = source.channels
         self.labels = None if source.labels is None else source.labels[indices]
         self.class_names = source.class_names
 
@@ -90,6 +101,12 @@ def share_of_each_class(source: Source, fraction: float, seed: int) -> Source:
     return Subset(source, np.sort(np.concatenate(chosen)))
 
 
+def _meant(given: str, known: Collection[str]) -> str:
+    """Say which of the known names was meant, where one is like it."""
+    close = get_close_matches(given.lower(), known, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def _holds_arrays(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in (IMAGES, INDEX, PLAN))
 
@@ -117,7 +134,8 @@ def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: 
     if arrays:
         array = f"{split}/{IMAGES} (uint8, n x h x w x c, from save_arrays)"
         lacks = f"holds no {array}, and nothing that fcmae prepare wrote"
-    raise UserError(f"{what}: {lacks} (found: {', '.join(found) or 'none'}); {remedy}")
+    meant = _meant(split, found or SYNONYMS[0])
+    raise UserError(f"{what}: {lacks} (found: {', '.join(found) or 'none'}{meant}); {remedy}")
 
 
 def open_source(
@@ -157,9 +175,16 @@ def open_source(
             f"model.in_chans={in_chans}: image files have 1, 3 or 4 channels; arrays have any number: write them "
             "with fcmae.data.save_arrays and use data.name=arrays"
         )
-    if prefix in ("hfds", "torch"):
+    torch_name = name.split("/")[-1].lower() if prefix == "torch" else None
+    if torch_name is not None and torch_name not in (*VALIDATED, *FOLDERS):
+        known = [synonym for names in SYNONYMS for synonym in names]
+        if split not in known:
+            raise UserError(
+                f"{what}: no split {split!r} of {name} (known: {', '.join(known)}{_meant(split, known)})"
+            )
+    if prefix in ("hfds", "torch") and torch_name not in FOLDERS:
         return open_images(name, root, split, in_chans or 3, what)
-    if name not in ("folder", "", "arrays"):
+    if name not in ("folder", "", "arrays") and torch_name not in FOLDERS:
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")

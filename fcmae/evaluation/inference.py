@@ -8,15 +8,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
-from fcmae.data.images import PIL_MODES, decode, refuse_pages
+from fcmae.data.batches import brief
+from fcmae.data.images import PIL_MODES, decode, extensions, open_image, refuse_pages
+from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
+from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -60,6 +63,11 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def image_files(path: Path) -> list[Path]:
+    """Return the image files in a folder at any depth, sorted; of a file, itself."""
+    return sorted(map(Path, images_below(str(path), extensions()))) if path.is_dir() else [path]
+
+
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
     """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says).
 
@@ -68,24 +76,19 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
     """
     if channels not in PIL_MODES:
         raise UserError(f"the network wants {channels} channels; image files have 1, 3 or 4")
-    extensions = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
-            if not files:
-                yield Unreadable(path, "no images in this folder")
+        files = image_files(path)
+        if not files:
+            yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
-                with Image.open(file) as image:
+                with BoundedFile(file) as opened, open_image(opened) as image:
                     refuse_pages(image)
                     yield Picture(file, decode(ImageOps.exif_transpose(image), channels))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
-            except UnidentifiedImageError:
-                yield Unreadable(file, "not an image, or damaged")
             except Exception as error:  # a broken file can make a decoder raise anything
-                yield Unreadable(file, " ".join(str(error).split()) or type(error).__name__)
+                yield Unreadable(file, brief(error))
 
 
 # Classes

@@ -99,6 +99,14 @@ class Plan:
         """Updates, at least one, that come nearest to a number of epochs."""
         return max(1, round(epochs * self.num_samples / self.images_per_step))
 
+    def passes(self, epochs: float, seen_images: int) -> bool:
+        """Whether an update, after which so many images are seen, passes a multiple of a number of epochs.
+
+        It goes by images, not by steps, so that another batch size in the middle of a run changes nothing.
+        """
+        every = max(1, round(epochs * self.num_samples))
+        return seen_images // every > (seen_images - self.images_per_step) // every
+
     @property
     def total_epochs(self) -> float:
         """Epochs of the whole run."""

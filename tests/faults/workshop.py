@@ -1,0 +1,112 @@
+"""Undisturbed runs, to compare others with; how much is tried, and a count of it; knows no faults."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from file_layer import Recorder, Tree
+from trainings import TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
+
+T = TypeVar("T")
+
+LARGE = "FCMAE_FAULTS" in os.environ
+"""Whether `make faults` runs."""
+
+SEED = int(os.environ.get("FCMAE_FAULTS") or 0)
+"""Of all that is drawn; `make faults SEED=...` sets it."""
+
+PARTS = range(8 if LARGE else 1)
+"""In which the large tests are cut, for several processes of pytest."""
+
+
+def drawn(things: Iterable[T], few: int, many: float = float("inf"), *, part: int = 0, what: str = "") -> list[T]:
+    """Return `few` of the things, or by `make faults` this part of `many`."""
+    pool = list(things)
+    random.Random(f"{SEED} {what}").shuffle(pool)
+    number = int(min(many if LARGE else few, len(pool)))
+    return pool[:number][part :: len(PARTS)]
+
+
+class Workshop:
+    """Starts trainings, and has what undisturbed ones left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.context = fork_server()
+        self.data = folder / "data"
+        make_images(self.data)
+        self.undisturbed = cache(self._undisturbed)
+        self.recording = cache(self._recording)
+        self.tensors = cache(self._tensors)
+        self.seconds = cache(self._seconds)
+
+    def run(self, name: str, place: str, *words: str, **options: Any) -> Run:
+        return Run(self.context, TRAININGS[name], self.folder / name / place, self.data, *words, **options)
+
+    def finish(self, name: str, place: str, *words: str) -> Run:
+        run = self.run(name, place, *words)
+        codes = run.wait()
+        assert (set(codes), run.errors()) == ({0}, []), run.place
+        return run
+
+    def _undisturbed(self, name: str) -> dict[str, Any]:
+        return outcome(read_tree(self.finish(name, "undisturbed").folder))
+
+    def _recording(self, name: str) -> tuple[Recorder, Tree]:
+        run = self.run(name, "recorded", watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
+        assert not any(run.wait()), run.errors()
+        return run.seen()
+
+    def _seconds(self, name: str) -> float:
+        """How long a run takes, on a machine as busy as it is now."""
+        started = time.monotonic()
+        self.finish(name, "timed")
+        return time.monotonic() - started
+
+    def _tensors(self, name: str) -> dict[str, dict[str, bytes]]:
+        """The tensors of each step's checkpoint, by folder and file."""
+        tree = read_tree(self.finish(name, "all-kept", "checkpoint.keep=1000").folder)
+        found: dict[str, dict[str, bytes]] = {}
+        for path, content in tree.items():
+            folder, _, file = path.rpartition("/")
+            if "/checkpoints/step-" in path and file.endswith(".safetensors") and isinstance(content, bytes):
+                found.setdefault(folder, {})[file] = content
+        return found
+
+    def resume(self, name: str, place: str, tree: Tree | None = None, *, but: Callable[[str], bool] = bool) -> None:
+        """Hold that a run which goes on from `tree`, or as it lies there, ends as the undisturbed one.
+
+        Args:
+            but: names of files that need not be alike are those for which it is false.
+        """
+        if tree is not None:
+            write_tree(self.folder / name / place / "work", tree)
+        run = self.finish(name, place)
+        found, expected = (
+            {k: v for k, v in o.items() if but(k)} for o in (outcome(read_tree(run.folder)), self.undisturbed(name))
+        )
+        assert not differences(found, expected), f"{run.place}: {differences(found, expected)}"
+
+
+class Tally:
+    """Counts what was tried and survived, and keeps what was not, so that the first failure hides no other."""
+
+    def __init__(self) -> None:
+        self.tried = 0
+        self.failed: list[str] = []
+
+    def attempt(self, what: object, trial: Callable[[], object], *, times: int = 1) -> None:
+        self.tried += times
+        try:
+            trial()
+        except (AssertionError, TimeoutError) as error:
+            self.failed += [f"{what}: {error}"] * times
+
+    def end(self, report: Callable[[str, object], None], what: str) -> None:
+        """Report the numbers to the summary; fail if something failed."""
+        report("tally", (what, self.tried - len(self.failed), self.tried))
+        assert not self.failed, f"seed {SEED}: {len(self.failed)} of {self.tried}\n" + "\n".join(self.failed)
