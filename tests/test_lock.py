@@ -136,9 +136,9 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(path: Path, dead: int) -> Non
     def contend(_: int) -> str:
         together.wait()
         try:
-            with take(path) as (mine, _):
+            with take(path) as taken:
                 done.wait()
-                mine.check()
+                taken[0].check()
                 return "held"
         except UserError as error:
             done.wait()
@@ -147,6 +147,14 @@ def test_of_many_that_find_a_dead_lock_one_gets_it(path: Path, dead: int) -> Non
     with ThreadPoolExecutor(16) as pool:
         outcomes = sorted(pool.map(contend, range(16)))
     assert outcomes == ["held"] + [f"output={path.parent}: in use by process {os.getpid()}"] * 15
+
+
+def test_a_dead_lock_that_another_has_taken_over_meanwhile_is_left_to_it(path: Path, dead: int) -> None:
+    leave(path, pid=dead)
+    content = path.read_bytes()
+    leave(path, host="elsewhere")
+    lock._remove(path, content)
+    assert "elsewhere" in path.read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"host": "a\\nb", "pid": -1}', b"\xff\0"])
@@ -187,11 +195,12 @@ def test_on_a_full_disk_no_lock_is_left(path: Path, monkeypatch: pytest.MonkeyPa
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    path.parent.mkdir()
     monkeypatch.setattr("fcmae.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left") as error, take(path):
         pass
     assert error.value.filename == str(path)
-    assert not path.parent.exists()
+    assert not list(path.parent.iterdir())
 
 
 # Of a run
@@ -244,7 +253,8 @@ def test_a_run_that_lost_its_lock_ends_before_it_writes(
             leave(path, host="elsewhere")
         return normalize(self, pixels)  # pyright: ignore[reportArgumentType]
 
-    leave(path, pid=dead)  # a folder with nothing but the lock of a run that was killed at its start is unused
+    leave(path, pid=dead)  # a folder with nothing but what a run leaves that was killed at its start is unused
+    (path.parent / ".writing-config.yaml-abc").touch()
     monkeypatch.setattr(PixelNormalizer, "forward", steal)
     line = error_line(pretrain.main, capsys, *arguments)
     assert "lock.json: this run's lock has been taken over by process" in line

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +19,10 @@ import psutil
 import pytest
 from conftest import ROOT, records, run_main
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fcmae import finetune, pretrain
-from fcmae.data import save_arrays
+from fcmae.data import PixelNormalizer, save_arrays
 from fcmae.data.batches import _death, load_batches
 from fcmae.errors import UserError
 from fcmae.training.stop import StopRequests
@@ -162,6 +162,23 @@ def test_max_hours_saves_and_stops_with_a_code_of_its_own_and_each_start_makes_p
     assert run_main(pretrain.main, *arguments) == 0
     assert "not the same run" not in capsys.readouterr().out
     assert outcome(folder) == whole["pretrain"]
+
+
+@pytest.mark.parametrize("good", [0, 1], ids=["the first", "a later one"])
+@pytest.mark.parametrize("name", STORIES)
+def test_a_dry_run_whose_loss_is_not_finite_leaves_no_file(
+    name: str, good: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normalize, calls = PixelNormalizer.forward, count()
+
+    def poison(self: PixelNormalizer, pixels: Tensor) -> Tensor:
+        return normalize(self, pixels) * (1 if next(calls) < good else float("nan"))
+
+    arguments = settings(name, data, tmp_path / "run")
+    monkeypatch.setattr(PixelNormalizer, "forward", poison)
+    run_main(STORIES[name][0].main, *arguments, "--dry-run")
+    assert next(calls) > good
+    assert not (tmp_path / "run").exists()
 
 
 # What listens
@@ -325,7 +342,7 @@ def test_processes_of_which_one_gets_a_signal_stop_at_the_same_step(
 
 
 @pytest.fixture
-def free_ports() -> Iterator[list[str]]:
+def free_ports() -> list[str]:
     import socket
 
     sockets = [socket.socket() for _ in range(3)]
@@ -343,6 +360,7 @@ def free_ports() -> Iterator[list[str]]:
 class Numbers:
     """A dataset whose samples are their indices."""
 
+    sample_bytes = 8
     collate = staticmethod(list)
 
     def __getitem__(self, index: int) -> int:
@@ -396,6 +414,7 @@ import os, signal, sys, time
 import psutil
 from fcmae.data.batches import load_batches
 class Stuck:
+    sample_bytes = 8
     def __getitem__(self, index):
         while index:
             time.sleep(1)

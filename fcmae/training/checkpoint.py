@@ -156,8 +156,6 @@ def restore_optimizer(
     Raises:
         UserError: naming `source`, if they are another optimizer's.
     """
-    if not tensors:
-        return
     tensors = {_current_name(name): value for name, value in tensors.items()}
     own = get_optimizer_state_dict(model, optimizer, options=FLAT)
     wanted = {name: value for name, value in own.items() if isinstance(value, Tensor)}

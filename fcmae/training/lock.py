@@ -203,8 +203,6 @@ def _remove(path: Path, content: bytes) -> None:
 
             file = stack.enter_context(open(path, "r+b"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return
         seen = Seen.at(path)
         if seen is not None and seen.content == content:
             path.unlink()

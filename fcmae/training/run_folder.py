@@ -161,17 +161,21 @@ def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> C
 
 def _best_is_intact(checkpoint: Checkpoint, say: Callable[[str], None]) -> bool:
     """Whether there is a best checkpoint; a damaged one is set aside."""
-    best = checkpoint.state.best
-    if best is None or best.step == checkpoint.state.step:
+    best, step = checkpoint.state.best, checkpoint.state.step
+    if best is None or best.step == step:
         return best is not None
     path = step_folder(checkpoint.path.parent, best.step)
-    try:
-        read_checkpoint(path)
-    except Damaged as error:
-        what = f"set aside as {set_aside(path).name}; " if path.exists() else ""
-        say(f"{error}; {what}it was the best, which is looked for anew from step {checkpoint.state.step} on")
-        return False
-    return True
+    if not path.exists():
+        problem = f"{path}: not there any more"
+    else:
+        try:
+            read_checkpoint(path)
+        except Damaged as error:
+            problem = f"{error}; set aside as {set_aside(path).name}"
+        else:
+            return True
+    say(f"{problem}; it was the best up to step {step}, which is now looked for anew")
+    return False
 
 
 def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -90,7 +91,7 @@ class StopRequests:
 
     def _listen(self) -> None:
         first = 0.0
-        while number := os.read(self.reader, 1)[0]:
+        while number := self.reader.recv(1)[0]:
             if number not in self.before:  # of a child's end, for instance
                 continue
             if self.code and time.monotonic() - first > AGAIN_S:
@@ -98,7 +99,7 @@ class StopRequests:
             if not self.code:
                 first = time.monotonic()
                 self.code = 128 + number
-                with suppress(OSError):  # whoever read the output has gone
+                with suppress(OSError, ValueError):  # whoever read the output has gone, or it was closed
                     _leave_terminal(number)
                     self.say(
                         f"{describe(self.code)}: stopping after this update; a second signal ends the run at once"
@@ -106,12 +107,15 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self.reader, self.writer = os.pipe()
-            os.set_blocking(self.writer, False)
-            self.before = {s: signal.getsignal(s) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
+            handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            others = signal.SIG_IGN, None  # None: a handler of another library's, not in Python
+            self.before = {number: handler for number, handler in handlers.items() if handler not in others}
+        if self.before:
+            self.reader, self.writer = socket.socketpair()  # for a pipe waits on Windows
+            self.writer.setblocking(False)
             self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self.thread.start()
-            self.wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+            self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
             for number in self.before:
                 signal.signal(number, _do_nothing)
         return self
@@ -121,10 +125,10 @@ class StopRequests:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self.wakeup)
-            os.write(self.writer, b"\0")
+            self.writer.send(b"\0")
             self.thread.join()
-            os.close(self.reader)
-            os.close(self.writer)
+            self.reader.close()
+            self.writer.close()
             self.before = {}
         if kind is None or issubclass(kind, Stopped):
             self.agreement.said()  # or it would go on while the processes end

@@ -278,7 +278,7 @@ class Trainer:
             path = self.run.non_finite(step + 1)
             if self.accelerator.is_main_process:
                 self._require_lock()
-                self.run.path.mkdir(parents=True, exist_ok=True)
+                make_folder(self.run.path)
                 write_json(path, {"step": step + 1, "indices": indices}, indent=None)
             parts.append(f"the batch's sample indices are in {path}")
             if self.accelerator.is_main_process:
@@ -461,6 +461,7 @@ class Trainer:
                         self.save()
                 if code and self.step < total:
                     self.writer.wait()
+                    self.accelerator.wait_for_everyone()  # launchers end all when the first has ended
                     self.say(
                         f"stopped by {describe(code)} at step {self.step} of {total}; saved: {self.run.newest}; "
                         "to go on: the same command with resume=auto"

@@ -1,8 +1,8 @@
 """Stands between a process and its disk: names each change, lets it fail, models a disk; knows no training.
 
 What Python asks of the system to change files below a folder passes through here: `FileLayer` replaces functions
-of `os`, `open`, and the one by which safetensors writes, until the process ends. Each write is cut into two halves, so
-that what is between two operations includes torn files.
+of `os`, `open`, and the one by which safetensors writes, until the process ends. Each write is cut into two halves,
+so that what is between two operations includes torn files.
 """
 
 import _pyio

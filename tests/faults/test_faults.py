@@ -4,14 +4,18 @@ In the default suite a sample of each; `make faults` takes all. What is drawn is
 """
 
 import errno
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
+import psutil
 import pytest
-from file_layer import TAKES_SPACE, Fault
-from trainings import TRAININGS, differences, intact, outcome, read_tree
+from file_layer import TAKES_SPACE, Fault, Tree
+from trainings import TRAININGS, differences, intact, outcome, read_tree, without_clocks
 from workshop import PARTS, SEED, Tally, Workshop, drawn
 
 Report = Callable[[str, object], None]
@@ -142,9 +146,7 @@ def survive_kills(workshop: Workshop, name: str, place: str, delays: Iterable[fl
 def test_a_run_killed_at_any_moment_and_again_goes_on_as_if_nothing_had_happened(
     name: str, part: int, workshop: Workshop, record_property: Report
 ) -> None:
-    started = time.monotonic()
-    workshop.finish(name, "timed")
-    seconds = time.monotonic() - started
+    seconds = workshop.seconds(name)
     tally = Tally()
     for number in drawn(range(1000), 2 if name in ALONE else 1, 24, part=part, what=f"{name} moments"):
         rng = random.Random(f"{SEED} {name} {number}")
@@ -152,3 +154,121 @@ def test_a_run_killed_at_any_moment_and_again_goes_on_as_if_nothing_had_happened
         trial = partial(survive_kills, workshop, name, f"moments-{number}", delays)
         tally.attempt(delays, trial, times=len(delays))
     tally.end(record_property, f"{name}: killed at random moments")
+
+
+def survive_kill_of_one(workshop: Workshop, name: str, place: str, rank: int, delay: float) -> None:
+    run = workshop.run(name, place)
+    time.sleep(delay)
+    os.kill(run.processes[rank].pid, signal.SIGKILL)
+    run.wait()
+    workshop.resume(name, place)
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_a_run_of_two_processes_of_which_one_is_killed_goes_on(
+    rank: int, workshop: Workshop, record_property: Report
+) -> None:
+    seconds = workshop.seconds("two-processes")
+    tally = Tally()
+    for number in drawn(range(1000), 1 - rank, 8, what=f"one of two {rank}"):
+        delay = seconds * random.Random(f"{SEED} {rank} {number}").random()
+        trial = partial(survive_kill_of_one, workshop, "two-processes", f"one-{rank}-{number}", rank, delay)
+        tally.attempt(delay, trial)
+    tally.end(record_property, f"two-processes: process {rank} killed alone")
+
+
+# Requests to stop
+
+
+def but_older_checkpoints(path: str) -> bool:
+    """Whether a file is none of the checkpoints before the last: which are kept depends on where a run was saved."""
+    return "/checkpoints/step-" not in path
+
+
+def survive_stop(workshop: Workshop, name: str, place: str, number: int, delay: float) -> None:
+    """Hold that a run which a signal stops has saved its last update, says so by its exit code, and goes on."""
+    run = workshop.run(name, place)
+    time.sleep(delay)
+    run.kill(number)
+    codes = set(run.wait())
+    tree = read_tree(run.folder)
+    steps = [record["step"] for record in without_clocks(cast(bytes, tree.get("run/metrics.jsonl", b"")))]
+    if not steps or steps[-1] in (0, 8):  # before the first update or after the last there is nothing to save
+        assert codes <= {0, -number, 128 + number}, (codes, run.errors())
+    else:
+        assert (codes, run.errors()) == ({128 + number}, [])
+        assert tree["run/checkpoints/last"] == f"step-{steps[-1]:08d}"
+    workshop.resume(name, place, but=but_older_checkpoints)
+
+
+@parts
+@each
+def test_a_run_that_a_signal_stops_at_any_moment_has_saved_its_last_update(
+    name: str, part: int, workshop: Workshop, record_property: Report
+) -> None:
+    seconds = workshop.seconds(name)
+    tally = Tally()
+    for number in drawn(range(1000), 1, 16, part=part, what=f"{name} stops"):
+        rng = random.Random(f"{SEED} {name} {number} stop")
+        asked = rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+        delay = seconds * rng.uniform(0.3, 0.9)
+        trial = partial(survive_stop, workshop, name, f"stop-{number}", asked, delay)
+        tally.attempt((asked.name, delay), trial)
+    tally.end(record_property, f"{name}: stopped by a signal")
+
+
+# What else may happen to a run
+
+
+def survive_flips(workshop: Workshop, name: str, place: str, tree: Tree, rng: random.Random) -> None:
+    """Hold that a run whose newest checkpoint is damaged sets it aside and goes on from the one before."""
+    checkpoints = sorted({path.split("/")[2] for path in tree if path.startswith("run/checkpoints/step-")})
+    newest = checkpoints[-1]
+    file = rng.choice([path for path in tree if f"/{newest}/" in path])
+    content = bytearray(cast(bytes, tree[file]))
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    workshop.resume(name, place, {**tree, file: bytes(content)}, but=lambda path: "/damaged-" not in path)
+    damaged = workshop.folder / name / place / "work" / "run" / "checkpoints" / f"damaged-{newest}"
+    assert damaged.is_dir(), f"{file}: the flipped bit was not noticed"
+
+
+@parts
+@each_alone
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_that_checkpoint_alone(
+    name: str, part: int, workshop: Workshop, record_property: Report
+) -> None:
+    recorder, _ = workshop.recording(name)
+    tensors = workshop.tensors(name)
+    several = [tree for _, tree in recorder.killed.values() if len(intact(tree, tensors)) >= 2]
+    tally = Tally()
+    for number in drawn(range(1000), 1, 40, part=part, what=f"{name} flips"):
+        rng = random.Random(f"{SEED} {name} {number} flip")
+        trial = partial(survive_flips, workshop, name, f"flip-{number}", rng.choice(several), rng)
+        tally.attempt(number, trial)
+    tally.end(record_property, f"{name}: a bit flipped in the newest checkpoint")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(workshop: Workshop) -> None:
+    first = workshop.run("pretraining", "shared")
+    while not (first.folder / "run" / "metrics.jsonl").exists():
+        assert first.processes[0].is_alive()
+        time.sleep(0.01)
+    second = workshop.run("pretraining", "shared", output="second")
+    assert second.wait() == [2]
+    (line,) = second.errors()
+    assert line.startswith("error: output=run: in use by process ")
+    assert first.wait() == [0]
+    assert not differences(outcome(read_tree(first.folder)), workshop.undisturbed("pretraining"))
+
+
+def test_a_run_whose_loader_worker_is_killed_ends_in_one_line_and_goes_on(workshop: Workshop) -> None:
+    run = workshop.run("classification", "worker")
+    while not (run.folder / "run" / "checkpoints" / "last").exists():
+        assert run.processes[0].is_alive()
+        time.sleep(0.01)
+    for worker in psutil.Process(run.processes[0].pid).children():
+        worker.kill()
+    assert run.wait() == [2]
+    (line,) = run.errors()
+    assert line.startswith("error: data.num_workers=1: ")
+    workshop.resume("classification", "worker")

@@ -1,5 +1,6 @@
 """Small trainings with everything on, started in processes that can be killed; knows no faults."""
 
+import atexit
 import hashlib
 import json
 import multiprocessing
@@ -128,18 +129,19 @@ def _work(
     torch.set_num_threads(1)
     lock.held.__wrapped__.__kwdefaults__["watched_s"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = [f"{story}.py", *words]
-    if watcher is None:
-        return arguments.run(story)
-    layer = FileLayer(folder, watcher)
-    layer.install()
+    layer = FileLayer(folder, watcher) if watcher else None
+    if layer:
+        layer.install()
     try:
         arguments.run(story)
     finally:
-        report.write_bytes(pickle.dumps((watcher, layer.disk.seen())))
+        if layer:
+            report.write_bytes(pickle.dumps((watcher, layer.disk.seen())))
+        atexit._run_exitfuncs()  # which ends as any process does, but one of a fork server does not
 
 
 class Run:
-    """The processes of a training in `folder`/run, and what they said."""
+    """The processes of a training in `folder`/work/run; what they say goes into `folder`/`output`."""
 
     def __init__(
         self,
@@ -149,14 +151,16 @@ class Run:
         data: Path,
         *words: str,
         watcher: Watcher | None = None,
+        output: str = "",
     ) -> None:
-        self.place = folder
+        self.place = folder / output
+        self.place.mkdir(parents=True, exist_ok=True)
         self.folder = folder / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
         config.write_text(training.config.replace("DATA", str(data)) + COMMON)
-        self.report = folder / "report"
-        for old in (self.report, *folder.glob("*-*.txt")):
+        self.report = self.place / "report"
+        for old in (self.report, *self.place.glob("*-*.txt")):
             old.unlink(missing_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -2,12 +2,13 @@
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from file_layer import Recorder, Tree, Watcher
+from file_layer import Recorder, Tree
 from trainings import TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
 
 T = TypeVar("T")
@@ -41,9 +42,10 @@ class Workshop:
         self.undisturbed = cache(self._undisturbed)
         self.recording = cache(self._recording)
         self.tensors = cache(self._tensors)
+        self.seconds = cache(self._seconds)
 
-    def run(self, name: str, place: str, *words: str, watcher: Watcher | None = None) -> Run:
-        return Run(self.context, TRAININGS[name], self.folder / name / place, self.data, *words, watcher=watcher)
+    def run(self, name: str, place: str, *words: str, **options: Any) -> Run:
+        return Run(self.context, TRAININGS[name], self.folder / name / place, self.data, *words, **options)
 
     def finish(self, name: str, place: str, *words: str) -> Run:
         run = self.run(name, place, *words)
@@ -58,6 +60,12 @@ class Workshop:
         run = self.run(name, "recorded", watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
         assert not any(run.wait()), run.errors()
         return run.seen()
+
+    def _seconds(self, name: str) -> float:
+        """How long a run takes, on a machine as busy as it is now."""
+        started = time.monotonic()
+        self.finish(name, "timed")
+        return time.monotonic() - started
 
     def _tensors(self, name: str) -> dict[str, dict[str, bytes]]:
         """The tensors of each step's checkpoint, by folder and file."""
