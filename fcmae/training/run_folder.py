@@ -66,6 +66,8 @@ class RunFolder:
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
         self.confusion = self.path / "confusion.png"
+        self.folders = (self.path, self.checkpoints, self.reconstructions, self.encoder, self.model)
+        """Where a run writes; folders of others may lie between."""
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
