@@ -21,6 +21,9 @@ from workshop import PARTS, SEED, Tally, Workshop, drawn
 Report = Callable[[str, object], None]
 
 ALONE = [name for name, training in TRAININGS.items() if training.num_processes == 1]
+SAMPLED = {name: (4, 10_000) if name in ALONE else (1, 60) for name in TRAININGS}
+"""How many states of the disk are gone on from: in the default suite, and by `make faults`, of one process all."""
+
 parts = pytest.mark.parametrize("part", PARTS)
 each = pytest.mark.parametrize("name", TRAININGS)
 each_alone = pytest.mark.parametrize("name", ALONE)
@@ -74,7 +77,7 @@ def test_a_run_goes_on_from_what_a_kill_at_any_operation_leaves(
 ) -> None:
     recorder, _ = workshop.recording(name)
     tally = Tally()
-    for operation, tree in drawn(recorder.killed.values(), 5 if name in ALONE else 1, part=part, what="killed"):
+    for operation, tree in drawn(recorder.killed.values(), *SAMPLED[name], part=part, what="killed"):
         tally.attempt(operation, partial(workshop.resume, name, f"killed-{tally.tried}", tree))
     tally.end(record_property, f"{name}: killed at an operation on files")
 
@@ -86,9 +89,7 @@ def test_a_run_goes_on_from_what_a_power_failure_at_any_operation_leaves(
 ) -> None:
     recorder, _ = workshop.recording(name)
     tally = Tally()
-    for operation, tree in drawn(
-        recorder.unpowered.values(), 5 if name in ALONE else 1, part=part, what="unpowered"
-    ):
+    for operation, tree in drawn(recorder.unpowered.values(), *SAMPLED[name], part=part, what="unpowered"):
         tally.attempt(operation, partial(workshop.resume, name, f"unpowered-{tally.tried}", tree))
     tally.end(record_property, f"{name}: power failed at an operation on files")
 
@@ -122,7 +123,7 @@ def test_a_disk_that_fails_at_any_operation_ends_the_run_in_one_line(
     lasting = number == errno.ENOSPC
     operations = [found for found in recorder.operations if not lasting or found.kind in TAKES_SPACE]
     tally = Tally()
-    for operation in drawn(operations, 2, part=part, what=f"failing {number}"):
+    for operation in drawn(operations, 2, 100, part=part, what=f"failing {number}"):
         fault = Fault(operation, number, lasting=lasting)
         place = f"failing-{number}-{tally.tried}"
         tally.attempt(operation, partial(survive_failure, workshop, name, place, fault))
@@ -181,7 +182,7 @@ def test_a_run_of_two_processes_of_which_one_is_killed_goes_on(
 
 
 def but_older_checkpoints(path: str) -> bool:
-    """Whether a file is none of the checkpoints before the last: which are kept depends on where a run was saved."""
+    """Whether a file is in no checkpoint: which are kept depends on where a run was stopped, and saved."""
     return "/checkpoints/step-" not in path
 
 
