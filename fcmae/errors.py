@@ -34,8 +34,11 @@ class UserError(Exception):
 
 
 def one_line(text: str, *, longest: int = 2000) -> str:
-    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes."""
-    text = text if len(text) <= longest else f"{text[:longest]}..."
+    """Return text with what a terminal would not show as it is, line breaks first of all, as escapes.
+
+    Of what is longer than `longest` characters the middle is left out.
+    """
+    text = text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -197,7 +200,8 @@ def report(error: BaseException) -> int:
     line = describe(error)
     code = 1 if line is None else 2
     if line is None:
-        what = textwrap.shorten(f"{type(error).__name__}: {_said(error)}", 300, placeholder=" ...")
+        what = ": ".join(filter(None, (type(error).__name__, _said(error))))
+        what = textwrap.shorten(what, 300, placeholder=" ...")
         line = f"{what}; a bug in fcmae: please report it with the whole traceback"
     line = one_line(line)
     first = rank == 0 if isinstance(error, UserError) and error.everywhere else _reports_first()

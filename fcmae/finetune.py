@@ -6,6 +6,7 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 """
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 
@@ -140,6 +141,10 @@ def evaluate_weights(options: argparse.Namespace) -> int:
             f"{len(dataset.class_names)}"
         )
     scores = evaluate(accelerator, model, dataset, config)
+    if not math.isfinite(scores.loss):
+        raise UserError(
+            f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
+        )
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
         write_picture(run.confusion, draw_confusion(scores.confusion, dataset.class_names))

@@ -103,8 +103,8 @@ def read_yaml(text: str | bytes) -> Any:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = " ".join(str(error.problem or error.context).split())
         raise ValueError(f"not valid YAML: {what[:200]}{place}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"has the character {shown(chr(error.character))}, which is none of a text") from error
     except (ValueError, OverflowError) as error:  # PyYAML's own, as of "\\UFFFFFFFF" and %YAML 1.999...
         raise ValueError("not valid YAML: a character or version of a number that there is not") from error
 

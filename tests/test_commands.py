@@ -521,6 +521,96 @@ def test_images_become_whole_patches_of_about_the_same_area(size: tuple[int, int
         assert 0.7 < (height / width) / (size[0] / size[1]) < 1.4
 
 
+def refused(command: Command, *arguments: object) -> str:
+    """The one line of a command that ends before anything is computed."""
+    code, _, err = command(*arguments)
+    assert code == 2, err
+    return err.splitlines()[-1]
+
+
+def test_reconstructions_are_never_written_over_images_nor_without_being_told(
+    pretrained: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    Image.open(PHOTOS / "bird.jpg").save(pictures / "bird.png")
+    image = (pictures / "bird.png").read_bytes()
+    (pictures / "other").symlink_to(".")
+    out.mkdir()
+    (out / "bird.png").symlink_to("../pictures/bird.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("fcmae.load.load_fcmae", pytest.fail)  # before anything takes long
+        for images, folder in ((pictures, pictures), (pictures, pictures / "new"), (pictures, pictures / "other")):
+            line = refused(command, "reconstruct", pretrained, images, "--output", folder, "--overwrite")
+            assert line == f"error: --output {folder}: in {images}, whose images are read; name a folder elsewhere"
+        for options, reason in (
+            ([], "exists already; name another place, or add --overwrite"),
+            (["--overwrite"], "is read"),
+        ):
+            for folder in (pictures, out):
+                line = refused(
+                    command, "reconstruct", pretrained, pictures / "bird.png", "--output", folder, *options
+                )
+                assert line.startswith(f"error: {folder / 'bird.png'}: {reason}")
+    assert (pictures / "bird.png").read_bytes() == image
+    assert sorted(path.name for path in pictures.iterdir()) == ["bird.png", "other"]
+
+    (out / "bird.png").unlink()
+    (out / "bird.png").write_text("mine")
+    assert command("reconstruct", pretrained, pictures, "--output", out, "--overwrite")[0] == 0
+    assert Image.open(out / "bird.png").format == "PNG"
+
+
+def test_names_from_the_disk_are_printed_in_one_line(model: Path, tmp_path: Path, command: Command) -> None:
+    names = ["a\nb\x1b[31m.jpg", "c\udcff.jpg"]
+    for name in names:
+        shutil.copy(PHOTOS / "bird.jpg", tmp_path / name)
+    (tmp_path / "d\ne.png").touch()
+    code, out, err = command("predict", model, tmp_path, "--top", 1)
+    assert code == 2
+    shown = [line for line in out.splitlines() if not line.startswith("  ")]
+    assert shown == [f"{tmp_path}/a\\nb\\x1b[31m.jpg", f"{tmp_path}/c\\udcff.jpg"]
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/d\\ne.png: not an image")
+
+
+# What others write
+
+
+def test_a_users_files_are_refused_before_anything_takes_long(
+    pretrained: Path, model: Path, tmp_path: Path, command: Command
+) -> None:
+    mine = {name: tmp_path / name for name in ("evaluation.json", "confusion.png", "plot.png", "config.yaml")}
+    for path in mine.values():
+        path.write_text("mine")
+    evaluate = ("finetune", "--evaluate", model, "--config", "atto", PHOTOS)
+    line = refused(command, *evaluate, f"output={tmp_path}")
+    assert line == f"error: {mine['evaluation.json']}: exists already; name another place, or add --overwrite"
+    mine["evaluation.json"].rename(tmp_path / "elsewhere")
+    assert refused(command, *evaluate, f"output={tmp_path}").startswith(f"error: {mine['confusion.png']}: exists")
+    line = refused(command, *evaluate, f"output={mine['confusion.png']}")
+    assert line == (
+        f"error: output={mine['confusion.png']}: {mine['confusion.png']} exists already; name another folder"
+    )
+    line = refused(command, "ablate", "cifar10-versions", PHOTOS, "--plot", mine["plot.png"])
+    assert line.startswith(f"error: {mine['plot.png']}: exists already")
+    table = tmp_path / "grid" / "cifar10-versions" / "table.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("mine")
+    line = refused(command, "ablate", "cifar10-versions", f"output={table.parents[1]}", PHOTOS, "--launch", "false")
+    assert line.startswith(f"error: {table}: exists already")
+    for config in ("mine", (ROOT / "configs" / "quickstart.yaml").read_text()):
+        mine["config.yaml"].write_text(config)
+        run = ("pretrain", "--config", "quickstart", PHOTOS, f"output={tmp_path}", "resume=auto")
+        assert "holds files that are not a run's" in refused(command, *run)
+        assert mine["config.yaml"].read_text() == config
+    (tmp_path / "tiny.yaml").symlink_to("nowhere")
+    assert "exists already" in refused(command, "configs", "pretrain/tiny", tmp_path / "tiny.yaml")
+    (tmp_path / "new").symlink_to("nowhere")
+    line = refused(command, "export", pretrained, "--to", "timm", "--output", tmp_path / "new")
+    assert "exists already; name another folder" in line
+    assert mine["plot.png"].read_text() == mine["confusion.png"].read_text() == table.read_text() == "mine"
+
+
 # fcmae export
 
 

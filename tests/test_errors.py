@@ -1,4 +1,4 @@
-"""Whatever ends a program early ends in one line, which says what to do, and in an exit code that says whose it is."""
+"""Whatever ends a program early ends in one line, which says what to do, and an exit code that says whose it is."""
 
 import errno
 import json
@@ -123,7 +123,7 @@ def test_a_bug_of_ours_gets_one_line_and_its_traceback_a_file(error: Exception, 
     code, err = fail(error)
     (file,) = tmp_path.iterdir()
     assert code == 1
-    assert err.startswith(f"error: {type(error).__name__}: ")
+    assert err.startswith(f"error: {type(error).__name__}")
     assert err.endswith(f"; a bug in fcmae: please report it with the whole traceback, which is in {file}\n")
     assert len(err) < 600
     assert err.count("\n") == 1
@@ -202,7 +202,7 @@ def shell(line: str, **environment: str) -> tuple[int, str, str]:
     python = f"{sys.executable} -c '{program}'"
     done = subprocess.run(
         ["bash", "-c", line.replace("PY", python)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""} | environment,
         capture_output=True,
         text=True,
         check=False,

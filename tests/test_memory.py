@@ -104,6 +104,8 @@ def test_processes_on_one_machine_share_its_memory(machine: None, monkeypatch: p
     require_memory(config, outline(config), CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert "each of 4 processes on this machine has 2.0 GB" in refusal(config, CPU)
+    huge = pretraining("model.variant=huge")
+    require_memory(huge, outline(huge), GPU)  # each has one of its own
 
 
 def test_a_containers_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, error_line, randomise, small_encoder
+from conftest import TINY, error_line, randomise, run_main, small_encoder
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from weight_files import MEAN, STD, little_memory, same, save_run
@@ -57,6 +58,7 @@ ODD_TENSORS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(deprecated|prototype stage)")  # of torch, about these kinds
 @pytest.mark.parametrize("older", [False, True])
 @pytest.mark.parametrize("kind", ODD_TENSORS)
 def test_a_tensor_that_is_no_dense_one_of_floats_is_named(kind: str, older: bool, tmp_path: Path) -> None:
@@ -98,6 +100,19 @@ def test_weights_that_are_not_finite_in_float32_are_not_used(
         for main, arguments in commands:
             line = error_line(main, capsys, *arguments)
             assert re.search(rf"(x\.pth|model\.safetensors): {NAME} holds numbers that are not finite", line)
+
+
+def test_weights_that_overflow_predict_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = small_encoder(num_classes=3)
+    encoder.get_parameter("head.weight").data.fill_(3e38)
+    torch.save(encoder.state_dict(), tmp_path / "x.pth")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    source, image = str(tmp_path / "x.pth"), str(tmp_path / "red.png")
+    capsys.readouterr()
+    assert run_main(predict.main, source, image, "--json") == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "x.pth: finite weights that compute what is not" in said.err
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -193,7 +208,7 @@ def test_files_of_torch_are_read_as_torch_reads_them(how: dict[str, Any], tmp_pa
     ("name", "message"),
     [
         ("stages.0.100000.dwconv.weight", "unknown keys 'stages.0.100000.dwconv.weight'"),
-        ("stages.0.999.dwconv.weight", "not a whole ConvNeXt encoder: stages.0.1 missing"),
+        ("stages.0.999.dwconv.weight", "not a whole ConvNeXt encoder: stages.0.1.dwconv.weight missing"),
         (f"stages.0.{'9' * 9000}.dwconv.weight", "unknown keys 'stages.0.9999"),
         ("stages.0.٣.dwconv.weight", "unknown keys"),
         ("stages.0.00.dwconv.weight", "unknown keys 'stages.0.00.dwconv.weight'"),
@@ -207,6 +222,12 @@ def test_a_name_makes_no_network_and_no_message_long(name: str, message: str, tm
     save_file(tensors, tmp_path / "x.safetensors")
     for path in tmp_path.iterdir():
         assert message in refusal(path)
+
+
+def test_many_names_make_no_network_either(tmp_path: Path) -> None:
+    some = {f"stages.{i}.{j}.dwconv.weight": torch.zeros(1) for i in range(4) for j in range(1000)}
+    torch.save(state() | some, tmp_path / "x.pth")
+    assert "not a whole ConvNeXt encoder: most of its tensors missing" in refusal(tmp_path / "x.pth")
 
 
 def test_names_are_text(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 from fcmae.commands.arguments import add_images, add_source, command_parser, load_source, open_images, report_source
@@ -49,6 +50,10 @@ def main(argv: list[str]) -> int:
         preprocessing=preprocessing,
         top=options.top,
     ):
+        if not math.isfinite(prediction.top_classes[0].probability):
+            raise UserError(
+                f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
+            )
         if options.json:
             classes = [entry._asdict() for entry in prediction.top_classes]
             results.append({"image": str(prediction.path), "classes": classes})

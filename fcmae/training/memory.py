@@ -63,18 +63,17 @@ def _kept_values(config: RunConfig, model: nn.Module) -> float:
     if network.layer_depths is None:
         return 0.0
     shares = 1 - config.model.mask_ratio if isinstance(config.model, ModelSection) else 1.0
-    sites = shares * config.data.size[0] * config.data.size[1] / network.patch_size**2
+    patches = int(shares * config.data.size[0] * config.data.size[1] / network.patch_size**2)
     widths = zip(network.layer_depths, network.dims, (64, 16, 4, 1), strict=True)
-    return sites * sum(depth * dim * finer for depth, dim, finer in widths)
+    return patches * sum(depth * dim * finer for depth, dim, finer in widths)
 
 
-def _room(device: torch.device) -> tuple[float, str]:
-    """Return the bytes that a process has at most, and where; of accelerators that do not say, infinity."""
+def _room(device: torch.device, processes: int) -> tuple[float, str]:
+    """Return the bytes that each of so many processes has at most, and where; infinity where nothing says so."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, "the GPU"
     if device.type not in HOST:
         return float("inf"), device.type
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     where = "this machine" if processes == 1 else f"each of {processes} processes on this machine"
     return most_bytes() / processes, where
 
@@ -87,8 +86,8 @@ def _images(data: DataSection, bytes_each: float) -> list[Part]:
     ]
 
 
-def _require(parts: Iterable[Part], device: torch.device) -> None:
-    available, where = _room(device)
+def _require(parts: Iterable[Part], device: torch.device, processes: int = 1) -> None:
+    available, where = _room(device, processes)
     needed = 0.0
     for setting, size, remedy in parts:
         needed += size
@@ -126,9 +125,9 @@ def require_memory(config: RunConfig, model: nn.Module, device: torch.device) ->
     if device.type in HOST:
         ready = pixels * data.batch_size * data.num_workers
         training.append((f"data.num_workers={data.num_workers}", ready, "lower it"))
-    else:  # where it is built before it is moved
+    else:  # where it is built before it is moved, perhaps by one process after the other
         _require([(network, weights, "choose a smaller one")], torch.device("cpu"))
-    _require(training, device)
+    _require(training, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def require_batch(data: DataSection, channels: int, device: torch.device) -> None:

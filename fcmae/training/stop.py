@@ -99,7 +99,7 @@ class StopRequests:
             if not self.code:
                 first = time.monotonic()
                 self.code = 128 + number
-                with suppress(OSError):  # whoever read the output has gone
+                with suppress(OSError, ValueError):  # whoever read the output has gone, or it was closed
                     _leave_terminal(number)
                     self.say(
                         f"{describe(self.code)}: stopping after this update; a second signal ends the run at once"
@@ -107,9 +107,12 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            others = signal.SIG_IGN, None  # None: a handler of another library's, not in Python
+            self.before = {number: handler for number, handler in handlers.items() if handler not in others}
+        if self.before:
             self.reader, self.writer = socket.socketpair()  # for a pipe waits on Windows
             self.writer.setblocking(False)
-            self.before = {s: signal.getsignal(s) for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
             self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self.thread.start()
             self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)

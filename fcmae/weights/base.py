@@ -244,18 +244,25 @@ def convert(
     return {new: reshape(old, state[old]) for old, new in translate(state, table, what).items()}
 
 
+LEAST_TENSORS = 8
+"""Of a block."""
+
+
 def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Read (depths, dims) off the names and shapes of one of our state dicts.
 
     Raises:
-        ValueError: if the stem, a downsampling or a whole stage is missing, or no convolution.
+        ValueError: if the stem, a downsampling, a whole stage or most of one is missing, or no convolution.
     """
     convs = ["downsample_layers.0.0.weight", *(f"downsample_layers.{i}.1.weight" for i in (1, 2, 3))]
     blocks = [{k.split(".")[2] for k in state if k.startswith(f"stages.{i}.")} for i in range(4)]
     depths = tuple(max(len(numbers), 1) for numbers in blocks)
     missing = [name for name in convs if name not in state]
     for i, depth in enumerate(depths):  # as many as there are, so that a number alone makes no network large
-        missing += [f"stages.{i}.{block}" for block in range(depth) if str(block) not in blocks[i]][:1]
+        wanted = (f"stages.{i}.{block}.dwconv.weight" for block in range(depth))
+        missing += [name for name in wanted if name not in state][:1]
+    if not missing and len(state) < LEAST_TENSORS * sum(depths):
+        missing = ["most of its tensors"]
     if missing:
         raise ValueError(f"not a whole ConvNeXt encoder: {', '.join(missing)} missing")
     for name in convs:
