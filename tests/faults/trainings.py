@@ -26,6 +26,9 @@ from fcmae.training import lock
 
 ROOT = Path(__file__).parents[2]
 
+STEPS = 6
+"""Of all trainings; an epoch has 5 and a bit."""
+
 COMMON = """
 log: {every_steps: 1}
 checkpoint: {every_steps: 3, keep: 2, keep_every_epochs: 1}
@@ -36,7 +39,7 @@ PRETRAINING = """
 model: {variant: [[1, 1, 1, 1], [8, 8, 16, 16]], stem_stride: 1, decoder_dim: 16, drop_path: 0.2}
 data: {root: DATA, image_size: 32, batch_size: 4, num_workers: 1}
 optim: {base_lr: 0.03, warmup_epochs: 1, accumulate: 2}
-train: {max_steps: 8}
+train: {max_steps: STEPS}
 eval: {knn_every_epochs: 1, collapse_every_epochs: 1}
 visualize: {num_images: 2, every_steps: 6}
 """
@@ -46,7 +49,7 @@ model: {variant: [[1, 1, 2, 1], [8, 16, 24, 32]], stem_stride: 1, drop_path: 0.2
 data: {root: DATA, image_size: 32, batch_size: 4, num_workers: 1, crop_scale: [0.3, 1], crop_pct: 1,
        mixup: 0.8, cutmix: 1, auto_augment: rand-m9-mstd0.5-inc1, erase_prob: 0.25}
 optim: {base_lr: 0.05, warmup_epochs: 0.5, layer_decay: 0.9, weight_decay: 0.05, clip_grad: 5, accumulate: 2}
-train: {max_steps: 8, ema_decay: 0.9}
+train: {max_steps: STEPS, ema_decay: 0.9}
 eval: {every_epochs: 1}
 """
 
@@ -158,7 +161,7 @@ class Run:
         self.folder = folder / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
-        config.write_text(training.config.replace("DATA", str(data)) + COMMON)
+        config.write_text(training.config.replace("DATA", str(data)).replace("STEPS", str(STEPS)) + COMMON)
         self.report = self.place / "report"
         for old in (self.report, *self.place.glob("*-*.txt")):
             old.unlink(missing_ok=True)

@@ -42,7 +42,7 @@ class Workshop:
         self.undisturbed = cache(self._undisturbed)
         self.recording = cache(self._recording)
         self.tensors = cache(self._tensors)
-        self.seconds = cache(self._seconds)
+        self._seconds: dict[str, float] = {}
 
     def run(self, name: str, place: str, *words: str, **options: Any) -> Run:
         return Run(self.context, TRAININGS[name], self.folder / name / place, self.data, *words, **options)
@@ -54,27 +54,30 @@ class Workshop:
         return run
 
     def _undisturbed(self, name: str) -> dict[str, Any]:
-        return outcome(read_tree(self.finish(name, "undisturbed").folder))
+        started = time.monotonic()
+        folder = self.finish(name, "undisturbed").folder
+        self._seconds[name] = time.monotonic() - started
+        return outcome(read_tree(folder))
 
     def _recording(self, name: str) -> tuple[Recorder, Tree]:
         run = self.run(name, "recorded", watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
         assert not any(run.wait()), run.errors()
         return run.seen()
 
-    def _seconds(self, name: str) -> float:
-        """How long a run takes, on a machine as busy as it is now."""
-        started = time.monotonic()
-        self.finish(name, "timed")
-        return time.monotonic() - started
+    def seconds(self, name: str) -> float:
+        """How long a run takes."""
+        self.undisturbed(name)
+        return self._seconds[name]
 
     def _tensors(self, name: str) -> dict[str, dict[str, bytes]]:
-        """The tensors of each step's checkpoint, by folder and file."""
-        tree = read_tree(self.finish(name, "all-kept", "checkpoint.keep=1000").folder)
+        """The tensors of each step's checkpoint as they were when it got its name, by folder and file."""
+        recorder, _ = self.recording(name)
         found: dict[str, dict[str, bytes]] = {}
-        for path, content in tree.items():
-            folder, _, file = path.rpartition("/")
-            if "/checkpoints/step-" in path and file.endswith(".safetensors") and isinstance(content, bytes):
-                found.setdefault(folder, {})[file] = content
+        for _, tree in recorder.killed.values():
+            for path, content in tree.items():
+                folder, _, file = path.rpartition("/")
+                if "/checkpoints/step-" in path and file.endswith(".safetensors") and isinstance(content, bytes):
+                    found.setdefault(folder, {}).setdefault(file, content)
         return found
 
     def resume(self, name: str, place: str, tree: Tree | None = None, *, but: Callable[[str], bool] = bool) -> None:
