@@ -29,6 +29,11 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def real_path(path: Path) -> Path:
+    """Return a path without symbolic links; a loop of them is no error, as it is to `Path.resolve`."""
+    return Path(os.path.realpath(path))
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, reading it piece by piece."""
     with open(path, "rb") as file:

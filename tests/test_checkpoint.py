@@ -181,6 +181,8 @@ def test_moments_under_the_names_of_0_1_0_come_back_and_those_of_another_optimiz
     assert all(torch.equal(restored[name], tensors[name]) for name in tensors)
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
     assert {group["weight_decay"] for group in other_optimizer.param_groups} == {0.05, 0.0}
+    with pytest.raises(UserError, match="x: 12 tensors are not those of this optimizer"):
+        restore_optimizer(other, other_optimizer, {}, "x")
     del old["exp_avg.0.weight"]
     with pytest.raises(
         UserError, match=r"x: 1 tensors are not those of this optimizer, .*state\.0\.weight\.exp_avg"
@@ -274,7 +276,10 @@ def test_a_damaged_best_is_set_aside_and_the_best_of_what_comes_takes_its_place(
 ) -> None:
     flip(stopped / "checkpoints" / "step-00000004" / EMA, -1)
     trainer = small_run(small_config(stopped, checkpoint={"keep": 9}))
-    assert "it was the best, which is looked for anew from step 6 on" in capsys.readouterr().out
+    assert (
+        "damaged-step-00000004; it was the best up to step 6, which is now looked for anew"
+        in capsys.readouterr().out
+    )
     assert trainer.best == Best(step=8, score=0.4)
     assert (stopped / "checkpoints" / "best").resolve().name == "step-00000008"
     assert outcome(stopped) == outcome(finished)

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, TINY, error_line, randomise, run_main, small_encoder, state_of
 from PIL import Image
 from safetensors.torch import save_file
+from small_runs import rehash
 from test_evaluate import extract, splits_of, write_classes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -610,6 +611,7 @@ def test_a_run_is_evaluated_on_its_own_images_before_others(root: Path, tmp_path
     state = json.loads((checkpoint / "state.json").read_text())
     state["config"]["data"] |= {"val_root": str(root), "val_split": state["config"].pop("eval")["val_split"]}
     (checkpoint / "state.json").write_text(json.dumps(state))  # as fine-tuning writes it
+    rehash(checkpoint)
     assert command("evaluate", checkpoint, "--linear")[0] == 0
     out = command("evaluate", checkpoint, "--knn", "eval.val_split=null")[1]
     assert "12 images to learn 3 classes from, 3 to classify" in out

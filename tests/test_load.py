@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, randomise, small_encoder
+from small_runs import rehash
 from weight_files import MEAN, NAMES, STD, same, save_run
 
 from fcmae import FCMAE, load_encoder
@@ -95,8 +96,10 @@ def test_tensors_are_found_in_runs_checkpoints_and_files(tmp_path: Path) -> None
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     path = save_run(tmp_path, small_encoder())
-    for damage in ({"step": 7}, {"step": 7, "config": {"data": {"mean": "abc"}}}, {"config": {"data": {}}}):
-        (path / "state.json").write_text(json.dumps(damage))
+    state = json.loads((path / "state.json").read_text())
+    for damage in ({}, {"data": {"mean": "abc"}}, {"data": 5}, {"data": {}, "model": "atto"}):
+        (path / "state.json").write_text(json.dumps(state | {"config": damage}))
+        rehash(path)
         with pytest.raises(UserError, match=f"{path}.*: damaged"):
             load_weights(path)
 

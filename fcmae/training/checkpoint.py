@@ -36,6 +36,7 @@ from fcmae.files import (
     atomic_folder,
     fsync,
     point_link,
+    real_path,
     remove_folder,
     rename,
     sha256,
@@ -156,8 +157,6 @@ def restore_optimizer(
     Raises:
         UserError: naming `source`, if they are another optimizer's.
     """
-    if not tensors:
-        return
     tensors = {_current_name(name): value for name, value in tensors.items()}
     own = get_optimizer_state_dict(model, optimizer, options=FLAT)
     wanted = {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -259,7 +258,7 @@ def read_state(folder: Path) -> State:
         raise Damaged(f"{path}: damaged: {reason}") from error
     if state.format > 1 and not (folder / SUMS).is_file():
         raise Damaged(f"{folder / SUMS}: missing")
-    if step_of(folder.resolve()) not in (None, state.step):
+    if step_of(real_path(folder)) not in (None, state.step):
         raise Damaged(f"{path}: damaged: it is of step {state.step}")
     return state
 

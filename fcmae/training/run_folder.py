@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fcmae.config import RunConfig, Section, parse_config
 from fcmae.errors import UserError
-from fcmae.files import free_bytes
+from fcmae.files import free_bytes, real_path
 from fcmae.training.checkpoint import (
     BEST,
     EMA,
@@ -75,7 +75,7 @@ class RunFolder:
     @classmethod
     def around(cls, path: Path) -> "RunFolder | None":
         """Return the run that `path` is, or that it is a checkpoint, an exported folder or a file of."""
-        real = path.resolve()
+        real = real_path(path)
         runs = map(cls, (real, *real.parents[:3]))
         return next((run for run in runs if run.config.is_file() and run.checkpoints.is_dir()), None)
 
@@ -128,17 +128,21 @@ def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> C
 
 def _best_is_intact(checkpoint: Checkpoint, say: Callable[[str], None]) -> bool:
     """Whether there is a best checkpoint; a damaged one is set aside."""
-    best = checkpoint.state.best
-    if best is None or best.step == checkpoint.state.step:
+    best, step = checkpoint.state.best, checkpoint.state.step
+    if best is None or best.step == step:
         return best is not None
     path = step_folder(checkpoint.path.parent, best.step)
-    try:
-        read_checkpoint(path)
-    except Damaged as error:
-        what = f"set aside as {set_aside(path).name}; " if path.exists() else ""
-        say(f"{error}; {what}it was the best, which is looked for anew from step {checkpoint.state.step} on")
-        return False
-    return True
+    if not path.exists():
+        problem = f"{path}: not there any more"
+    else:
+        try:
+            read_checkpoint(path)
+        except Damaged as error:
+            problem = f"{error}; set aside as {set_aside(path).name}"
+        else:
+            return True
+    say(f"{problem}; it was the best up to step {step}, which is now looked for anew")
+    return False
 
 
 def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:
@@ -209,7 +213,7 @@ class StoredModel(NamedTuple):
         try:
             return read_tensors(self.file.parent, self.file.name)
         except Damaged as error:
-            raise _naming_intact(error, self.file.parent.resolve().parent) from error
+            raise _naming_intact(error, real_path(self.file.parent).parent) from error
 
 
 def _naming_intact(error: Damaged, checkpoints: Path) -> UserError:
@@ -248,7 +252,7 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
         UserError: if the EMA is asked for and there is none, or the checkpoint is damaged, naming an intact one.
     """
     folder = path.parent if path.is_file() else path
-    if not (folder / STATE).is_file() and step_of(folder.resolve()) is None:
+    if not (folder / STATE).is_file() and step_of(real_path(folder)) is None:
         run = RunFolder(path)
         has_best = run.best.is_symlink() or run.best.is_dir()
         folder = run.best if has_best and not last else run.newest
@@ -262,7 +266,7 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
     try:
         state = read_state(folder)
     except Damaged as error:
-        raise _naming_intact(error, folder.resolve().parent) from error
+        raise _naming_intact(error, real_path(folder).parent) from error
     has_ema = holds_ema(folder, state)
     if ema and not has_ema:
         raise UserError(f"{path}: holds no EMA weights, only the raw ones")
