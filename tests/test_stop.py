@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fcmae import finetune, pretrain
 from fcmae.data import PixelNormalizer, save_arrays
-from fcmae.data.batches import _death, load_batches
+from fcmae.data.batches import load_batches
+from fcmae.data.workers import describe_death
 from fcmae.errors import UserError
 from fcmae.training.stop import StopRequests
 from fcmae.training.trainer import Trainer
@@ -401,8 +402,8 @@ def test_the_death_of_a_process_that_loads_is_one_line_with_what_may_help() -> N
     )
     assert str(error.value).startswith(expected)
     assert not error.value.everywhere
-    assert "shared memory (/dev/shm) is full" in _death(-signal.SIGBUS)
-    assert "ended by exit code 3, data.num_workers=0 shows what happens" in _death(3)
+    assert "shared memory (/dev/shm) is full" in describe_death(-signal.SIGBUS)
+    assert "ended by exit code 3, data.num_workers=0 shows what happens" in describe_death(3)
 
 
 ENDINGS = ("sys.exit(3)", "os.kill(os.getpid(), signal.SIGKILL)")

@@ -1,15 +1,9 @@
 """Datasets, samples and batches: an image, its mask or label, what could not be read; knows no model or split."""
 
-import atexit
 import math
-import multiprocessing
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -21,9 +15,10 @@ from fcmae.data.sampling import PADDING, Key
 from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
+from fcmae.data.workers import serving, starting
 from fcmae.errors import UserError, one_line
 from fcmae.seeding import seeded, torch_seeded
-from fcmae.signals import serve_parent, stop_signals_held
+from fcmae.signals import serve_parent
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""
@@ -381,55 +376,14 @@ def load_batches(
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
             worker_init_fn=serve_parent if num_workers else None,
         )
-        with _new_processes() as workers, stop_signals_held():
+        with starting() as workers:
             batches = iter(loader)
     try:
-        yield from map(unpacked, batches)
+        with serving(workers):
+            yield from map(unpacked, batches)
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
         line = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         raise UserError(line, everywhere=False) from error
-    except (RuntimeError, OSError, EOFError) as error:  # of whatever was waited for, or half received
-        if dead := [worker.exitcode for worker in workers if worker.exitcode]:
-            raise UserError(f"data.num_workers={num_workers}: {_death(dead[0])}", everywhere=False) from error
-        raise
-    finally:
-        for worker in workers:
-            atexit.unregister(worker.kill)
-
-
-@contextmanager
-def _new_processes() -> Iterator[list[BaseProcess]]:
-    """Give the processes that are started inside, once they are; what terminates them kills them, as does exiting.
-
-    They ignore SIGTERM, for which this process would wait for ever, also at its exit. The deaths of theirs are met
-    when they are asked for something: torch would have them raise wherever this process happens to be.
-    """
-    started: list[BaseProcess] = []
-    others = set(multiprocessing.active_children())
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") and in_main_thread else None
-    yield started
-    if before is not None:
-        signal.signal(signal.SIGCHLD, before)
-    started += set(multiprocessing.active_children()) - others
-    for process in started:
-        process.terminate = process.kill
-        atexit.register(process.kill)
-
-
-DEATHS = {
-    "SIGKILL": "as the system does when memory runs out: lower data.num_workers or data.batch_size",
-    "SIGBUS": "as happens when shared memory (/dev/shm) is full, or a file shrinks while it is read: "
-    "enlarge the first (docker run --shm-size=8g), or lower data.num_workers",
-}
-"""By which signal a process died -> what may have sent it, and what helps."""
-
-
-def _death(exitcode: int) -> str:
-    """Describe the death of a process that loaded images."""
-    how = f"exit code {exitcode}" if exitcode > 0 else signal.Signals(-exitcode).name
-    likely = "data.num_workers=0 shows what happens, and other images whether it is one of them"
-    return f"a process that loads images was ended by {how}, {DEATHS.get(how, likely)}"
 
 
 def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:

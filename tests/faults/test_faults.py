@@ -4,7 +4,6 @@ In the default suite a sample of each; `make faults` takes all. What is drawn is
 """
 
 import errno
-import os
 import random
 import signal
 import time
@@ -160,7 +159,7 @@ def test_a_run_killed_at_any_moment_and_again_goes_on_as_if_nothing_had_happened
 def survive_kill_of_one(workshop: Workshop, name: str, place: str, rank: int, delay: float) -> None:
     run = workshop.run(name, place)
     time.sleep(delay)
-    os.kill(run.processes[rank].pid, signal.SIGKILL)
+    run.processes[rank].kill()
     run.wait()
     workshop.resume(name, place)
 

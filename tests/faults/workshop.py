@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -49,7 +50,7 @@ class Workshop:
 
     def finish(self, name: str, place: str, *words: str) -> Run:
         run = self.run(name, place, *words)
-        codes = run.wait()
+        codes = run.wait(300)
         assert (set(codes), run.errors()) == ({0}, []), run.place
         return run
 
@@ -60,8 +61,9 @@ class Workshop:
         return outcome(read_tree(folder))
 
     def _recording(self, name: str) -> tuple[Recorder, Tree]:
+        shutil.rmtree(self.folder / name / "recorded", ignore_errors=True)
         run = self.run(name, "recorded", watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
-        assert not any(run.wait()), run.errors()
+        assert run.wait(600) == [0] * len(run.processes), run.errors()
         return run.seen()
 
     def seconds(self, name: str) -> float:
