@@ -2,17 +2,18 @@
 
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from file_layer import Recorder, Tree
-from trainings import TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
+from file_layer import Operation, Recorder, Tree
+from trainings import STEPS, TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
 
 T = TypeVar("T")
+
+States = Iterable[tuple[Operation, Tree]]
 
 LARGE = "FCMAE_FAULTS" in os.environ
 """Whether `make faults` runs."""
@@ -42,6 +43,7 @@ class Workshop:
         make_images(self.data)
         self.undisturbed = cache(self._undisturbed)
         self.recording = cache(self._recording)
+        self.resumption = cache(self._resumption)
         self.tensors = cache(self._tensors)
         self._seconds: dict[str, float] = {}
 
@@ -61,8 +63,23 @@ class Workshop:
         return outcome(read_tree(folder))
 
     def _recording(self, name: str) -> tuple[Recorder, Tree]:
-        shutil.rmtree(self.folder / name / "recorded", ignore_errors=True)
-        run = self.run(name, "recorded", watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
+        return self._record(name, "recorded", {})
+
+    def _resumption(self, name: str) -> tuple[Recorder, Tree]:
+        """As `recording`, of a run that goes on after another was killed while it wrote its last checkpoint."""
+        recorder, _ = self.recording(name)
+        trees = [tree for _, tree in recorder.killed.values()]
+        last = f"run/checkpoints/.writing-step-{STEPS:08d}-"
+        (*_, unfinished) = (tree for tree in trees if any(path.startswith(last) for path in tree))
+        return self._record(name, "resumed", unfinished)
+
+    def states(self, name: str, of: Callable[[Recorder], States]) -> list[tuple[Operation, Tree]]:
+        """What a run and its resumption may leave."""
+        return [state for recorder, _ in (self.recording(name), self.resumption(name)) for state in of(recorder)]
+
+    def _record(self, name: str, place: str, tree: Tree) -> tuple[Recorder, Tree]:
+        write_tree(self.folder / name / place / "work", tree)
+        run = self.run(name, place, watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
         assert run.wait(600) == [0] * len(run.processes), run.errors()
         return run.seen()
 
