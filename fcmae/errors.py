@@ -204,8 +204,8 @@ def report(error: BaseException) -> int:
         what = textwrap.shorten(what, 300, placeholder=" ...")
         line = f"{what}; a bug in fcmae: please report it with the whole traceback"
     line = one_line(line)
-    first = rank == 0 if isinstance(error, UserError) and error.everywhere else _reports_first()
-    if first:
+    everywhere = isinstance(error, UserError) and error.everywhere
+    if (rank == 0 or not everywhere) and (_reports_first() or everywhere):
         if code == 1:
             line += f", which is {_keep_traceback(error)}"
         _say(f"error{f' in process {rank}' if rank else ''}: {line}")

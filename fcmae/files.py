@@ -33,6 +33,11 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def real_path(path: Path) -> Path:
+    """Return a path without symbolic links; a loop of them is no error, as it is to `Path.resolve`."""
+    return Path(os.path.realpath(path))
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, reading it piece by piece."""
     with open(path, "rb") as file:
@@ -55,8 +60,8 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished files and folders that kills left anywhere in a folder."""
-    for path in [path for path in folder.rglob(f"{WRITING}*") if os.path.lexists(path)]:
+    """Delete the unfinished files and folders that kills left in a folder, not in folders below."""
+    for path in folder.glob(f"{WRITING}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -47,7 +47,7 @@ def fuzzed(few: int, many: int) -> settings:
         deadline=None,
         database=None,
         print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck.__members__.values()],
     )
 
 

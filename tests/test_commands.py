@@ -611,6 +611,23 @@ def test_a_users_files_are_refused_before_anything_takes_long(
     assert mine["plot.png"].read_text() == mine["confusion.png"].read_text() == table.read_text() == "mine"
 
 
+def test_a_run_leaves_alone_what_others_put_into_its_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [str(PHOTOS), "model.variant=[[1, 1, 1, 1], [8, 8, 16, 16]]", "data.image_size=32"]
+    arguments += ["data.num_workers=0", "visualize.every_steps=1", "checkpoint.keep=1", f"output={run}"]
+    arguments += ["--config", "quickstart", "resume=auto"]
+    assert run_main(pretrain.main, *arguments, "train.max_steps=1") == 0
+    folders = ("encoder", "reconstructions", "checkpoints", "checkpoints/step-mine", "tensorboard", "mine")
+    mine = [run / place / name for place in (".", *folders) for name in ("notes.txt", "step-1.png")]
+    mine.append(run / "mine" / ".writing-x")  # such as that of a run in this one's folder
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert run_main(pretrain.main, *arguments, "train.max_steps=2") == 0
+    assert [path.name for path in (run / "checkpoints").glob("step-0*")] == ["step-00000002"]
+    assert {path.read_text() for path in mine} == {"mine"}
+
+
 # fcmae export
 
 

@@ -162,9 +162,9 @@ def test_an_interrupt_says_nothing_more(fail: Fail) -> None:
 def test_of_several_processes_one_reports_and_all_tell_the_launcher(
     fail: Fail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(rank: int, error: Exception) -> tuple[str, str]:
+    def end(rank: int, error: Exception, attempt: int = 0) -> tuple[str, str]:
         """What process `rank` prints, and tells the launcher."""
-        file = tmp_path / "attempt_0" / str(rank) / "error.json"
+        file = tmp_path / f"attempt_{attempt}" / str(rank) / "error.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
@@ -174,9 +174,10 @@ def test_of_several_processes_one_reports_and_all_tell_the_launcher(
     line = "error: x: wrong"
     assert end(1, UserError("x: wrong")) == ("", line)
     assert end(0, UserError("x: wrong")) == (f"{line}\n", line)
-    assert end(1, UserError("x: wrong", everywhere=False)) == ("error in process 1: x: wrong\n", line)
-    assert end(0, MemoryError())[0] == ""  # the first was the cause
-    assert end(2, KeyError("x"))[0] == ""
+    assert end(2, RuntimeError("Connection closed by peer"))[0] == ""  # the first was the cause
+    assert end(1, UserError("x: wrong", everywhere=False), 1) == ("error in process 1: x: wrong\n", line)
+    assert end(0, MemoryError(), 1)[0] == ""
+    assert end(2, KeyError("x"), 1)[0] == ""
 
 
 def test_torchruns_summary_ends_with_our_line(tmp_path: Path, environment: dict[str, str]) -> None:

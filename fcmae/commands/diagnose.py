@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae import arguments
 from fcmae.commands.arguments import command_parser
-from fcmae.errors import UserError, blame, shown
+from fcmae.errors import UserError, blame, named, shown
 from fcmae.files import require_folder, write_json
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def check_options(options: argparse.Namespace) -> None:
             limit = f"at least {least}" if value < least else f"at most {most}"
             raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
     if options.size and (len(options.size) > 2 or min(options.size) < 1 or max(options.size) > MOST_SIDE):
-        raise UserError(f"--size {shown(options.size)}: give a side in pixels, or height and width, to {MOST_SIDE}")
+        size = named(" ".join(map(str, options.size)))
+        raise UserError(f"--size {size}: give a side in pixels, or height and width, of at most {MOST_SIDE}")
     for name in (options.data, *options.models):
         name.encode()  # which fails where no picture could show it
     out: Path = options.output

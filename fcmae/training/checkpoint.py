@@ -36,6 +36,7 @@ from fcmae.files import (
     atomic_folder,
     fsync,
     point_link,
+    real_path,
     remove_folder,
     rename,
     sha256,
@@ -257,7 +258,7 @@ def read_state(folder: Path) -> State:
         raise Damaged(f"{path}: damaged: {reason}") from error
     if state.format > 1 and not (folder / SUMS).is_file():
         raise Damaged(f"{folder / SUMS}: missing")
-    if step_of(folder.resolve()) not in (None, state.step):
+    if step_of(real_path(folder)) not in (None, state.step):
         raise Damaged(f"{path}: damaged: it is of step {state.step}")
     return state
 

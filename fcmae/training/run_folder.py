@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fcmae.config import RunConfig, Section, load_config, parse_config, to_yaml
 from fcmae.errors import UserError
-from fcmae.files import WRITING, free_bytes
+from fcmae.files import WRITING, free_bytes, real_path
 from fcmae.training.checkpoint import (
     BEST,
     EMA,
@@ -66,6 +66,8 @@ class RunFolder:
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
         self.confusion = self.path / "confusion.png"
+        self.folders = (self.path, self.checkpoints, self.reconstructions, self.encoder, self.model)
+        """Where a run writes; folders of others may lie between."""
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
@@ -77,7 +79,7 @@ class RunFolder:
     @classmethod
     def around(cls, path: Path) -> "RunFolder | None":
         """Return the run that `path` is, or that it is a checkpoint, an exported folder or a file of."""
-        real = path.resolve()
+        real = real_path(path)
         runs = map(cls, (real, *real.parents[:3]))
         return next((run for run in runs if run.config.is_file() and run.checkpoints.is_dir()), None)
 
@@ -244,7 +246,7 @@ class StoredModel(NamedTuple):
         try:
             return read_tensors(self.file.parent, self.file.name)
         except Damaged as error:
-            raise _naming_intact(error, self.file.parent.resolve().parent) from error
+            raise _naming_intact(error, real_path(self.file.parent).parent) from error
 
 
 def _naming_intact(error: Damaged, checkpoints: Path) -> UserError:
@@ -283,7 +285,7 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
         UserError: if the EMA is asked for and there is none, or the checkpoint is damaged, naming an intact one.
     """
     folder = path.parent if path.is_file() else path
-    if not (folder / STATE).is_file() and step_of(folder.resolve()) is None:
+    if not (folder / STATE).is_file() and step_of(real_path(folder)) is None:
         run = RunFolder(path)
         has_best = run.best.is_symlink() or run.best.is_dir()
         folder = run.best if has_best and not last else run.newest
@@ -297,7 +299,7 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
     try:
         state = read_state(folder)
     except Damaged as error:
-        raise _naming_intact(error, folder.resolve().parent) from error
+        raise _naming_intact(error, real_path(folder).parent) from error
     has_ema = holds_ema(folder, state)
     if ema and not has_ema:
         raise UserError(f"{path}: holds no EMA weights, only the raw ones")

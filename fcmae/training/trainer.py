@@ -419,7 +419,8 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self._require_lock()
                 make_folder(self.run.path)
-                remove_leftovers(self.run.path)
+                for place in self.run.folders:
+                    remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
             stack.enter_context(progress)
