@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 from fcmae.errors import UserError
@@ -17,6 +18,9 @@ DEATHS = {
     "enlarge the first (docker run --shm-size=8g), or lower data.num_workers",
 }
 """By which signal a process died -> what may have sent it, and what helps."""
+
+ENDING_S = 2.0
+"""How long a process may take from the loss of its connections to its end."""
 
 
 def describe_death(exitcode: int) -> str:
@@ -58,6 +62,8 @@ def serving(processes: Sequence[BaseProcess]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:  # of whatever was waited for, or half received
+        if processes:  # connections close before the one that had them has ended
+            wait([process.sentinel for process in processes], ENDING_S)
         if dead := [process.exitcode for process in processes if process.exitcode]:
             line = f"data.num_workers={len(processes)}: {describe_death(dead[0])}"
             raise UserError(line, everywhere=False) from error

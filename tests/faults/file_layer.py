@@ -56,7 +56,7 @@ class FileLayer:
     def __init__(self, root: Path, watcher: Watcher) -> None:
         self.root = os.path.realpath(root)
         self.watcher = watcher
-        self.disk = Disk()
+        self.disk = Disk(Path(self.root))
         self.counts: Counter[tuple[str, str]] = Counter()
         self.lock = threading.RLock()
         self.process = os.getpid()
@@ -273,8 +273,21 @@ def _apply(entries: dict[str, Node], change: "Mapping[str, Node | None]") -> Non
 class Disk:
     """A folder as processes see it, and what may be left of it when the power fails: what was synced, at least."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        """Begin with what is in `folder`, all of it synced."""
         self.root = Folder()
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if BEST_EFFORT.search(name):
+                continue
+            self.put(name, os.readlink(path) if path.is_symlink() else Folder() if path.is_dir() else File())
+            if path.is_file() and not path.is_symlink():
+                self.file(name).content[:] = path.read_bytes()
+                self.sync(name)
+        for path in (folder, *folder.rglob("*")):
+            name = "" if path == folder else path.relative_to(folder).as_posix()
+            if path.is_dir() and not path.is_symlink() and not BEST_EFFORT.search(name):
+                self.sync(name)
 
     def _find(self, path: str) -> Node:
         node: Node = self.root

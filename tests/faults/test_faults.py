@@ -4,7 +4,6 @@ In the default suite a sample of each; `make faults` takes all. What is drawn is
 """
 
 import errno
-import os
 import random
 import signal
 import time
@@ -35,9 +34,10 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 @each
-def test_the_file_layer_changes_nothing_and_misses_nothing(name: str, workshop: Workshop) -> None:
-    recorder, seen = workshop.recording(name)
-    left = read_tree(workshop.folder / name / "recorded" / "work")
+@pytest.mark.parametrize("place", ["recorded", "resumed"])
+def test_the_file_layer_changes_nothing_and_misses_nothing(name: str, place: str, workshop: Workshop) -> None:
+    recorder, seen = (workshop.recording if place == "recorded" else workshop.resumption)(name)
+    left = read_tree(workshop.folder / name / place / "work")
     assert not differences(outcome(left), workshop.undisturbed(name))
     assert not differences(seen, left), "something was written past the layer"
     assert {operation.kind for operation in recorder.operations} >= {
@@ -54,8 +54,11 @@ def test_the_file_layer_changes_nothing_and_misses_nothing(name: str, workshop: 
 
 
 @each
-def test_once_there_is_an_intact_checkpoint_there_always_is_one(name: str, workshop: Workshop) -> None:
-    recorder, _ = workshop.recording(name)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_once_there_is_an_intact_checkpoint_there_always_is_one(
+    name: str, resumed: bool, workshop: Workshop
+) -> None:
+    recorder, _ = (workshop.resumption if resumed else workshop.recording)(name)
     tensors = workshop.tensors(name)
     seen = [(operation, bool(intact(tree, tensors))) for operation, tree in recorder.killed.values()]
     first = [has for _, has in seen].index(True)
@@ -75,9 +78,9 @@ def test_once_there_is_an_intact_checkpoint_there_always_is_one(name: str, works
 def test_a_run_goes_on_from_what_a_kill_at_any_operation_leaves(
     name: str, part: int, workshop: Workshop, record_property: Report
 ) -> None:
-    recorder, _ = workshop.recording(name)
+    states = workshop.states(name, lambda recorder: recorder.killed.values())
     tally = Tally()
-    for operation, tree in drawn(recorder.killed.values(), *SAMPLED[name], part=part, what="killed"):
+    for operation, tree in drawn(states, *SAMPLED[name], part=part, what="killed"):
         tally.attempt(operation, partial(workshop.resume, name, f"killed-{tally.tried}", tree))
     tally.end(record_property, f"{name}: killed at an operation on files")
 
@@ -87,9 +90,9 @@ def test_a_run_goes_on_from_what_a_kill_at_any_operation_leaves(
 def test_a_run_goes_on_from_what_a_power_failure_at_any_operation_leaves(
     name: str, part: int, workshop: Workshop, record_property: Report
 ) -> None:
-    recorder, _ = workshop.recording(name)
+    states = workshop.states(name, lambda recorder: recorder.unpowered.values())
     tally = Tally()
-    for operation, tree in drawn(recorder.unpowered.values(), *SAMPLED[name], part=part, what="unpowered"):
+    for operation, tree in drawn(states, *SAMPLED[name], part=part, what="unpowered"):
         tally.attempt(operation, partial(workshop.resume, name, f"unpowered-{tally.tried}", tree))
     tally.end(record_property, f"{name}: power failed at an operation on files")
 
@@ -160,7 +163,7 @@ def test_a_run_killed_at_any_moment_and_again_goes_on_as_if_nothing_had_happened
 def survive_kill_of_one(workshop: Workshop, name: str, place: str, rank: int, delay: float) -> None:
     run = workshop.run(name, place)
     time.sleep(delay)
-    os.kill(run.processes[rank].pid, signal.SIGKILL)
+    run.processes[rank].kill()
     run.wait()
     workshop.resume(name, place)
 

@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from file_layer import Recorder, Tree
-from trainings import TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
+from file_layer import Operation, Recorder, Tree
+from trainings import STEPS, TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
 
 T = TypeVar("T")
+
+States = Iterable[tuple[Operation, Tree]]
 
 LARGE = "FCMAE_FAULTS" in os.environ
 """Whether `make faults` runs."""
@@ -41,6 +43,7 @@ class Workshop:
         make_images(self.data)
         self.undisturbed = cache(self._undisturbed)
         self.recording = cache(self._recording)
+        self.resumption = cache(self._resumption)
         self.tensors = cache(self._tensors)
         self._seconds: dict[str, float] = {}
 
@@ -49,7 +52,7 @@ class Workshop:
 
     def finish(self, name: str, place: str, *words: str) -> Run:
         run = self.run(name, place, *words)
-        codes = run.wait()
+        codes = run.wait(300)
         assert (set(codes), run.errors()) == ({0}, []), run.place
         return run
 
@@ -60,8 +63,24 @@ class Workshop:
         return outcome(read_tree(folder))
 
     def _recording(self, name: str) -> tuple[Recorder, Tree]:
-        run = self.run(name, "recorded", watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
-        assert not any(run.wait()), run.errors()
+        return self._record(name, "recorded", {})
+
+    def _resumption(self, name: str) -> tuple[Recorder, Tree]:
+        """As `recording`, of a run that goes on after another was killed while it wrote its last checkpoint."""
+        recorder, _ = self.recording(name)
+        trees = [tree for _, tree in recorder.killed.values()]
+        last = f"run/checkpoints/.writing-step-{STEPS:08d}-"
+        (*_, unfinished) = (tree for tree in trees if any(path.startswith(last) for path in tree))
+        return self._record(name, "resumed", unfinished)
+
+    def states(self, name: str, of: Callable[[Recorder], States]) -> list[tuple[Operation, Tree]]:
+        """What a run and its resumption may leave."""
+        return [state for recorder, _ in (self.recording(name), self.resumption(name)) for state in of(recorder)]
+
+    def _record(self, name: str, place: str, tree: Tree) -> tuple[Recorder, Tree]:
+        write_tree(self.folder / name / place / "work", tree)
+        run = self.run(name, place, watcher=Recorder(SEED, fates_drawn=2 if LARGE else 1))
+        assert run.wait(600) == [0] * len(run.processes), run.errors()
         return run.seen()
 
     def seconds(self, name: str) -> float:
