@@ -6,6 +6,8 @@ READY := $(VENV)/.fcmae-ready
 ENGINE := $(VENV)/.fcmae-minkowski
 # more key=value pairs, such as: make quickstart ARGS="train.max_steps=20 output=runs/short"
 ARGS ?=
+# of what make faults draws
+SEED := $(or $(SEED),$(shell date +%s))
 
 # A file at a time in up to four processes, whose threads must not spin.
 PYTEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -43,8 +45,9 @@ test-other-cpu: $(READY)  ## the numeric tests, rounded as on another processor
 fuzz: $(READY)  ## thousands of malformed configurations, weights and images, others each time
 	@FCMAE_FUZZ=1 $(PYTEST) tests/fuzz $(ARGS)
 
-faults: $(READY)  ## runs killed dozens of times, and disks that fail
-	@FCMAE_FAULTS=1 $(PYTEST) tests/faults $(ARGS)
+faults: $(READY)  ## runs killed hundreds of times, and disks that fail; SEED=... for the same again
+	@echo "make faults SEED=$(SEED)"
+	@FCMAE_FAULTS=$(SEED) $(PYTEST) --dist worksteal --timeout 1800 tests/faults $(ARGS)
 
 check: $(READY)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -22,9 +22,20 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, Section, load_config, parse_config
-from fcmae.errors import UserError, blame
+from fcmae.config import (
+    FinetuneRecipe,
+    Place,
+    PretrainConfig,
+    RunConfig,
+    Section,
+    Seed,
+    Text,
+    load_config,
+    parse_config,
+)
+from fcmae.errors import UserError, blame, shown
 from fcmae.files import atomic_path, write_text
+from fcmae.plain_yaml import write_value
 from fcmae.training.run_folder import RunFolder
 
 Kind = Literal["pretrain", "finetune"]
@@ -60,8 +71,13 @@ Settings = Annotated[dict[str, Any], BeforeValidator(flatten)]
 """Values of a configuration by dotted key, which may also be given as sections."""
 
 
-Configs = dict[Kind, str]
+Configs = dict[Kind, Place]
 """The configurations that arms change: shipped ones by name, or files."""
+
+
+ArmName = Annotated[Text, Field(max_length=100)]
+MOST_RUNS = 1000
+"""Arms and seeds of a grid."""
 
 
 class Arm(Section):
@@ -82,22 +98,22 @@ class Grid(Section):
     """Everything `fcmae ablate` needs to know."""
 
     task: ClassVar[str | None] = "ablate"
-    title: str
-    source: str
+    title: Text
+    source: Text
     """The paper and table that it repeats."""
-    output: str
+    output: Place
     """Where the run folders and results.jsonl go; grids that share it share runs."""
     configs: Configs = Field(default_factory=dict)
     both: Settings = Field(default_factory=dict)
     """Settings of every arm, as in an arm."""
     pretrain: Settings = Field(default_factory=dict)
     finetune: Settings = Field(default_factory=dict)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     measure: Annotated[tuple[Literal["top1", "knn", "loss", "collapse"], ...], Field(min_length=1)] = ("top1",)
     """Columns of the table; the first is compared and drawn."""
-    reference: str | None = None
+    reference: Text | None = None
     """The arm that others are compared to, seed by seed; null for the first."""
-    arms: Annotated[dict[str, Arm], Field(min_length=1)]
+    arms: Annotated[dict[ArmName, Arm], Field(min_length=1)]
 
     @property
     def baseline(self) -> str:
@@ -106,7 +122,11 @@ class Grid(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.baseline not in self.arms:
-            raise ValueError(f"reference: there is no arm {self.reference!r}; arms are {', '.join(self.arms)}")
+            arms = ", ".join(list(self.arms)[:10])
+            raise ValueError(f"reference: there is no arm {shown(self.reference)}; arms are {arms}")
+        if len(self.arms) * len(self.seeds) > MOST_RUNS:
+            number = f"{len(self.arms)} arms and {len(self.seeds)} seeds"
+            raise ValueError(f"seeds: {number} are more than {MOST_RUNS} runs; make several grids of them")
         places: dict[str, str] = {}
         for arm in self.arms:
             if (other := places.setdefault(folder_name(arm), arm)) != arm:
@@ -121,7 +141,7 @@ def folder_name(arm: str) -> str:
 
 def as_argument(key: str, value: Any) -> str:
     """Write a setting as the commands take it."""
-    return f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+    return f"{key}={write_value(value)}"
 
 
 # Its stages
@@ -303,7 +323,8 @@ class Results:
         Raises:
             UserError: if one is damaged.
         """
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        with blame(f"{self.path}: not a text file"):
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         records = []
         for number, line in enumerate(lines, 1):
             with blame(f"{self.path}, line {number}"):
@@ -523,6 +544,7 @@ def table(grid: Grid, scores: Scores) -> str:
 def plot(grid: Grid, scores: Scores, picture: Path) -> None:
     """Draw an arm a row: a dot for each seed and a line at their mean, and beside them the paper's figures."""
     from matplotlib.figure import Figure  # here: it takes a second to import
+    from matplotlib.text import Text
 
     name = grid.measure[0]
     measure = MEASURES[name]
@@ -543,6 +565,8 @@ def plot(grid: Grid, scores: Scores, picture: Path) -> None:
         one.set_xlabel(label)
         one.grid(axis="x", alpha=0.3)
     figure.suptitle(grid.title)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     picture.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

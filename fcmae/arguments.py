@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -12,12 +11,21 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fcmae import __version__
-from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, load_config, override, override_config, to_yaml
-from fcmae.errors import UserError, run_script
+from fcmae.config import (
+    MOST_CHANNELS,
+    FinetuneRecipe,
+    PretrainConfig,
+    RunConfig,
+    load_config,
+    override,
+    override_config,
+    to_yaml,
+)
+from fcmae.errors import UserError, named, run_script
+from fcmae.plain_yaml import write_value
 
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """The `complete` of an argument that is a path, for shtab."""
@@ -28,12 +36,19 @@ keys:
   changes one. 'fcmae configs' lists the shipped configurations; docs/ says more of the keys."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors do not repeat a long argument."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(textwrap.shorten(message, 500, placeholder=" ..."))
+
+
 def command_parser(
     prog: str | None, description: str, *, examples: str, notes: str = "", usage: str | None = None
 ) -> argparse.ArgumentParser:
     """Return a parser whose help ends with example command lines and notes, as they are written."""
     epilog = "\n\n".join(filter(None, (f"examples:\n{textwrap.indent(examples, '  ')}", notes)))
-    return argparse.ArgumentParser(
+    return Parser(
         prog=prog,
         usage=usage,
         description=textwrap.fill(description, 79),
@@ -95,7 +110,8 @@ def finetune_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog,
         "Fine-tune a ConvNeXt V2 to classify labelled images, or evaluate one.",
         usage="%(prog)s --config NAME [IMAGES] [KEY=VALUE ...] [--print-config | --dry-run]\n"
-        "       %(prog)s --evaluate SOURCE [--last] [--ema | --raw] [--config NAME] [KEY=VALUE ...]",
+        "       %(prog)s --evaluate SOURCE [--last] [--ema | --raw] [--config NAME] [KEY=VALUE ...]\n"
+        "       [--overwrite]",
         examples=f"{name} --config tiny path/to/labelled init_from=runs/mine output=runs/classifier\n"
         f"{name} --evaluate runs/classifier",
         notes=KEYS,
@@ -119,6 +135,12 @@ def finetune_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="evaluate the EMA weights (default: where the run has them)",
     )
     kind.add_argument("--raw", action="store_false", dest="ema", help="evaluate the raw weights, not the EMA")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --evaluate, replace evaluation.json and confusion.png where they are not the run's own "
+        "(default: refuse)",
+    )
     return parser
 
 
@@ -131,12 +153,15 @@ def read_words(words: Sequence[str]) -> list[str]:
     overrides = [word for word in words if re.match(r"[\w.]*=", word)]
     folders = [word for word in words if word not in overrides]
     if len(folders) > 1:
-        raise UserError(f"{shlex.join(folders)}: name one folder of images; settings are KEY=VALUE, without spaces")
-    if folders and not Path(folders[0]).exists():
         raise UserError(
-            f"{folders[0]}: no such folder or file of images; settings are KEY=VALUE, such as optim.base_lr=3e-4"
+            f"{named(shlex.join(folders))}: name one folder of images; settings are KEY=VALUE, without spaces"
         )
-    return [f"data.root={json.dumps(folder)}" for folder in folders] + overrides
+    if folders and not os.path.exists(folders[0]):
+        raise UserError(
+            f"{named(folders[0])}: no such folder or file of images; settings are KEY=VALUE, such as "
+            "optim.base_lr=3e-4"
+        )
+    return [f"data.root={write_value(folder)}" for folder in folders] + overrides
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -160,7 +185,7 @@ def read_given(overrides: Sequence[str]) -> dict[str, Any]:
     rest: dict[str, Any] = {"output": "RUN", "model": {"variant": "atto"}, "data": {"root": "IMAGES"}}
     model = nested.get("model")
     channels = model.get("in_chans") if isinstance(model, dict) else None
-    if isinstance(channels, int):
+    if isinstance(channels, int) and 1 <= channels <= MOST_CHANNELS:
         rest["data"] |= {"mean": [0.5] * channels, "std": [0.5] * channels}
     config = override_config(PretrainConfig, rest, overrides, "fcmae pretrain")
 
@@ -230,8 +255,8 @@ def finetune(argv: list[str], *, prog: str | None = None) -> int:
     """Fine-tune or evaluate as asked for on the command line; returns the exit code."""
     parser = finetune_parser(prog)
     options = parser.parse_intermixed_args(argv)
-    if options.evaluate is None and (options.last or options.ema is not None):
-        parser.error("--last, --ema and --raw choose among what --evaluate takes")
+    if options.evaluate is None and (options.last or options.ema is not None or options.overwrite):
+        parser.error("--last, --ema, --raw and --overwrite are of --evaluate")
     options.overrides = read_words(options.words)
     if options.evaluate is not None:
         if not options.print_config:

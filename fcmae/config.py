@@ -2,23 +2,60 @@
 
 import copy
 import difflib
-import re
+import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fcmae.errors import UserError
+from fcmae.errors import UserError, blame, named, shown
+from fcmae.plain_yaml import MOST_CHARACTERS, MOST_DEEP, read_yaml, write_yaml
 
-FourSizes = tuple[int, int, int, int]
+
+def _one_line(text: str) -> str:
+    """Refuse a zero byte, line breaks and other control characters, which no name of a run, file or class needs."""
+    if wrong := [sign for sign in text if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")]:
+        raise ValueError(f"{shown(text)} has the control character {shown(wrong[0])}")
+    return text
+
+
+def _nameable(path: str) -> str:
+    """Refuse what file systems cannot name."""
+    if long := [name for name in path.split("/") if len(name.encode()) > 255]:
+        raise ValueError(f"{shown(long[0])} is longer than the 255 bytes that a name of a file has")
+    return path
+
+
+# Bounds are far above what any run needs, and keep sums finite and what is listed countable. What is too large for
+# this machine is another question: fcmae.training.memory.
+Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_one_line)]
+Place = Annotated[str, Field(min_length=1, max_length=4000), AfterValidator(_one_line), AfterValidator(_nameable)]
+MOST_CHANNELS = 4096
+MOST_UPDATES = 99_999_999
+"""Of a run: what the eight digits of a checkpoint's name count."""
+Channel = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+Band = Annotated[int, Field(ge=0, lt=MOST_CHANNELS)]
+Depth = Annotated[int, Field(ge=1, le=300)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Side = Annotated[int, Field(ge=1, le=65_536)]
+Batch = Annotated[int, Field(ge=1, le=1_000_000)]
+Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Epochs = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Sizes = tuple[Side, Side]
+Variant = Text | tuple[tuple[Depth, Depth, Depth, Depth], tuple[Width, Width, Width, Width]]
 Pair = tuple[float, float]
-Channels = Annotated[tuple[float, ...], Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegativeInt = Annotated[int, Field(ge=0)]
-Deviations = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
-NotNegative = Annotated[float, Field(ge=0)]
+Channels = Annotated[
+    tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(min_length=1, max_length=MOST_CHANNELS)
+]
+Deviations = Annotated[
+    tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(min_length=1, max_length=MOST_CHANNELS)
+]
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
 
@@ -42,13 +79,13 @@ class GRNSection(Section):
 class EncoderSection(Section):
     """The encoder, of pretraining and fine-tuning alike."""
 
-    variant: str | tuple[FourSizes, FourSizes]
+    variant: Variant
     version: Literal[1, 2] = 2
     """1 for ConvNeXt V1, with LayerScale; 2 for V2, with GRN."""
     response: Literal["auto", "none", "grn", "lrn", "batch_norm", "layer_norm", "squeeze_excite", "cbam"] = AUTO
     """What stands at GRN's place; `auto` is GRN in version 2, none in version 1."""
     grn: GRNSection = GRNSection()
-    in_chans: Positive = 3
+    in_chans: Channel = 3
     stem_stride: Literal[1, 2, 4] = 4
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -75,8 +112,8 @@ class ModelSection(EncoderSection):
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
     decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
-    decoder_dim: Positive = 512
-    decoder_depth: Positive = 1
+    decoder_dim: Width = 512
+    decoder_depth: Depth = 1
     norm_pix_loss: bool = True
     """Pixels as a target are normalised patch by patch."""
     target: Literal["pixels", "hog"] = "pixels"
@@ -87,7 +124,7 @@ class ModelSection(EncoderSection):
 class ClassifierSection(EncoderSection):
     """The network of fine-tuning: arguments of `fcmae.ConvNeXt`, by the same names."""
 
-    num_classes: Positive | None = None
+    num_classes: Batch | None = None
     """Outputs; null for as many as the training set has classes."""
     head_init_scale: NotNegative = 0.001
     """Factor on a new classifier's first weights."""
@@ -96,18 +133,18 @@ class ClassifierSection(EncoderSection):
 class DataSection(Section):
     """Where images come from and how they become batches."""
 
-    name: str = "folder"
+    name: Text = "folder"
     """`folder` (also a .tar), `arrays` (from `fcmae prepare`), or a map-style name of timm's `create_dataset`."""
-    root: str
-    split: str = "train"
+    root: Place
+    split: Text = "train"
     dtype: Literal["uint8", "uint16", "float32"] | None = None
     """Of the pixels, from the file to the model; null for the deepest of some images."""
-    image_size: Positive | tuple[Positive, Positive] = 224
+    image_size: Side | Sizes = 224
     """Pixels: a side, or [height, width]."""
-    batch_size: Positive = 64
+    batch_size: Batch = 64
     """Images per process and micro-batch."""
-    num_workers: Annotated[int, Field(ge=0)] = 8
-    max_bad: Annotated[int, Field(ge=0)] = 100
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 8
+    max_bad: Count = 100
     """Images that may fail to decode before the run ends."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Of pixels by channel, 1.0 standing for 255 (uint8) or 65535 (uint16); float32 as it is."""
@@ -132,16 +169,16 @@ class DataSection(Section):
 class LabelledDataSection(DataSection):
     """Where labelled images come from, and how they are augmented and evaluated."""
 
-    val_split: str | None = "val"
+    val_split: Text | None = "val"
     """The images to evaluate on; null for none."""
-    val_root: str | None = None
+    val_root: Place | None = None
     """Where they are; null for `root`."""
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each class that is trained on, at least one image; chosen by `train.seed`, smaller within larger."""
     crop_scale: Pair = (0.08, 1.0)
-    crop_padding: Positive | None = None
+    crop_padding: Side | None = None
     """Pixels of mirrored border for a plain random crop; null for the random resized crop."""
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    auto_augment: Text | None = "rand-m9-mstd0.5-inc1"
     """A policy of timm's `auto_augment`, for one or three channels; null for none."""
     erase_prob: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Probability of random erasing, with a normal value for each pixel."""
@@ -149,8 +186,17 @@ class LabelledDataSection(DataSection):
     """Alpha of mixup; 0 for none."""
     cutmix: NotNegative = 0.0
     """Alpha of cutmix; 0 for none. With both, each batch takes one of them."""
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 0.875
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)] = 0.875
     """Share of the side that the center crop of evaluation keeps."""
+
+    @model_validator(mode="after")
+    def _check_border(self) -> Self:
+        if self.crop_padding is not None and self.image_size != AUTO and self.crop_padding >= min(self.size):
+            raise ValueError(
+                f"crop_padding={self.crop_padding} must be less than image_size={min(self.size)}, of which it is "
+                "the mirror"
+            )
+        return self
 
 
 class OptimSection(Section):
@@ -159,11 +205,11 @@ class OptimSection(Section):
     base_lr: NotNegative = 1.5e-4
     min_lr: NotNegative = 0.0
     weight_decay: NotNegative = 0.05
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    warmup_epochs: NotNegative = 40
+    betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    warmup_epochs: Annotated[float, Field(ge=0, le=1e9)] = 40
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient, or null for no clipping."""
-    accumulate: Positive = 1
+    accumulate: Batch = 1
     """Micro-batches per update."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate from each layer to the one below it."""
@@ -189,22 +235,22 @@ class FinetuneOptimSection(OptimSection):
 class TrainSection(Section):
     """How long and how to compute."""
 
-    epochs: Annotated[float, Field(gt=0)] = 800
-    max_steps: Positive | None = None
+    epochs: Epochs = 800
+    max_steps: Annotated[int, Field(ge=1, le=MOST_UPDATES)] | None = None
     """End, schedule included, after this many updates if `epochs` would take more."""
-    max_hours: Annotated[float, Field(gt=0)] | None = None
+    max_hours: Epochs | None = None
     """Save and stop, to be resumed, when the process has run for so long; null for never."""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast; `auto` takes what accelerate was configured or launched with."""
     compile: bool = False
     gradient_checkpointing: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class FinetuneTrainSection(TrainSection):
     """How long and how to compute, and what is trained."""
 
-    epochs: Annotated[float, Field(gt=0)] = 100
+    epochs: Epochs = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of the exponential moving average (EMA) of the weights, which is evaluated beside them; null for none."""
@@ -215,7 +261,7 @@ class FinetuneTrainSection(TrainSection):
 class EvalSection(Section):
     """When to evaluate, and which weights."""
 
-    every_epochs: Annotated[float, Field(gt=0)] = 1.0
+    every_epochs: Epochs = 1.0
     ema: bool | None = None
     """Whether `best`, RUN/model and --evaluate take the EMA weights; null for "where there are any"."""
 
@@ -226,7 +272,7 @@ class CheckpointSection(Section):
     every_steps: Positive = 1000
     keep: Positive = 2
     """How many of the newest stay."""
-    keep_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    keep_every_epochs: Epochs | None = None
     """Save then, too, and keep these for good; null for none."""
 
 
@@ -240,17 +286,17 @@ class VisualizeSection(Section):
     """Reconstructions of fixed images, at start, at an interval and at the end."""
 
     every_steps: Positive = 5000
-    num_images: Annotated[int, Field(ge=0)] = 8
-    bands: tuple[NotNegativeInt, NotNegativeInt, NotNegativeInt] | None = None
+    num_images: Annotated[int, Field(ge=0, le=10_000)] = 8
+    bands: tuple[Band, Band, Band] | None = None
     """Channels, from 0, shown as red, green and blue; null for the first three, or gray."""
 
 
 class ProbeSection(Section):
     """Labelled images to evaluate frozen features on; classes are learnt from those of `data`."""
 
-    val_split: str | None = "val"
+    val_split: Text | None = "val"
     """The images to classify; null holds out a fifth of `data.split`."""
-    val_root: str | None = None
+    val_root: Place | None = None
     """Where they are; null for `data.root`."""
     num_images: Positive | None = None
     """Images taken of each, at most; null for all."""
@@ -259,9 +305,9 @@ class ProbeSection(Section):
 class OnlineProbeSection(ProbeSection):
     """k-NN accuracy and feature collapse during pretraining, which neither changes; labels never reach it."""
 
-    knn_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    knn_every_epochs: Epochs | None = None
     """Also before the first and after the last step; null for never."""
-    collapse_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    collapse_every_epochs: Epochs | None = None
     """When to log the cosine distance of each stage's channels, likewise; needs no labels."""
     num_images: Positive | None = 10000
 
@@ -269,11 +315,11 @@ class OnlineProbeSection(ProbeSection):
 class RunConfig(Section):
     """What any training run needs to know; each kind of run narrows the sections."""
 
-    output: str
+    output: Place
     """The run folder."""
     resume: Literal["auto", "never"] = "never"
     """`auto` goes on, exactly, where the run in `output` stopped; `never` refuses a folder that is in use."""
-    init_from: str | None = None
+    init_from: Place | None = None
     """A run folder, checkpoint folder, exported folder or file of weights, to start a new run from."""
     model: EncoderSection
     data: DataSection
@@ -351,17 +397,17 @@ class FinetuneConfig(RunConfig):
 class ClassifierRecipe(ClassifierSection):
     """As `ClassifierSection`; `auto` is what `init_from` has."""
 
-    variant: str | tuple[FourSizes, FourSizes] = AUTO
+    variant: Variant = AUTO
     version: Literal[1, 2] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     grn: GRNSection | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    in_chans: Positive | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    in_chans: Channel | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     stem_stride: Literal[1, 2, 4] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class LabelledDataRecipe(LabelledDataSection):
     """As `LabelledDataSection`; `auto` is what `init_from` was trained on."""
 
-    image_size: Positive | tuple[Positive, Positive] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    image_size: Side | Sizes | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     std: Deviations | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -410,39 +456,6 @@ class EvaluateConfig(Section):
 Config = TypeVar("Config", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and `no` as a string (YAML 1.2) and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore[reportUnknownMemberType]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-# YAML 1.1 also reads yes, no, on and off as booleans; `precision: no` is a string.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-
-
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = field.annotation
@@ -469,18 +482,31 @@ def _suggest(key: str, known: Sequence[str]) -> str:
     return f": did you mean '{near[0]}'?" if near else f": known are {', '.join(k for k in known if '.' not in k)}"
 
 
+NULLS = ("null", "Null", "NULL", "~")
+
+
 def override(values: dict[str, Any], assignment: str) -> str:
-    """Put `key=value` into the nested `values`; returns the dotted key."""
+    """Put `key=value` into the nested `values`; returns the dotted key.
+
+    Raises:
+        UserError: if there is no key or no value, or it is not valid YAML.
+    """
     key, equals, text = assignment.partition("=")
+    argument = f"argument {shown(assignment)}"
     if not equals or not key:
-        raise UserError(f"argument {assignment!r}: expected key=value, such as optim.base_lr=3e-4")
+        raise UserError(f"{argument}: expected key=value, such as optim.base_lr=3e-4")
     *sections, leaf = key.split(".")
+    if len(sections) >= MOST_DEEP:
+        raise UserError(f"{argument}: unknown key")
     target = values
     for section in sections:
         target = target.setdefault(section, {})
         if not isinstance(target, dict):
-            raise UserError(f"argument {assignment!r}: {section!r} is a value, not a section")
-    target[leaf] = _parse_yaml(text, f"argument {assignment!r}")
+            raise UserError(f"{argument}: {shown(section)} is a value, not a section")
+    with blame(argument):
+        target[leaf] = read_yaml(text)
+    if target[leaf] is None and text.strip() not in NULLS:  # as of KEY=$VARIABLE that is not set
+        raise UserError(f"{argument}: has no value; {named(key)}=null for none")
     return key
 
 
@@ -497,16 +523,16 @@ def _describe(error: ValidationError, known: Sequence[str], source: str, overrid
     key = _known_key(first["loc"], known)
     if first["type"] == "extra_forbidden":
         key = ".".join(str(part) for part in first["loc"])
-    place = f"argument {key}" if key in overridden else f"{source}: {key}" if key else source
+    place = f"argument {named(key)}" if key in overridden else f"{source}: {named(key)}" if key else source
     if first["type"] == "extra_forbidden":
         return f"{place}: unknown key{_suggest(key, known)}"
     if first["type"] == "missing":
-        return f"{place}: missing; add it to the file or give {key}=VALUE"
+        return f"{place}: missing; add it to the file or give {named(key)}=VALUE"
     if first["type"] == "value_error":
-        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        return f"{place}: {named(first['msg'].removeprefix('Value error, '))}"
     # every way in which the value fits no branch of a union
     messages = dict.fromkeys(e["msg"].lower() for e in errors if _known_key(e["loc"], known) == key)
-    return f"{place}: {', or '.join(messages)}, got {first['input']!r}"
+    return f"{place}: {', or '.join(messages)}, got {shown(first['input'])}"
 
 
 def parse_config(
@@ -563,13 +589,15 @@ def find_shipped(name: str, task: str | None = None) -> Path:
         if name in (other, other.rpartition("/")[2]) and (task or name == other):
             return shipped[other]
     if name in shipped:
-        raise UserError(f"{option}{name}: is not for fcmae {task}, but for fcmae {task_of(name)}")
+        raise UserError(f"{option}{named(name)}: is not for fcmae {task}, but for fcmae {task_of(name)}")
     words = {word for other in fitting for word in (other, other.rpartition("/")[2])}
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     near = difflib.get_close_matches(wanted, sorted(words), n=3, cutoff=0.6)
     meant = dict.fromkeys(other for word in near for other in fitting if word in (other, other.rpartition("/")[2]))
     question = f": did you mean {' or '.join(meant)}?" if meant else ";"
-    raise UserError(f"{option}{name}: no file, nor a shipped configuration{question} 'fcmae configs' lists them")
+    raise UserError(
+        f"{option}{named(name)}: no file, nor a shipped configuration{question} 'fcmae configs' lists them"
+    )
 
 
 def find_config(kind: type[Section], name: str | Path) -> Path:
@@ -578,8 +606,10 @@ def find_config(kind: type[Section], name: str | Path) -> Path:
     Raises:
         UserError: if there is neither.
     """
-    if (path := Path(name)).is_file():
-        return path
+    if os.path.isfile(name):  # a device or a pipe might never end
+        return Path(name)
+    if os.path.exists(name) and not os.path.isdir(name):
+        raise UserError(f"--config {named(str(name))}: is no file of text, but a device, pipe or socket")
     return find_shipped(str(name), kind.task)
 
 
@@ -590,17 +620,19 @@ def load_config(kind: type[Config], name: str | Path, overrides: Sequence[str] =
         UserError: if the file cannot be read, or as `parse_config`.
     """
     path = find_config(kind, name)
+    source = named(str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise UserError(f"--config {path}: {reason}; 'fcmae configs' lists the shipped ones") from error
-    values = _parse_yaml(text, str(path)) or {}
+        with path.open("rb") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+    except OSError as error:
+        raise UserError(f"--config {source}: {error.strerror}; 'fcmae configs' lists the shipped ones") from error
+    with blame(f"--config {source}"):
+        values = read_yaml(text) or {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections of 'key: value' lines, found a {type(values).__name__}")
-    return override_config(kind, values, overrides, str(path))
+        raise UserError(f"{source}: expected sections of 'key: value' lines, found a {type(values).__name__}")
+    return override_config(kind, values, overrides, source)
 
 
 def to_yaml(config: Section) -> str:
     """Return the configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+    return write_yaml(config.model_dump(mode="json"))

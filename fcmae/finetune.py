@@ -6,6 +6,7 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 """
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 
@@ -16,28 +17,29 @@ if __name__ == "__main__":  # before torch is imported, so that the first line, 
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
-from fcmae.files import write_json
+from fcmae.files import require_folder, require_free, write_json
 from fcmae.load import adapt_channels, known_of, load_weights, require_network, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.story import layer_rates, training_batches, try_run
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
-from fcmae.tensors import read_safetensors
+from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
+from fcmae.training.memory import require_batch, require_memory
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
-from fcmae.visualize import draw_confusion
+from fcmae.visualize import draw_confusion, write_picture
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.export import write_folder
 
@@ -100,14 +102,18 @@ def evaluate(
 
 
 def evaluate_weights(options: argparse.Namespace) -> int:
-    """Print how well a classifier does; write it and its confusion matrix into the run's folder."""
+    """Print how well a classifier does; write it and its confusion matrix into the run's folder.
+
+    What an earlier evaluation of the same run left is replaced; files elsewhere only with `--overwrite`.
+    """
     source = Path(options.evaluate)
-    run = RunFolder.around(source)
+    own = RunFolder.around(source)
     if options.config is None:
-        if run is None:
+        if own is None:
             raise UserError(
                 f"--evaluate {source}: no run of finetune.py; give --config FILE with its images besides"
             )
+        run = own
         recipe = load_config(FinetuneRecipe, run.config, options.overrides)
     else:
         recipe = load_config(FinetuneRecipe, options.config, options.overrides)
@@ -115,6 +121,10 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(recipe), end="")
         return 0
+    require_folder(run.path, f"output={run.path}")
+    is_own = own is not None and own.path == run.path.resolve()
+    for path in (run.evaluation, run.confusion):
+        require_free(path, overwrite=options.overwrite or is_own)
     accelerator = start_accelerator(recipe.train.precision)
     ema = recipe.eval.ema if options.ema is None else options.ema
     weights = load_weights(source, last=options.last, ema=ema)
@@ -124,6 +134,7 @@ def evaluate_weights(options: argparse.Namespace) -> int:
         raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
+    require_batch(config.data, model.in_chans, accelerator.device)
     dataset = classification.validation_set(config, weights.preprocessing.class_names, model.in_chans)
     if len(dataset.class_names) != model.num_classes:
         raise UserError(
@@ -131,9 +142,13 @@ def evaluate_weights(options: argparse.Namespace) -> int:
             f"{len(dataset.class_names)}"
         )
     scores = evaluate(accelerator, model, dataset, config)
+    if not math.isfinite(scores.loss):
+        raise UserError(
+            f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
+        )
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_confusion(scores.confusion, dataset.class_names)).save(run.confusion)
+        write_picture(run.confusion, draw_confusion(scores.confusion, dataset.class_names))
         figures = {"weights": str(weights.path), "ema": weights.ema}
         write_json(run.evaluation, figures | classification.tabulate(scores, dataset.class_names))
         print(f"weights          {weights.path} ({weights.description})")
@@ -146,8 +161,21 @@ def evaluate_weights(options: argparse.Namespace) -> int:
 def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Fine-tune as configured, or only try everything out; returns the exit code."""
     config, taken = resolve_recipe(recipe)
-    accelerator, checkpoint = start_run(config, dry_run=dry_run)
+    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+        train(config, accelerator, checkpoint, lock, taken=taken, dry_run=dry_run)
+    return 0
 
+
+def train(
+    config: FinetuneConfig,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    lock: Lock | None,
+    *,
+    taken: str,
+    dry_run: bool,
+) -> None:
+    """Do the work of a run that has begun; `taken` says which settings its weights chose."""
     # The images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
     source, class_names = training_source(config)
@@ -158,6 +186,9 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
 
     # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
+    with torch.device("meta"):
+        outline = build_classifier(config, len(class_names))
+    require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, len(class_names))
     with blame("data.image_size"):
@@ -172,7 +203,6 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         model.requires_grad_(False)
         model.classifier_layer.requires_grad_()
         model.eval()  # without drop path
-    require_disk(config, model, best=True, ema=config.train.ema_decay is not None)
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
     classification_loss = build_loss(config, len(class_names))
@@ -194,17 +224,19 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         config=config,
         ema_decay=config.train.ema_decay,
         facts={"class_names": list(class_names)},
+        lock=lock,
     )
     trainer.say(f"weights          {started}")
     if taken:
         trainer.say(f"auto             {taken}")
+    require_disk(config, model, trainer.plan, best=True, ema=config.train.ema_decay is not None)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
     if dry_run:
         sources = {"data": source, **({"validation": validation.source} if validation else {})}
         try_run(trainer, load, sources, classes=len(class_names))
-        return 0
+        return
 
     # The evaluation: the weights and their EMA, side by side
     def score(step: int, log: MetricsLog | None) -> float:
@@ -229,7 +261,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         folder = trainer.run
         final = stored_model(folder.path)
         assert final is not None
-        load_network(model, read_safetensors(final.file), final.file)
+        load_network(model, final.read(), final.file)
         data = config.data
         preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
         write_folder(model, preprocessing, folder.model)
@@ -245,8 +277,6 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         ]
         scores = {"top-1": "val_top1", "top-1 of the EMA": "ema_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
-    accelerator.end_training()
-    return 0
 
 
 def main(argv: list[str]) -> int:

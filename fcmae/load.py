@@ -14,9 +14,8 @@ from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
-from fcmae.tensors import read_safetensors
 from fcmae.training.checkpoint import STATE
-from fcmae.training.run_folder import StoredModel, stored_model
+from fcmae.training.run_folder import RunFolder, StoredModel, newest_state, stored_model
 from fcmae.weights.base import (
     Preprocessing,
     Weights,
@@ -25,13 +24,17 @@ from fcmae.weights.base import (
     describe_encoder,
     load_network,
     report_damage,
+    require_arguments,
+    require_fit,
 )
 from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
 
 
 def _stored_model(path: str | Path, last: bool, ema: bool | None) -> StoredModel | None:
-    with report_damage(Path(path)):
-        return stored_model(Path(path), last=last, ema=ema)
+    if not (path := Path(path)).exists():  # links in a circle, too
+        return None
+    with report_damage(path):
+        return stored_model(path, last=last, ema=ema)
 
 
 def load_tensors(
@@ -42,8 +45,10 @@ def load_tensors(
     Arguments and errors are those of `load_weights`.
     """
     stored = _stored_model(path, last, ema)
-    file = stored.file if stored else find_weights(Path(path))
-    return file, read_tensors(file, ema=stored is None and bool(ema))
+    if stored is not None:
+        return stored.file, stored.read()
+    file = find_weights(Path(path))
+    return file, read_tensors(file, ema=bool(ema))
 
 
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
@@ -63,13 +68,12 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     if stored is None:
         return read_weights(path, ema=bool(ema))
     with report_damage(stored.file.with_name(STATE)):
-        described = stored.state["config"]["data"] | {"class_names": stored.state.get("class_names")}
+        described = stored.state.config["data"] | {"class_names": stored.state.class_names}
         preprocessing = Preprocessing.of(described)
-        model = stored.state["config"].get("model", {})
-    tensors = read_safetensors(stored.file)
-    network = {key: model[key] for key in ("response", "grn") if key in model}
-    if is_other(model.get("variant")):
-        network = {key: model[key] for key in ("variant", "in_chans", "stem_stride") if key in model}
+        model = stored.state.config.get("model", {})
+        keys = ("variant", "in_chans", "stem_stride") if is_other(model.get("variant")) else ("response", "grn")
+        network = require_arguments({key: model[key] for key in keys if key in model})
+    tensors = stored.read()
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
@@ -169,11 +173,11 @@ def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
         UserError: if there is nothing to take it from, or it does not fit.
     """
     keys, source, known = recipe.automatic, "the configuration", {}
-    stored = _stored_model(Path(recipe.output), True, None) if keys and recipe.resume == "auto" else None
+    stored = newest_state(RunFolder(recipe.output)) if keys and recipe.resume == "auto" else None
     if stored is not None:
         source = recipe.output
-        with report_damage(stored.file.with_name(STATE)):
-            sections = stored.state["config"]
+        with report_damage(Path(source)):
+            sections = stored.config
             split = [(key, *key.split(".")) for key in keys]
             known = {key: sections[section][name] for key, section, name in split if name in sections[section]}
     elif keys and recipe.init_from is not None:
@@ -199,9 +203,15 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
         raise UserError(
             f"{path}: holds no decoder to reconstruct with; give a pretraining run or one of its checkpoint folders"
         )
-    config = parse_config(PretrainConfig, stored.state["config"], str(state))
+    config = parse_config(PretrainConfig, stored.state.config, str(state))
+    variant = config.model.variant
+    blocks = config.model.decoder_depth + (0 if isinstance(variant, str) else sum(variant[0]))
     with blame(str(state)):
+        if blocks > len(tensors):
+            raise ValueError(f"its network has {blocks} blocks, but {file.name} beside it {len(tensors)} tensors")
         settings: dict[str, Any] = {**config.model.model_dump(), "layout": "auto"}  # training's may need a package
+        with torch.device("meta"):
+            require_fit(FCMAE(**settings), tensors, file)  # before it takes the memory that the configuration asks
         model = FCMAE(**settings)
     load_network(model, tensors, file)
     return model, config

@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before torch is imported, so that the first line, 
     arguments.run("pretrain")
 
 import torch
-from PIL import Image
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae.config import ModelSection, PretrainConfig, parse_config, shipped_configs
@@ -28,20 +28,24 @@ from fcmae.data import (
 from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
+from fcmae.files import make_folder
 from fcmae.load import adapt_channels, load_tensors, load_weights, require_network
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
 from fcmae.story import layer_rates, training_batches, try_run
 from fcmae.tensors import misfits
+from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_run
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
+from fcmae.training.memory import require_memory
 from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
-from fcmae.visualize import draw_reconstructions
+from fcmae.visualize import draw_reconstructions, write_picture
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 
@@ -68,7 +72,7 @@ def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
     has = f"init_from={source}: {weights.kind} weights with"
     otherwise = "or name the run's encoder/ to start with a new decoder"
     if stored := stored_model(file):
-        run = parse_config(PretrainConfig, stored.state["config"], str(file.parent)).model
+        run = parse_config(PretrainConfig, stored.state.config, str(file.parent)).model
         for key in DECODER_KEYS:
             if getattr(run, key) != getattr(config, key):
                 raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, {otherwise}")
@@ -90,9 +94,24 @@ def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.dev
 
 def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     """Pretrain as configured, or only try everything out; returns the exit code."""
-    accelerator, checkpoint = start_run(config, dry_run=dry_run)
+    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+        train(config, accelerator, checkpoint, lock, dry_run=dry_run)
+    return 0
 
+
+def train(
+    config: PretrainConfig,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+    lock: Lock | None,
+    *,
+    dry_run: bool,
+) -> None:
+    """Do the work of a run that has begun."""
     # The network: a sparse ConvNeXt encoder and a light decoder
+    with blame("model"), torch.device("meta"):
+        outline = FCMAE(**config.model.model_dump())
+    require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = FCMAE(**config.model.model_dump())
@@ -102,7 +121,6 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
         accelerator.print(f"weights          {start_from(model, config.model, config.init_from)}")
-    require_disk(config, model)
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
@@ -139,13 +157,15 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         compute_loss=compute_loss,
         plan=plan,
         config=config,
+        lock=lock,
     )
+    require_disk(config, model, trainer.plan)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
     if dry_run:
         try_run(trainer, load, {"data": source})
-        return 0
+        return
 
     # The features, evaluated: labelled images, whose labels training never sees, classified by k-NN
     def score(step: int, log: MetricsLog | None) -> None:
@@ -184,8 +204,8 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         if len(pixels):
             picture = draw_reconstructions(model, normalize, pixels, ids, config.visualize.bands)
             path = trainer.run.reconstruction(step)
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
+            make_folder(path.parent)
+            write_picture(path, picture)
             log.picture("reconstructions", picture, step)
 
     shows = [Show("pictures", config.visualize.every_steps, show)]
@@ -234,8 +254,6 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         ]
         scores = {"k-NN top-1": "knn_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
-    accelerator.end_training()
-    return 0
 
 
 def main(argv: list[str]) -> int:

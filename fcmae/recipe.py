@@ -22,6 +22,7 @@ from fcmae.encoder.networks import is_other
 from fcmae.errors import UserError
 from fcmae.story import cores_per_process
 from fcmae.training.launch import decide_once
+from fcmae.training.memory import ram_bytes
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.schedule import peak_rate
 
@@ -86,9 +87,9 @@ def this_machine() -> Machine:
         return Machine(gpu.name, True, gpu.total_memory, bf16, cores, processes, asked)
     instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which not every torch can tell
     bf16 = any(getattr(torch.cpu, name, bool)() for name in instructions)
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
+    memory = ram_bytes() or 4 * 2**30
     name = f"a CPU of {cores} core" + "s" * (cores > 1)
-    return Machine(name, False, pages // local, bf16, cores, processes, asked)
+    return Machine(name, False, memory // local, bf16, cores, processes, asked)
 
 
 def look_at(source: Source) -> Images:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torchvision.utils import make_grid
 
 from fcmae.data.pixels import FULL
 from fcmae.data.views import PixelNormalizer
+from fcmae.files import atomic_path
 from fcmae.hog import ORIENTATIONS, hog
 from fcmae.loss import HOGTarget, PixelTarget, Target, patch_statistics
 from fcmae.masking import ids_to_booleans
@@ -27,6 +29,12 @@ SMALLEST_SHOWN = 128
 """Pixels; smaller images are enlarged by a whole factor to at least this side."""
 CELL_SHOWN = 16
 """Pixels per side of a drawn cell of HOG, at least."""
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write an uint8 picture (h, w, 3) as PNG, so that under its name there is never a part of it."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="png")
 
 
 def paste(maps: Tensor, pred: Tensor, hidden_ids: Tensor, patch: int) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from torch.backends.cpu import get_cpu_capability
 
 from fcmae.encoder.convnext import ConvNeXt, Layout
 from fcmae.errors import run_script
+from fcmae.training.checkpoint import State
 
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
 torch.set_num_threads(1)
@@ -45,7 +47,7 @@ def fuzzed(few: int, many: int) -> settings:
         deadline=None,
         database=None,
         print_blob=True,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck.__members__.values()],
     )
 
 
@@ -73,8 +75,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """Say last, but for pytest's closing line, what this machine could not test and how it can."""
+    """Say last, but for pytest's closing line, what was counted, what this machine could not test and how it can."""
     yield
+    counted: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if getattr(report, "when", "") == "teardown":
+            for key, value in report.user_properties:
+                if key == "tally":
+                    what, survived, tried = value
+                    counted[f"{what}: survived"] += survived
+                    counted[f"{what}: tried"] += tried
+    for what, number in sorted(counted.items()):
+        terminalreporter.write_line(f"{number:6} {what}")
     skipped = terminalreporter.stats.get("skipped", [])
     for marker, (what, command) in NOT_TESTED.items():
         if count := sum(marker in report.keywords for report in skipped):
@@ -184,6 +196,26 @@ def error_line(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[s
 def records(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def state_of(step: int, **known: Any) -> State:
+    """What a checkpoint of a step holds besides tensors, of a run that nothing is to be known of."""
+    values: dict[str, Any] = {
+        "seen_images": 8 * step,
+        "loss_sum": 0.5,
+        "num_losses": 1,
+        "bad_images": (),
+        "best": None,
+    }
+    values |= {"scaler": None, "num_processes": 1, "config": {}, "fcmae": "0", "torch": "0"}
+    return State.model_validate(values | {"step": step} | known)
+
+
+def flip(path: Path, byte: int, bit: int = 6) -> None:
+    """Flip one bit of a file, as a failing disk or memory does."""
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 1 << bit
+    path.write_bytes(content)
 
 
 @pytest.fixture

@@ -1,19 +1,26 @@
 """Samples and batches: what is shown depends on (seed, epoch, index) alone; what does not decode is reported."""
 
+import math
 import os
 import random
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_sources import labelled, write_images
 from test_views import view_of
 
+import fcmae.data.batches
 from fcmae import sample_visible_ids
 from fcmae.data import (
     Cover,
@@ -34,15 +41,17 @@ from fcmae.data import (
     unreadable,
 )
 from fcmae.data.sampling import PADDING
+from fcmae.data.shared_memory import Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.errors import UserError
 
 
-def dataset_of(root: Path, *, seed: int = 0) -> PretrainDataset:
+def dataset_of(root: Path, *, seed: int = 0, resize_on_device: bool = False) -> PretrainDataset:
     return PretrainDataset(
         open_source("folder", str(root), "train", 3),
         view=RandomView((32, 32), (0.2, 1.0), 0.5),
         draw_ids=lambda: sample_visible_ids(1, 16, 0.6),
         seed=seed,
+        resize_on_device=resize_on_device,
     )
 
 
@@ -232,6 +241,103 @@ def test_padding_and_broken_images_do_not_count_in_an_evaluation(folder: Path) -
     assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1, 2, 3, -1, 5, 6, 7, 8, 9, 10, -1]
     assert [bad.index for batch in batches for bad in batch.bad] == [4]
     assert all(batch.images.shape == (4, 3, 16, 16) for batch in batches)
+
+
+# Shared memory
+
+
+def free_bytes(patch: pytest.MonkeyPatch, number: float) -> None:
+    patch.setattr(fcmae.data.batches, "free_shared_bytes", lambda: number)
+    say_once.cache_clear()
+
+
+@pytest.mark.parametrize("resize_on_device", [False, True])
+def test_the_same_batches_come_through_pipes_where_shared_memory_is_small(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resize_on_device: bool
+) -> None:
+    dataset = dataset_of(folder, resize_on_device=resize_on_device)
+    expected = take(dataset, 6, num_workers=2)
+    assert capsys.readouterr().err == ""
+    free_bytes(monkeypatch, 200_000 + resize_on_device)
+    sent: list[object] = []
+    monkeypatch.setattr(fcmae.data.batches, "unpacked", lambda batch: sent.append(batch) or unpacked(batch))
+    found = take(dataset, 6, num_workers=2)
+    assert all(isinstance(batch, Piped) for batch in sent)
+    for batch, other in zip(found, expected, strict=True):
+        assert type(batch) is type(other)
+        assert same(batch, other)
+        assert batch.images.stride() == other.images.stride()
+        assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), other.tensors(), strict=True))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "MB needed for the batches of 2 processes: they come through pipes, a little slower; docker run --shm"
+        in line
+    )
+    take(dataset, 1, num_workers=2)
+    assert capsys.readouterr().err == ""  # said once
+
+
+def test_images_are_loaded_here_where_shared_memory_holds_no_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = take(dataset_of(folder), 3)
+    free_bytes(monkeypatch, 8192)
+    monkeypatch.setattr(torch.multiprocessing, "get_context", None)  # as would be asked for a process
+    assert all(same(a, b) for a, b in zip(take(dataset_of(folder), 3, num_workers=2), expected, strict=True))
+    assert "none for processes that load images: they load here" in capsys.readouterr().err
+
+
+def test_what_batches_in_queues_take_decides_with_larger_crops_counted(folder: Path) -> None:
+    plain, crops = (dataset_of(folder, resize_on_device=large).sample_bytes for large in (False, True))
+    assert plain >= 3 * 32 * 32
+    assert crops >= 4 * 3 * 32 * 32
+    for dataset, sample_bytes in ((dataset_of(folder), plain), (dataset_of(folder, resize_on_device=True), crops)):
+        for batch in take(dataset, 4):
+            assert sum(tensor.nbytes for tensor in batch.tensors()) <= 4 * sample_bytes
+    needed = 8 * 4 * 64 * 3 * 224 * 224
+    assert choose_transport(8, needed, 64 << 20)[:2] == (8, True)  # Docker's
+    assert "--shm-size=1g" in choose_transport(8, needed, 64 << 20).line
+    assert choose_transport(8, needed, math.inf) == (8, False, "")
+    assert choose_transport(8, needed, 24e9) == (8, False, "")
+    assert choose_transport(0, needed, 0) == (0, False, "")
+    assert choose_transport(8, 0, 64 << 10)[:2] == (0, False)
+    assert choose_transport(2, 0, 1 << 20) == (2, False, "")
+
+
+def test_processes_of_a_machine_share_its_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1000, f_frsize=4096))
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert free_shared_bytes() == 4096_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_shared_bytes() == 1024_000
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert free_shared_bytes() == 0
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert free_shared_bytes() == math.inf
+
+
+SMALL = """
+import pathlib, subprocess, sys, test_batches
+for size in ("1m", "128k", "16k"):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"], check=True)
+    batches = test_batches.take(test_batches.dataset_of(pathlib.Path(sys.argv[1])), 12, num_workers=2)
+    print(sum(int(batch.images.sum()) for batch in batches))
+"""
+
+
+def test_a_real_dev_shm_of_any_size_ends_no_loader(folder: Path) -> None:
+    mount = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    if not shutil.which("unshare") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("not allowed to mount a /dev/shm of its own")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = ["unshare", "-m", sys.executable, "-c", SMALL, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    piped, here = done.stderr.splitlines()
+    assert "come through pipes" in piped
+    assert "load here" in here
+    expected = sum(int(batch.images.sum()) for batch in take(dataset_of(folder), 12))
+    assert [int(total) for total in done.stdout.split()] == [expected] * 3
 
 
 # Copying ahead

@@ -119,6 +119,22 @@ def test_data_measures_every_way_of_loading_and_writes_json(
     assert "13 JPEGs" in written["images"]
 
 
+def test_checkpoint_measures_what_saving_and_hashing_cost(
+    modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = ["--image-size=64", "--batch=1", "--every=1", "--checkpoints=1", "--rounds=1"]
+    where = [f"--folder={tmp_path}", f"--json={tmp_path / 'out.json'}"]
+    importlib.import_module("checkpoint").main([*once, *where, "--variants", "atto", "--hashed", "atto"])
+    assert "| SHA-256 of a checkpoint, s |" in capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "date", "device", "threads", "torch", "others"} <= written.keys()
+    (network,), (hashed,) = written["networks"], written["hashes"]
+    assert [row["way"] for row in network["ways"]] == ["none", "waiting", "thread"]
+    assert network["ways"][0]["standing_s"] < network["ways"][1]["standing_s"]
+    assert hashed["sha256_s"] > 0
+    assert hashed["checkpoint_mb"] == pytest.approx(network["checkpoint_mb"], rel=0.01)
+
+
 def test_scaling_measures_every_axis(
     modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Classification: scores against plain loops, their report, and a loss of mixed images."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from fcmae.config import FinetuneConfig, parse_config
-from fcmae.tasks.classification import ScoreMetric, Scores, build_classifier, build_loss, report, tabulate
+from fcmae.data import save_arrays
+from fcmae.errors import UserError
+from fcmae.tasks.classification import (
+    ScoreMetric,
+    Scores,
+    build_classifier,
+    build_loss,
+    report,
+    tabulate,
+    training_source,
+)
 
 
 def scores_of(logits: torch.Tensor, labels: torch.Tensor, batch_size: int = 7) -> Scores:
@@ -73,6 +84,29 @@ def config(**data: Any) -> FinetuneConfig:
         "train": {"label_smoothing": 0.1},
     }
     return parse_config(FinetuneConfig, values, "test")
+
+
+def training_images(root: Path, labels: list[int], names: list[str] | None = None, **model: int) -> tuple[str, ...]:
+    """The names of the classes of as many images with such labels."""
+    save_arrays(root / "train", np.zeros((len(labels), 4, 4, 3), np.uint8), labels, names)
+    values = config(root=str(root), name="arrays").model_dump(mode="json")
+    values["model"] |= model
+    return training_source(parse_config(FinetuneConfig, values, "test"))[1]
+
+
+def test_labels_from_one_or_beyond_the_images_are_no_classes_unless_named(
+    tmp_path: Path,
+) -> None:
+    assert training_images(tmp_path, [0, 2, 1]) == training_images(tmp_path, [0, 2, 2]) == ("0", "1", "2")
+    with pytest.raises(UserError, match=r"split train: labels 1 to 3; classes count from 0: subtract 1, or say"):
+        training_images(tmp_path, [1, 2, 3])
+    with pytest.raises(UserError, match=r"split train: label 999 among 3 images: number classes from 0 on, or say"):
+        training_images(tmp_path, [0, 999, 1])
+    assert training_images(tmp_path, [1, 2, 3], ["a", "b", "c", "d"]) == ("a", "b", "c", "d")
+    assert training_images(tmp_path, [1, 2, 3], num_classes=4) == ("0", "1", "2", "3")
+    assert len(training_images(tmp_path, [0, 999, 1], num_classes=1000)) == 1000
+    with pytest.raises(UserError, match=r"model\.num_classes=2: the images of data\.root=.* have 4 classes"):
+        training_images(tmp_path, [1, 2, 3], num_classes=2)
 
 
 def test_a_new_classifier_has_small_weights_and_no_bias() -> None:

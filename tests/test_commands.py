@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, error_line, randomise, run_main, small_encoder
+from conftest import ROOT, TINY, error_line, randomise, run_main, small_encoder, state_of
 from PIL import Image
 from safetensors.torch import save_file
+from small_runs import rehash
 from test_evaluate import extract, splits_of, write_classes
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -30,7 +31,7 @@ from fcmae.data import PixelNormalizer, cover
 from fcmae.evaluation.inference import fit_to_patches
 from fcmae.evaluation.probes import L2, knn_accuracy
 from fcmae.load import load_weights
-from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, Best, save_checkpoint
 from fcmae.weights.base import Preprocessing
 from fcmae.weights.export import FORMATS
 from fcmae.weights.timm import write_timm_folder
@@ -78,7 +79,7 @@ def save_pretraining(folder: Path, **kwargs: Any) -> Path:
     torch.manual_seed(0)
     state_dict = randomise(FCMAE(**network), std=0.1).state_dict()
     checkpoints = folder / "checkpoints"
-    save_checkpoint(checkpoints, step=3, model=state_dict, optimizer={}, state={"config": config}, keep=1)
+    save_checkpoint(checkpoints, state_of(3, config=config), {MODEL: state_dict, OPTIMIZER: {}}, keep=1)
     return folder
 
 
@@ -107,16 +108,9 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return network.state_dict()
 
     for step in (1, 2):
-        save_checkpoint(
-            folder / "checkpoints",
-            step=step,
-            model=sure_of(2 * step - 2),
-            optimizer={},
-            state={"config": config, "class_names": names},
-            keep=2,
-            ema=sure_of(2 * step - 1),
-            best=1,
-        )
+        state = state_of(step, config=config, class_names=names, best=Best(step=1, score=0.5))
+        files = {MODEL: sure_of(2 * step - 2), OPTIMIZER: {}, EMA: sure_of(2 * step - 1)}
+        save_checkpoint(folder / "checkpoints", state, files, keep=2)
     return folder
 
 
@@ -527,6 +521,113 @@ def test_images_become_whole_patches_of_about_the_same_area(size: tuple[int, int
         assert 0.7 < (height / width) / (size[0] / size[1]) < 1.4
 
 
+def refused(command: Command, *arguments: object) -> str:
+    """The one line of a command that ends before anything is computed."""
+    code, _, err = command(*arguments)
+    assert code == 2, err
+    return err.splitlines()[-1]
+
+
+def test_reconstructions_are_never_written_over_images_nor_without_being_told(
+    pretrained: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    Image.open(PHOTOS / "bird.jpg").save(pictures / "bird.png")
+    image = (pictures / "bird.png").read_bytes()
+    (pictures / "other").symlink_to(".")
+    out.mkdir()
+    (out / "bird.png").symlink_to("../pictures/bird.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("fcmae.load.load_fcmae", pytest.fail)  # before anything takes long
+        for images, folder in ((pictures, pictures), (pictures, pictures / "new"), (pictures, pictures / "other")):
+            line = refused(command, "reconstruct", pretrained, images, "--output", folder, "--overwrite")
+            assert line == f"error: --output {folder}: in {images}, whose images are read; name a folder elsewhere"
+        for options, reason in (
+            ([], "exists already; name another place, or add --overwrite"),
+            (["--overwrite"], "is read"),
+        ):
+            for folder in (pictures, out):
+                line = refused(
+                    command, "reconstruct", pretrained, pictures / "bird.png", "--output", folder, *options
+                )
+                assert line.startswith(f"error: {folder / 'bird.png'}: {reason}")
+    assert (pictures / "bird.png").read_bytes() == image
+    assert sorted(path.name for path in pictures.iterdir()) == ["bird.png", "other"]
+
+    (out / "bird.png").unlink()
+    (out / "bird.png").write_text("mine")
+    assert command("reconstruct", pretrained, pictures, "--output", out, "--overwrite")[0] == 0
+    assert Image.open(out / "bird.png").format == "PNG"
+
+
+def test_names_from_the_disk_are_printed_in_one_line(model: Path, tmp_path: Path, command: Command) -> None:
+    names = ["a\nb\x1b[31m.jpg", "c\udcff.jpg"]
+    for name in names:
+        shutil.copy(PHOTOS / "bird.jpg", tmp_path / name)
+    (tmp_path / "d\ne.png").touch()
+    code, out, err = command("predict", model, tmp_path, "--top", 1)
+    assert code == 2
+    shown = [line for line in out.splitlines() if not line.startswith("  ")]
+    assert shown == [f"{tmp_path}/a\\nb\\x1b[31m.jpg", f"{tmp_path}/c\\udcff.jpg"]
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/d\\ne.png: not an image")
+
+
+# What others write
+
+
+def test_a_users_files_are_refused_before_anything_takes_long(
+    pretrained: Path, model: Path, tmp_path: Path, command: Command
+) -> None:
+    mine = {name: tmp_path / name for name in ("evaluation.json", "confusion.png", "plot.png", "config.yaml")}
+    for path in mine.values():
+        path.write_text("mine")
+    evaluate = ("finetune", "--evaluate", model, "--config", "atto", PHOTOS)
+    line = refused(command, *evaluate, f"output={tmp_path}")
+    assert line == f"error: {mine['evaluation.json']}: exists already; name another place, or add --overwrite"
+    mine["evaluation.json"].rename(tmp_path / "elsewhere")
+    assert refused(command, *evaluate, f"output={tmp_path}").startswith(f"error: {mine['confusion.png']}: exists")
+    line = refused(command, *evaluate, f"output={mine['confusion.png']}")
+    assert line == (
+        f"error: output={mine['confusion.png']}: {mine['confusion.png']} exists already; name another folder"
+    )
+    line = refused(command, "ablate", "cifar10-versions", PHOTOS, "--plot", mine["plot.png"])
+    assert line.startswith(f"error: {mine['plot.png']}: exists already")
+    table = tmp_path / "grid" / "cifar10-versions" / "table.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("mine")
+    line = refused(command, "ablate", "cifar10-versions", f"output={table.parents[1]}", PHOTOS, "--launch", "false")
+    assert line.startswith(f"error: {table}: exists already")
+    for config in ("mine", (ROOT / "configs" / "quickstart.yaml").read_text()):
+        mine["config.yaml"].write_text(config)
+        run = ("pretrain", "--config", "quickstart", PHOTOS, f"output={tmp_path}", "resume=auto")
+        assert "holds files that are not a run's" in refused(command, *run)
+        assert mine["config.yaml"].read_text() == config
+    (tmp_path / "tiny.yaml").symlink_to("nowhere")
+    assert "exists already" in refused(command, "configs", "pretrain/tiny", tmp_path / "tiny.yaml")
+    (tmp_path / "new").symlink_to("nowhere")
+    line = refused(command, "export", pretrained, "--to", "timm", "--output", tmp_path / "new")
+    assert "exists already; name another folder" in line
+    assert mine["plot.png"].read_text() == mine["confusion.png"].read_text() == table.read_text() == "mine"
+
+
+def test_a_run_leaves_alone_what_others_put_into_its_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [str(PHOTOS), "model.variant=[[1, 1, 1, 1], [8, 8, 16, 16]]", "data.image_size=32"]
+    arguments += ["data.num_workers=0", "visualize.every_steps=1", "checkpoint.keep=1", f"output={run}"]
+    arguments += ["--config", "quickstart", "resume=auto"]
+    assert run_main(pretrain.main, *arguments, "train.max_steps=1") == 0
+    folders = ("encoder", "reconstructions", "checkpoints", "checkpoints/step-mine", "tensorboard", "mine")
+    mine = [run / place / name for place in (".", *folders) for name in ("notes.txt", "step-1.png")]
+    mine.append(run / "mine" / ".writing-x")  # such as that of a run in this one's folder
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    assert run_main(pretrain.main, *arguments, "train.max_steps=2") == 0
+    assert [path.name for path in (run / "checkpoints").glob("step-0*")] == ["step-00000002"]
+    assert {path.read_text() for path in mine} == {"mine"}
+
+
 # fcmae export
 
 
@@ -617,6 +718,7 @@ def test_a_run_is_evaluated_on_its_own_images_before_others(root: Path, tmp_path
     state = json.loads((checkpoint / "state.json").read_text())
     state["config"]["data"] |= {"val_root": str(root), "val_split": state["config"].pop("eval")["val_split"]}
     (checkpoint / "state.json").write_text(json.dumps(state))  # as fine-tuning writes it
+    rehash(checkpoint)
     assert command("evaluate", checkpoint, "--linear")[0] == 0
     out = command("evaluate", checkpoint, "--knn", "eval.val_split=null")[1]
     assert "12 images to learn 3 classes from, 3 to classify" in out

@@ -1,5 +1,6 @@
 """Configuration: every shipped file is complete and true, and mistakes are reported in one line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from fcmae.config import (
     to_yaml,
 )
 from fcmae.errors import UserError
+from fcmae.plain_yaml import write_value
 
 ROOT = Path(__file__).parent.parent
 V2_VARIANTS = [name for name in VARIANTS if name not in ("small", "xlarge")]  # which are of V1 alone
@@ -333,7 +335,7 @@ def test_unknown_keys_in_the_file_name_the_file(minimal: Path) -> None:
         ("data.image_size=[1,2,3]", ["data.image_size", "[1, 2, 3]"]),
         ("data.batch_size=0", ["data.batch_size", "greater than or equal to 1"]),
         ("data.crop_scale=[0.5,0.2]", ["crop_scale"]),
-        ("data.std=[1,1,0]", ["data.std", "greater than 0"]),
+        ("data.std=[1,1,0]", ["data.std", "greater than"]),
         ("model.in_chans=5", ["data.mean has 3 values", "model.in_chans is 5"]),
         ("model.layout=dense", ["model.layout", "'auto', 'masked', 'packed' or 'minkowski'"]),
         ("train.epochs=.nan", ["train.epochs"]),
@@ -349,6 +351,100 @@ def test_wrong_values_are_reported_in_one_line_with_the_key(minimal: Path, overr
     message = error_of(minimal, override)
     for part in parts:
         assert part in message
+
+
+BOMB = "[" + ",".join(f"&a{i} [{','.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(12)) + "]"
+"""Aliases of aliases, 9^12 values in all."""
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.seed=!!int abc", ["tag", "line 1, column 1"]),
+        ("train.seed=" + "9" * 5000, ["train.seed", "999...999"]),
+        ("train.seed=18446744073709551616", ["train.seed", "less than 18446744073709551616"]),
+        ("train.seed=1e300", ["train.seed"]),
+        ("data.mean=" + "[" * 2000, ["more than 20 sections or lists in each other"]),
+        (".".join(["a"] * 2000) + "=1", ["unknown key"]),
+        (f"model.variant={BOMB}", ["more than 10000 values, those of aliases counted at each"]),
+        ("data.mean=[" + "1," * 60_000, ["longer than a configuration is"]),
+        ("model=&a {<<: *a}", ["a value that holds itself"]),
+        ("model={1: 2}", ["a key that is no word"]),
+        ("model={<<: {1: 2}}", ["a key that is no word"]),
+        ('output="\\UFFFFFFFF"', ["not valid YAML"]),
+        ("optim.warmup_epochs=1e308", ["optim.warmup_epochs", "less than or equal to 1000000000"]),
+        ("train.epochs=1e300", ["train.epochs"]),
+        ("data.batch_size=1000000000", ["data.batch_size", "1000000"]),
+        ("data.image_size=1000000", ["data.image_size", "65536"]),
+        ("model.decoder_dim=100000000", ["model.decoder_dim", "65536"]),
+        ("model.variant=[[1000000000,1,1,1],[8,8,8,8]]", ["model.variant", "300"]),
+        ("model.in_chans=1000000000", ["model.in_chans", "4096"]),
+        ('data.root="a\\0b"', ["data.root", r"has the control character '\x00'"]),
+        ('output="a\\nb"', ["output", r"has the control character '\n'"]),
+        ('output="\\ud800"', ["output"]),
+        ("output=" + "a" * 256, ["output", "longer than the 255 bytes"]),
+        ("output=", ["has no value; output=null for none"]),
+        ("init_from=", ["has no value; init_from=null for none"]),
+        ("init_from=#x", ["has no value"]),
+        ('init_from=""', ["init_from", "at least 1 character"]),
+    ],
+)
+def test_what_is_beyond_all_bounds_is_reported_in_one_short_line(
+    minimal: Path, override: str, parts: list[str]
+) -> None:
+    message = error_of(minimal, override)
+    assert len(message) < 600
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("data.crop_pct=1e-9", "data.crop_pct: input should be greater than or equal to 0.1"),
+        ("data.crop_padding=32", "crop_padding=32 must be less than image_size=32"),
+        ("data.val_root=", "data.val_root=null for none"),
+    ],
+)
+def test_what_is_beyond_all_bounds_of_finetuning_is_reported(minimal: Path, override: str, part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        load_config(FinetuneRecipe, minimal, ["data.image_size=[32,64]", override])
+
+
+def test_dates_times_and_words_of_older_yaml_are_text(minimal: Path) -> None:
+    for text in ("2024-02-30", "2024-02-20", "1:30", "yes", "0x10", "="):
+        assert load_config(PretrainConfig, minimal, [f"output={text}"]).output == text
+
+
+def test_text_that_looks_like_a_number_or_null_survives_printing(minimal: Path, tmp_path: Path) -> None:
+    for text in ("1e5", "null", "017", "1_0", "true", "a: b", "😀", "é" * 60 + " " + "x" * 60, "2024-02-20"):
+        config = load_config(PretrainConfig, minimal, [f"output={write_value(text)}"])
+        assert config.output == text
+        (tmp_path / "printed.yaml").write_text(to_yaml(config))
+        assert load_config(PretrainConfig, tmp_path / "printed.yaml") == config
+
+
+def test_aliases_and_merge_keys_serve_within_bounds(minimal: Path) -> None:
+    minimal.write_text(
+        "output: x\nmodel: {variant: atto}\ndata: &d {root: a, mean: &m [0.5, 0.5, 0.5], std: *m}\n"
+        "eval: {<<: {val_split: test}, val_root: b}\n"
+    )
+    config = load_config(PretrainConfig, minimal)
+    assert config.data.std == (0.5, 0.5, 0.5)
+    assert (config.eval.val_split, config.eval.val_root) == ("test", "b")
+
+
+def test_what_is_no_file_of_text_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(2**40)  # takes no space
+    for place, reason in (
+        ("/dev/zero", "device"),
+        (tmp_path / "pipe", "pipe"),
+        (tmp_path / "large", "longer than"),
+    ):
+        assert reason in error_of(Path(place))
+    for name in (tmp_path, Path("a" * 5000), Path("a\0b"), Path("a\nb")):
+        assert "no file, nor a shipped configuration" in error_of(name)
 
 
 def test_wrong_files_are_reported_in_one_line(tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, relative_error
+from conftest import ROOT, TINY, relative_error, state_of
 
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data import CroppedBatch, PixelNormalizer, prefetch
 from fcmae.encoder.convnext import Layout
+from fcmae.training.checkpoint import MODEL, OPTIMIZER, CheckpointWriter, read_checkpoint, step_folder
 from fcmae.training.launch import start_accelerator
 from fcmae.training.optim import build_adamw
 from fcmae.training.schedule import Plan
@@ -115,6 +116,16 @@ def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.check() > 0
+
+
+def test_a_checkpoint_holds_the_tensors_as_they_were_when_it_was_asked_for(tmp_path: Path) -> None:
+    tensor, writer = torch.zeros(1 << 26, device="cuda"), CheckpointWriter(tmp_path)
+    for step in (1, 2):  # into new memory, then into the same
+        writer.save(state_of(step), {MODEL: {"weight": tensor}, OPTIMIZER: {}}, keep=2)
+        tensor += 1  # which the GPU does after the copy
+    writer.wait()
+    for step in (1, 2):
+        assert (read_checkpoint(step_folder(tmp_path, step)).model["weight"] == step - 1).all()
 
 
 def test_a_step_recorded_as_a_graph_trains_as_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     # A room imports from rooms on earlier lines and from itself; rooms on one line do not know each other.
     {"errors"},
-    {"files", "seeding", "metrics", "patches", "masking", "hog"},
+    {"files", "plain_yaml", "seeding", "signals", "metrics", "patches", "masking", "hog"},
     {"tensors", "config"},
     {"ops"},
     {"encoder"},
@@ -85,6 +85,7 @@ ONLY_IN = {
     "MinkowskiEngineBackend": {"encoder.minkowski"},
     "numba": {"ops.*_numba"},
     "triton": {"ops.*_triton"},
+    "psutil": {"training.lock", "training.stop"},
     "pickle": set(),
 }
 

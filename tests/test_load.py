@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY, randomise, small_encoder
 from safetensors.torch import save_file
+from small_runs import rehash
 from timm.models._manipulate import adapt_input_conv
 from weight_files import MEAN, NAMES, STD, same, save_run
 
@@ -47,8 +48,8 @@ def test_a_fine_tuned_run_knows_its_classes_and_keeps_its_ema_apart(tmp_path: Pa
     assert same(load_encoder(step / EMA).state_dict(), ema.tensors)
     assert same(load_encoder(step / MODEL).state_dict(), raw.tensors)
     (step / EMA).unlink()
-    with pytest.raises(UserError, match="holds no EMA weights, only the raw ones"):
-        load_weights(tmp_path, ema=True)
+    with pytest.raises(UserError, match=r"ema\.safetensors: missing"):  # and not silently the raw ones
+        load_weights(tmp_path)
 
 
 def test_a_run_stands_for_its_best_evaluated_weights(tmp_path: Path) -> None:
@@ -97,8 +98,10 @@ def test_tensors_are_found_in_runs_checkpoints_and_files(tmp_path: Path) -> None
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     path = save_run(tmp_path, small_encoder())
-    for damage in ({"step": 7}, {"step": 7, "config": {"data": {"mean": "abc"}}}, {"config": {"data": {}}}):
-        (path / "state.json").write_text(json.dumps(damage))
+    state = json.loads((path / "state.json").read_text())
+    for damage in ({}, {"data": {"mean": "abc"}}, {"data": 5}, {"data": {}, "model": "atto"}):
+        (path / "state.json").write_text(json.dumps(state | {"config": damage}))
+        rehash(path)
         with pytest.raises(UserError, match=f"{path}.*: damaged"):
             load_weights(path)
 

@@ -47,7 +47,7 @@ def test_every_package_is_named_and_the_configurations_lie_in_it() -> None:
 
 MISSING_ELSEWHERE = """
 import os, sys
-import accelerate, numba, safetensors.torch, timm, torch.utils.tensorboard, torchmetrics, torchvision
+import accelerate, numba, psutil, safetensors.torch, timm, torch.utils.tensorboard, torchmetrics, torchvision
 for name in ("resource", "fcntl", "pwd", "grp", "termios", "pty", "tty", "syslog", "posix"):
     sys.modules[name] = None
 for name in ("pread", "pwrite", "preadv", "posix_fadvise", "posix_fallocate", "sched_getaffinity", "fork", "getuid",

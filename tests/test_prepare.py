@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import pickle
 import shutil
@@ -28,6 +29,7 @@ from fcmae import sample_visible_ids
 from fcmae.__main__ import run
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
 from fcmae.data.shards import PreparedSource
+from fcmae.data.shared_memory import say_once
 from fcmae.errors import UserError
 
 
@@ -329,7 +331,87 @@ def test_too_small_a_disk_is_reported_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        [[[32, 40], [32, 40]], [], ""],
+        [[["x", 40]], [], ""],
+        [[[32.5, 40]], [], ""],
+        [[], [[9, "a", "b"], [9, "a", "b"]], ""],
+        [[[32, 40]], [["0", "a", "b"]], ""],
+        {"sizes": 1},
+    ],
+)
+def test_a_record_that_does_not_fit_its_shard_is_made_anew(images: Path, tmp_path: Path, record: list[Any]) -> None:
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    before = contents(tmp_path / "train")
+    path = tmp_path / "train" / "shards" / "00007.json"
+    if isinstance(record, list):
+        record[2] = json.loads(path.read_text())[2]
+    path.write_text(json.dumps(record))
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    assert contents(tmp_path / "train") == before
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"channels": 0},
+        {"channels": 3.0},
+        {"channels": True},
+        {"channels": 10**30},
+        {"shards": [77]},
+        {"shards": [-1] * 77},
+        {"shards": "many"},
+        {"shards": [[1]] * 77},
+        {"shards": []},
+        {"format": "fcmae images 2"},
+    ],
+)
+def test_an_index_that_lies_is_refused(images: Path, tmp_path: Path, index: dict[str, Any]) -> None:
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    path = tmp_path / "train" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    with pytest.raises(UserError, match=r"fcmae prepare") as caught:
+        open_source("arrays", str(tmp_path), "train", None)
+    assert str(tmp_path / "train") in str(caught.value)
+
+
+def test_sizes_that_no_image_has_are_refused(images: Path, tmp_path: Path) -> None:
+    assert prepare(images, tmp_path, "--workers", 0) == 0
+    for value in (0, -1, 2**31 - 1):
+        np.save(tmp_path / "train" / "sizes.npy", np.full((77, 2), value, np.int32))
+        with pytest.raises(UserError, match=r"sizes\.npy: no heights and widths"):
+            open_source("arrays", str(tmp_path), "train", 3)
+
+
 # Refusals
+
+
+def test_a_class_that_cannot_be_written_in_a_line_is_named_before_any_work(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(images / "train" / "barn\nowl", 1)
+    line = error_line(run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0")
+    assert r"class 'barn\nowl': a class name must be one line" in line
+    assert "rename it" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_plan_of_a_folder_beside_it_is_no_obstacle(images: Path, tmp_path: Path) -> None:
+    for name, content in {"a": b"[]", "b": b"\xff", "c": b"[" * 10_000}.items():
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "prepare.json").write_bytes(content)
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0
+
+
+def test_a_small_shared_memory_prepares_in_one_process(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcmae.data.prepare, "free_shared_bytes", lambda: 4096)
+    say_once.cache_clear()
+    assert prepare(images, tmp_path, "--workers", 3) == 0
+    assert "they load here, slower; docker run --shm-size=1g" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import fcmae.__main__
-import fcmae.training.trainer
+import fcmae.training.checkpoint
 from fcmae import pretrain
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.data.batches import PREFETCH_FACTOR
 from fcmae.training import dry_run
-from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.checkpoint import State, save_checkpoint
 from fcmae.training.dry_run import loading_rate, name_bottleneck
 from fcmae.training.trainer import Trainer
 from fcmae.weights.timm import to_timm
@@ -188,11 +188,11 @@ def test_a_picture_is_drawn_before_the_checkpoint_after_which_it_would_never_be(
 ) -> None:
     drawn: dict[int, bool] = {}
 
-    def save(folder: Path, *, step: int, **kwargs: Any) -> Path:
-        drawn[step] = (tmp_path / "run" / "reconstructions" / f"step-{step:08d}.png").is_file()
-        return save_checkpoint(folder, step=step, **kwargs)
+    def save(folder: Path, state: State, *rest: Any, **kwargs: Any) -> Path:
+        drawn[state.step] = (tmp_path / "run" / "reconstructions" / f"step-{state.step:08d}.png").is_file()
+        return save_checkpoint(folder, state, *rest, **kwargs)
 
-    monkeypatch.setattr(fcmae.training.trainer, "save_checkpoint", save)
+    monkeypatch.setattr(fcmae.training.checkpoint, "save_checkpoint", save)
     assert run(*arguments, "visualize.every_steps=5") == 0
     assert drawn == {5: True, 10: True, 12: True}
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import flip, state_of
 
 from fcmae.errors import UserError
-from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, Best, save_checkpoint
 from fcmae.training.run_folder import RunFolder, stored_model
 
 
@@ -16,16 +17,13 @@ def write_run(path: Path, *, ema: bool = True, best: int | None = 5, eval_ema: b
     run = RunFolder(path)
     for step in (5, 10, 15):
         tensors = {"weight": torch.full((2,), float(step))}
-        save_checkpoint(
-            run.checkpoints,
-            step=step,
-            model=tensors,
-            optimizer={},
-            state={"config": {"eval": {"ema": eval_ema}}},
-            keep=3,
-            ema=tensors if ema else None,
-            best=best,
+        state = state_of(
+            step,
+            config={"eval": {"ema": eval_ema}},
+            best=None if best is None else Best(step=best, score=0.5),
         )
+        files = {MODEL: tensors, OPTIMIZER: {}} | ({EMA: tensors} if ema else {})
+        save_checkpoint(run.checkpoints, state, files, keep=3)
     run.config.write_text("output: run\n")
     return run
 
@@ -35,6 +33,12 @@ def chosen(path: Path, **which: Any) -> tuple[str, str, str]:
     found = stored_model(path, **which)
     assert found is not None
     return found.file.resolve().parent.name, found.file.name, found.description
+
+
+def chosen_tensors(path: Path) -> dict[str, torch.Tensor]:
+    found = stored_model(path)
+    assert found is not None
+    return found.read()
 
 
 def test_the_model_of_a_run_is_the_best_that_was_evaluated_its_ema_where_there_is_one(tmp_path: Path) -> None:
@@ -77,8 +81,31 @@ def test_what_lies_in_a_run_belongs_to_it(tmp_path: Path) -> None:
     assert RunFolder.around(tmp_path / "elsewhere" / "weights.pth") is None
 
 
-def test_an_unfinished_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
+def test_a_broken_newest_or_best_checkpoint_is_reported_and_an_intact_one_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     (run.checkpoints / "step-00000020").mkdir()
-    assert run.newest == run.checkpoints / "step-00000015"
+    intact = run.checkpoints / "step-00000015"
+    with pytest.raises(UserError, match=f"step-00000020/state.json: missing; {intact} is intact"):
+        stored_model(run.path, last=True)
+    assert chosen(run.path)[2] == "step 5, EMA"
+    flip(run.best / "ema.safetensors", -2)
+    found = stored_model(run.path)
+    assert found is not None
+    with pytest.raises(UserError, match=f"ema.safetensors: damaged: its SHA-256 .*; {intact} is intact"):
+        found.read()
+    (run.best / "ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"best/ema.safetensors: missing; .*15 is intact"):
+        chosen_tensors(run.path)
+    (run.checkpoints / "step-00000005").rename(run.checkpoints / "moved")
+    with pytest.raises(UserError, match=r"best/state.json: missing; .*15 is intact"):
+        stored_model(run.path)
+    assert {path.name for path in run.checkpoints.glob("*-*")} == {f"step-000000{n}" for n in (10, 15, 20)}
     assert RunFolder(tmp_path / "elsewhere").newest is None
+
+
+def test_a_checkpoint_folder_without_its_state_is_not_read_as_plain_weights(tmp_path: Path) -> None:
+    folder = write_run(tmp_path).checkpoints / "step-00000010"
+    (folder / "state.json").unlink()
+    for path in (folder, folder / "model.safetensors"):
+        with pytest.raises(UserError, match=r"state.json: missing; .*15 is intact"):
+            stored_model(path)

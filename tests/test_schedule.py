@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, load_config, parse_config
+from fcmae.errors import UserError
 from fcmae.training.schedule import Plan, is_due, learning_rate, times_due
 
 
@@ -137,3 +138,9 @@ def test_few_updates_and_a_warmup_without_end_are_warned_of_with_the_remedy() ->
     )
     (warmup,) = concerns(50_000, "train.epochs=10")
     assert "optim.warmup_epochs=0.5 would be a twentieth" in warmup
+
+
+def test_more_updates_than_checkpoints_can_be_numbered_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^train\.epochs=1e\+09: makes 5,000,000,000 updates"):
+        plan(train={"epochs": 1e9})
+    assert plan(train={"epochs": 1e9, "max_steps": 5}).total_steps == 5

@@ -1,6 +1,9 @@
 """Sources: the images, labels and class names of folders, tar files and arrays; what is not there is refused."""
 
+import io
+import os
 import pickle
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from conftest import ROOT
 from PIL import Image, ImageOps
 
+import fcmae.data.images
 from fcmae.data import (
     RandomView,
     Source,
@@ -247,6 +251,105 @@ def test_previews_beside_an_image_are_not_pages(tmp_path: Path) -> None:
     assert np.array_equal(tiff, pixels)
 
 
+def test_a_program_in_postscript_is_not_run_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_: started.append(arguments))
+    monkeypatch.setattr(subprocess, "check_call", lambda *arguments, **_: started.append(arguments))
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "x.jpg").symlink_to("../x.jpg")
+    for name, root in (("folder", tmp_path), ("torch/folder", tmp_path)):
+        source = open_source(name, str(root), ".", 3)
+        with pytest.raises(ValueError, match="not an image of a type that is read"):
+            source.load(0)
+    (read, _) = read_images([tmp_path], 3)
+    assert isinstance(read, Unreadable)
+    assert not started
+
+
+def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path, 1)
+    source = open_source("folder", str(tmp_path), "train", 3)
+    monkeypatch.setattr(fcmae.data.images, "MAX_PIXELS", 40 * 32)
+    assert source.load(0).shape == (3, 32, 40)
+    monkeypatch.setattr(fcmae.data.images, "MAX_PIXELS", 40 * 32 - 1)
+    with pytest.raises(ValueError, match=r"40 x 32 pixels, over 1,279; cut it into tiles or shrink it"):
+        source.load(0)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_that_eight_bits_do_not_hold_are_refused_not_clipped(tmp_path: Path, kind: type) -> None:
+    values = np.linspace(0, 255, 64).reshape(8, 8).astype(kind)
+    Image.fromarray(values).save(tmp_path / "0.tif")
+    Image.fromarray(values + kind(1)).save(tmp_path / "1.tif")
+    source = open_source("folder", str(tmp_path), "train", 1)
+    assert np.array_equal(source.load(0)[0].numpy(), values.astype(np.uint8))
+    with pytest.raises(ValueError, match="numbers outside of 0 to 255"):
+        source.load(1)
+
+
+def test_what_is_no_file_among_images_is_a_bad_image_and_links_in_a_circle_end(tmp_path: Path) -> None:
+    write_images(tmp_path / "owl", 1)
+    os.mkfifo(tmp_path / "owl" / "fifo.png")
+    (tmp_path / "owl" / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "owl" / "gone.png").symlink_to("nowhere")
+    (tmp_path / "owl" / "empty.png").touch()
+    (tmp_path / "owl" / "up").symlink_to("..")
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "other").symlink_to("../owl")
+    source = open_source("folder", str(tmp_path), "train", 3)
+    names = [os.path.relpath(source.describe(i), tmp_path) for i in range(len(source))]
+    assert [name for name in names if name.endswith("000.png")] == ["cat/other/000.png", "owl/000.png"]
+    tried, bad = unreadable(source, 64)
+    assert (tried, len(bad)) == (10, 8)
+    reasons = {Path(image.name).name: image.reason for image in bad}
+    assert reasons["fifo.png"] == reasons["device.png"] == "not a regular file"
+    assert "No such file" in reasons["gone.png"]
+    assert [type(read).__name__ for read in read_images([tmp_path / "owl"], 3)].count("Unreadable") == 4
+
+
+def test_folders_that_links_multiply_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for level in range(12):  # 4,096 ways to the last
+        (tmp_path / f"{level:02}").mkdir()
+        for link in "ab":
+            (tmp_path / f"{level:02}" / link).symlink_to(f"../{level + 1:02}")
+    write_images(tmp_path / "12", 1)
+    assert "links lead there in over 1,000 ways" in error_of("folder", str(tmp_path / "00"), "train", 3)
+
+
+def test_names_that_are_no_utf8_work_and_are_named_so_that_they_can_be_printed(tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    content = (write_images(tmp_path / "a\nb", 1)[0]).read_bytes()
+    for name, written in ((b"\xff.png", content), (b"bad\n\xff.png", b"junk")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(written)
+    source = open_source("folder", str(tmp_path), "train", 3)
+    tried, (bad,) = unreadable(source, 64)
+    assert tried == 3
+    assert bad.name == rf"{tmp_path}/caf\udce9/bad\n\udcff.png"
+    with tarfile.open(tmp_path / "names.tar", "w") as tar:
+        tar.add(os.fsdecode(folder), "images")
+    packed = open_source("folder", str(tmp_path / "names.tar"), "train", 3)
+    assert len(packed) == 2
+    assert unreadable(packed, 64)[1][0].name.isprintable()
+
+
+def test_classes_that_differ_in_case_or_zeros_alone_are_numbered_the_same_in_every_process(tmp_path: Path) -> None:
+    for name in ("Cat", "cat", "CAT", "a1", "a01", "a001"):
+        write_images(tmp_path / name, 1)
+    source = open_source("folder", str(tmp_path), "train", 3)
+    assert source.class_names == ("a001", "a01", "a1", "CAT", "Cat", "cat")
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 # Splits
 
 
@@ -309,6 +412,19 @@ def test_images_of_other_splits_are_never_quietly_among_those_of_training(tmp_pa
     save_arrays(tmp_path / "val", np.zeros((2, 4, 4, 3), np.uint8))
     save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8))  # a file holds nothing of what lies beside it
     assert len(open_source("arrays", str(tmp_path), "train", 3)) == 3
+
+
+def test_a_misspelt_split_of_a_torchvision_set_never_means_other_images(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        class_folders(tmp_path / split)
+    line = error_of("torch/image_folder", str(tmp_path), "trian", 3)
+    assert line.startswith(f"data.root={tmp_path}: no split 'trian' in it (found: train, val; did you mean train?)")
+    assert "no split 'vla' of torch/cifar10 (known: train, " in error_of("torch/cifar10", str(tmp_path), "vla", 3)
+    train, val = (open_source("torch/folder", str(tmp_path), split, 3) for split in ("train", "val"))
+    assert (len(train), overlap(train, val)) == (6, False)
+    loose = open_source("folder", str(tmp_path), "train", 3)
+    assert train.class_names == ("class10", "class9", "owl")  # torchvision's order
+    assert torch.equal(train.load(0), loose.load(3))
 
 
 def test_sources_overlap_where_one_lies_in_the_other(tmp_path: Path) -> None:
@@ -435,6 +551,8 @@ def test_arrays_with_labels_that_do_not_fit_are_not_written(
         (np.array([0, -1, 2]), None, ["labels.npy", "label -1 of image 1"]),
         (np.zeros(3), None, ["labels.npy", "expected whole numbers (n,), found float64 (3,)"]),
         (np.zeros((3, 1), np.int64), None, ["labels.npy", "(3, 1)"]),
+        (np.array([0, 10**9, 1]), None, ["labels.npy", "label 1000000000 of image 1", "classes count from 0 to"]),
+        (np.array([0, 2**64 - 1, 1], np.uint64), None, ["labels.npy", "label 18446744073709551615 of image 1"]),
         (np.array([0, 5, 1]), b"a\nb\n", ["classes.txt", "2 names", "label 5"]),
         (np.zeros(3, np.int64), b"\xff\xfe", ["classes.txt", "not a text file"]),
     ],
@@ -451,6 +569,139 @@ def test_wrong_label_files_are_named_in_one_line(
     assert all(part in message for part in parts), message
     (tmp_path / "labels.npy").write_bytes(b"junk")
     assert "labels.npy: not a readable .npy array" in error_of("arrays", str(tmp_path), "train", 3)
+
+
+def test_an_array_that_shrinks_under_a_running_training_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    save_arrays(tmp_path, np.zeros((400, 64, 64, 3), np.uint8))
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    os.truncate(tmp_path / "images.npy", 300_000)
+    assert source.load(0).shape == (3, 64, 64)
+    with pytest.raises(OSError, match=r"images\.npy: cut off"):
+        source.load(399)
+    line = error_of("arrays", str(tmp_path), "train", 3)
+    assert "images.npy: not a readable .npy array (cut off: 299,872 bytes of uint8 (400, 64, 64, 3), which" in line
+
+
+@pytest.mark.parametrize(
+    ("images", "part"),
+    [
+        (np.asfortranarray(np.zeros((3, 4, 5, 3), np.uint8)), "in Fortran order"),
+        (np.zeros((3, 4, 5), object), "it holds object"),
+        (np.zeros((3, 4, 5), [("r", "u1"), ("g", "u1")]), "not plain numbers"),
+        (np.zeros((3, 4, 5, 3), ">u2"), "expected uint8 images (n, h, w, c), found >u2"),
+        (np.zeros((0, 4, 5, 3), np.uint8), "found uint8 (0, 4, 5, 3)"),
+    ],
+)
+def test_arrays_of_anything_but_uint8_images_in_a_row_are_refused(
+    tmp_path: Path, images: np.ndarray, part: str
+) -> None:
+    np.save(tmp_path / "images.npy", images, allow_pickle=True)
+    assert part in error_of("arrays", str(tmp_path), "train", 3)
+
+
+def test_a_header_that_promises_more_than_memory_is_refused_by_the_files_size(tmp_path: Path) -> None:
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), [0, 1, 2])
+    for name, dtype, shape in (("labels.npy", "<i8", (10**15,)), ("images.npy", "|u1", (10**15, 4, 4, 3))):
+        with open(tmp_path / name, "wb") as file:
+            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+        line = error_of("arrays", str(tmp_path), "train", 3)
+        assert f"{name}: not a readable .npy array (cut off: 0 bytes of " in line
+
+
+@pytest.mark.parametrize("dtype", [">i4", "<u2", "|i1", ">u8"])
+def test_labels_of_any_whole_numbers_are_read_as_they_are(tmp_path: Path, dtype: str) -> None:
+    save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.array([2, 0, 1], dtype))
+    source = open_source("arrays", str(tmp_path), "train", 3)
+    assert source.labels is not None
+    assert source.labels.tolist() == [2, 0, 1]
+
+
+def test_class_names_with_other_separators_of_lines_keep_their_places(tmp_path: Path) -> None:
+    names = ["form\x0cfeed", "next\x85line", " spaced", "para\u2029graph"]
+    save_arrays(tmp_path, np.zeros((4, 4, 4, 3), np.uint8), range(4), names)  # pyright: ignore[reportArgumentType]
+    assert open_source("arrays", str(tmp_path), "train", 3).class_names == tuple(names)
+    (tmp_path / "classes.txt").write_bytes(b"a\r\nb\r\nc\r\nd\r\n\r\n")
+    assert open_source("arrays", str(tmp_path), "train", 3).class_names == ("a", "b", "c", "d")
+
+
+# Tar files
+
+
+def write_tar(path: Path, members: dict[str, bytes], **kinds: bytes) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(f"{name}.png")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    return path
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> bytes:
+    """Return a PNG."""
+    return write_images(tmp_path / "images", 1)[0].read_bytes()
+
+
+def test_a_tar_files_members_are_read_in_place_wherever_their_names_lead(tmp_path: Path, image: bytes) -> None:
+    kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "fifo": tarfile.FIFOTYPE}
+    names = ("../../up/0.png", "/abs/1.png", "./here/2.png")
+    path = write_tar(tmp_path / "x.tar", dict.fromkeys(names, image), **kinds)
+    before = sorted(tmp_path.rglob("*"))
+    source = open_source("folder", str(path), "train", 3)
+    assert {source.describe(i) for i in range(3)} == {f"{path}/{name}" for name in names}
+    assert source.class_names == ("abs", "here", "up")
+    assert all(source.load(i).shape == (3, 32, 40) for i in range(3))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_tar_files_in_a_tar_file_are_read_too(tmp_path: Path, image: bytes) -> None:
+    inner = write_tar(tmp_path / "owl.tar", {"0.png": image, "deep/1.png": image}).read_bytes()
+    source = open_source(
+        "folder", str(write_tar(tmp_path / "x.tar", {"cat/2.png": image, "owl.tar": inner})), "train", 3
+    )
+    assert source.class_names == ("cat", "deep", "owl")
+    assert all(torch.equal(source.load(i), source.load(0)) for i in range(3))
+
+
+def test_a_tar_file_that_was_read_before_its_processes_start_gives_them_the_same_images(
+    tmp_path: Path, image: bytes
+) -> None:
+    source = open_source(
+        "folder", str(write_tar(tmp_path / "x.tar", {"0.png": image, "1.png": b"junk"})), "train", 3
+    )
+    source.load(0)
+    position = source.files.file.file.tell()  # pyright: ignore[reportAttributeAccessIssue]
+    source.load(0)
+    assert source.files.file.file.tell() == position == 0  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(pickle.loads(pickle.dumps(source)).load(0), source.load(0))
+
+
+def test_tar_files_without_images_or_with_damage_are_refused_in_one_line(tmp_path: Path, image: bytes) -> None:
+    empty = write_tar(tmp_path / "empty.tar", {"notes.txt": b"x"})
+    assert f"data.root={empty}: no images in it" in error_of("folder", str(empty), "train", 3)
+    whole = write_tar(tmp_path / "x.tar", {f"{i}.png": image for i in range(5)}).read_bytes()
+    damaged = tmp_path / "damaged.tar"
+    second = -(-(512 + len(image)) // 512) * 512
+    contents = {
+        "cut off in '1.png'": whole[: second + 600],
+        f"damaged at byte {second:,}": whole[:second] + b"x" * 512 + whole[second + 512 :],
+        "truncated header": whole[:100],
+        "empty file": b"",
+        "invalid header": b"junk" * 500,
+    }
+    for part, content in contents.items():
+        damaged.write_bytes(content)
+        line = error_of("folder", str(damaged), "train", 3)
+        assert line.startswith(f"data.root={damaged}: not a readable .tar of images (")
+        assert part in line
+    damaged.write_bytes(whole[: 5 * second])  # without the zeros at its end, as tar itself takes it
+    assert len(open_source("folder", str(damaged), "train", 3)) == 5
 
 
 # Labels

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import TINY, randomise, relative_error, small_encoder
 from safetensors.torch import save_file
@@ -17,9 +18,11 @@ from weight_files import MEAN, NAMES, STD, same
 
 from fcmae import FCMAE, ConvNeXt, load_encoder
 from fcmae.encoder.convnext import Version
+from fcmae.encoder.networks import build_network
 from fcmae.encoder.responses import RESPONSES
 from fcmae.errors import UserError
 from fcmae.weights.base import IMAGENET, Preprocessing, describe_encoder, load_network, version_of
+from fcmae.weights.export import write_folder
 from fcmae.weights.official import dense_to_official_sparse
 from fcmae.weights.read import FORMATS, find_weights, interpret, read_weights
 from fcmae.weights.timm import to_timm, write_timm_folder
@@ -102,6 +105,17 @@ def test_a_bare_file_tells_its_version_and_whether_it_has_grn(
     else:
         with pytest.raises(UserError, match=r"x\.pth .*grn\.\w.*, of another response than GRN.*; give the run or"):
             read_weights(tmp_path / "x.pth")
+
+
+def test_a_network_of_timm_is_built_once_to_be_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = randomise(build_network("timm/test_resnet", num_classes=3))
+    write_folder(network, Preprocessing(MEAN, STD, (64, 64), class_names=NAMES), tmp_path)
+    built: list[str] = []
+    build = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: built.append(name) or build(name, **kwargs))
+    weights = read_weights(tmp_path)
+    assert built == ["test_resnet"]
+    assert (weights.classifier, weights.num_classes) == (network.classifier, 3)
 
 
 def test_half_a_version_is_refused() -> None:

@@ -1,15 +1,18 @@
 """Networks, weights and run folders that the tests of fcmae.weights and fcmae.load share."""
 
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from conftest import small_encoder
+from conftest import small_encoder, state_of
 from torch import Tensor, nn
 
 from fcmae.encoder.convnext import ConvNeXt
-from fcmae.training.checkpoint import save_checkpoint
+from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, Best, save_checkpoint
 from fcmae.weights.base import Preprocessing, Weights
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -42,13 +45,18 @@ def save_run(
 ) -> Path:
     """Add a checkpoint to a run folder, as training leaves it; returns the checkpoint's folder."""
     data = {"mean": MEAN, "std": STD, "image_size": [64, 96]}
-    return save_checkpoint(
-        run / "checkpoints",
-        step=step,
-        model=model.state_dict(),
-        optimizer={},
-        state={"config": {"data": data}} | state,
-        keep=1,
-        ema=None if ema is None else ema.state_dict(),
-        best=best,
-    )
+    files = {MODEL: model.state_dict(), OPTIMIZER: {}} | ({} if ema is None else {EMA: ema.state_dict()})
+    best_one = None if best is None else Best(step=best, score=0.5)
+    known = {"config": {"data": data}, "best": best_one} | state
+    return save_checkpoint(run / "checkpoints", state_of(step, **known), files, keep=1)
+
+
+@contextmanager
+def little_memory(most: int = 2**29) -> Iterator[None]:
+    """Let this process take only so many bytes of address space more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

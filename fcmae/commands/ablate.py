@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fcmae.arguments import add_path, read_words
 from fcmae.commands.arguments import command_parser
-from fcmae.errors import UserError
-from fcmae.files import write_text
+from fcmae.errors import UserError, blame, named, shown
+from fcmae.files import require_folder, require_free, write_text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the results, a run a line (default: results.jsonl in the grid's output)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that are no results of this grid: PNG, and table.md and plot.png in its output "
+        "(default: refuse)",
+    )
     return parser
 
 
@@ -67,6 +73,9 @@ def main(argv: list[str]) -> int:
     name, output = Path(options.grid).stem, Path(grid.output)
     tasks = ablation.tasks_of(grid, name)
     results = ablation.Results(options.results or output / "results.jsonl")
+    if options.plot:
+        require_folder(options.plot.parent, f"--plot {options.plot}")
+        require_free(options.plot, overwrite=options.overwrite)
     if options.table or options.plot:
         scores = ablation.scores_of(tasks, results)
         if not any(scores.values()):
@@ -77,9 +86,10 @@ def main(argv: list[str]) -> int:
             ablation.plot(grid, scores, options.plot)
         return 0
 
-    launcher = shlex.split(options.launch) if options.launch else [sys.executable]
+    with blame(f"--launch {named(str(options.launch))}"):
+        launcher = shlex.split(options.launch or "") or [sys.executable]
     if shutil.which(launcher[0]) is None:
-        raise UserError(f"--launch {options.launch}: there is no program {launcher[0]!r} on PATH")
+        raise UserError(f"--launch {named(str(options.launch))}: there is no program {shown(launcher[0])} on PATH")
     runner = ablation.Runner(
         output,
         results,
@@ -93,6 +103,10 @@ def main(argv: list[str]) -> int:
             print(shlex.join(runner.command(stage)))
         return 0
     table, picture = output / name / "table.md", output / name / "plot.png"
+    places = {stage.place for *_, stages in tasks for stage in stages}
+    begun = any(record.run in places for record in results.read())
+    for path in (table, picture):
+        require_free(path, overwrite=options.overwrite or begun)
 
     def show() -> str:
         text = ablation.table(grid, ablation.scores_of(tasks, results))

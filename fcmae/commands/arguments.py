@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcmae import arguments
+from fcmae.errors import one_line
 
 if TYPE_CHECKING:
     from fcmae.evaluation.inference import Picture, Unreadable
@@ -78,7 +79,7 @@ def open_images(options: argparse.Namespace, channels: int) -> tuple[Iterator["P
         for image in read_images(options.images, channels):
             if isinstance(image, Unreadable):
                 unreadable.append(image)
-                print(f"error: {image.path}: {image.reason}", file=sys.stderr)
+                print(f"error: {one_line(f'{image.path}: {image.reason}')}", file=sys.stderr)
             else:
                 yield image
 

@@ -1,6 +1,7 @@
 """`fcmae configs`: the shipped configurations, listed with a line each, or one copied out to be edited."""
 
 import argparse
+import os
 import textwrap
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     name = options.name
     source = find_shipped(name)
     target = options.file or Path(source.name)
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: exists already; name another file: fcmae configs {name} FILE")
     write_text(target, source.read_text(encoding="utf-8"))
     task = task_of(name)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fcmae import arguments
 from fcmae.commands.arguments import command_parser
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError, blame, named, shown
+from fcmae.files import require_folder, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +26,9 @@ REPORT, COLLAPSE, CHANNELS, MAPS = "diagnosis.json", "collapse.png", "channels.p
 LAYERS_SHOWN = 4
 """Layers of which feature maps are drawn."""
 TAPS = ("act", "response", "block")
+BOUNDS = {"images": (1, 1_000_000), "batch": (1, 1_000_000), "num_workers": (0, 1024)}
+"""Of options, least and most."""
+MOST_SIDE = 65_536
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -107,14 +111,17 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option.
     """
-    for name, least in (("images", 1), ("batch", 1), ("num_workers", 0)):
-        if (value := getattr(options, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if options.size and (len(options.size) > 2 or min(options.size) < 1):
-        raise UserError(f"--size {' '.join(map(str, options.size))}: give a side in pixels, or height and width")
+    for name, (least, most) in BOUNDS.items():
+        if not least <= (value := getattr(options, name)) <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
+    if options.size and (len(options.size) > 2 or min(options.size) < 1 or max(options.size) > MOST_SIDE):
+        size = named(" ".join(map(str, options.size)))
+        raise UserError(f"--size {size}: give a side in pixels, or height and width, of at most {MOST_SIDE}")
+    for name in (options.data, *options.models):
+        name.encode()  # which fails where no picture could show it
     out: Path = options.output
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--output {out}: is a file; name a folder")
+    require_folder(out, f"--output {out}", inputs=[options.data])
     if out.is_dir() and any(out.iterdir()) and not options.overwrite:
         raise UserError(f"--output {out}: not empty; name another folder, or add --overwrite")
     if not os.path.exists(options.data):
@@ -215,7 +222,6 @@ def main(argv: list[str]) -> int:
     from fcmae.evaluation.diagnose_pictures import draw_channels, draw_collapse, draw_maps
     from fcmae.evaluation.inference import best_device
     from fcmae.evaluation.subjects import Images, mask_images, open_images, open_subject
-    from fcmae.files import write_json
     from fcmae.visualize import as_rgb
 
     device = best_device()

@@ -52,8 +52,8 @@ def images_of(weights: "Weights") -> dict[str, Any]:
     if stored is None:
         known = {key: getattr(weights.preprocessing, key) for key in ("mean", "std", "image_size")}
         return {"data": {key: value for key, value in known.items() if value is not None}}
-    data = stored.state["config"]["data"]
-    validation = data | stored.state["config"].get("eval", {})  # named in `data` by fine-tuning, else in `eval`
+    data = stored.state.config["data"]
+    validation = data | stored.state.config.get("eval", {})  # named in `data` by fine-tuning, else in `eval`
     return {
         "data": {key: value for key, value in data.items() if key in DataSection.model_fields},
         "eval": {key: validation[key] for key in ("val_split", "val_root") if key in validation},
@@ -115,8 +115,10 @@ def main(argv: list[str]) -> int:
 
     from fcmae.data import open_source, seeded
     from fcmae.encoder.networks import build_network
+    from fcmae.evaluation.inference import best_device
     from fcmae.evaluation.probes import labelled_splits
     from fcmae.patches import grid_shape
+    from fcmae.training.memory import require_batch
     from fcmae.weights.base import build_encoder
 
     weights = load_source(options)
@@ -133,6 +135,7 @@ def main(argv: list[str]) -> int:
                 f"data.{key}={list(getattr(data, key))}: the encoder takes {encoder.in_chans} channels; "
                 f"give data.{key} one value for each"
             )
+    require_batch(data, encoder.in_chans, best_device())
     source = open_source(data.name, data.root, data.split, encoder.in_chans, dtype=data.dtype)
     splits = labelled_splits(source, data, config.eval, encoder.in_chans)
     everything = not (options.knn or options.linear)

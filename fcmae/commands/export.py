@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fcmae.commands.arguments import add_source, command_parser, load_source, report_source
+from fcmae.files import require_new_folder
 
 FORMATS = {
     "timm": "config.json, model.safetensors",
@@ -43,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     options = make_parser().parse_args(argv)
+    require_new_folder(options.output, f"--output {options.output}")
 
     from fcmae.weights.export import FORMATS as WRITERS
     from fcmae.weights.export import export

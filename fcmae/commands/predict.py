@@ -2,10 +2,11 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 from fcmae.commands.arguments import add_images, add_source, command_parser, load_source, open_images, report_source
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError, blame, one_line
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,11 +50,15 @@ def main(argv: list[str]) -> int:
         preprocessing=preprocessing,
         top=options.top,
     ):
+        if not math.isfinite(prediction.top_classes[0].probability):
+            raise UserError(
+                f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
+            )
         if options.json:
             classes = [entry._asdict() for entry in prediction.top_classes]
             results.append({"image": str(prediction.path), "classes": classes})
         else:
-            print(prediction.path)
+            print(one_line(str(prediction.path)))
             for entry in prediction.top_classes:
                 print(f"  {entry.probability:7.2%}  {entry.name}")
     if options.json:

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from fcmae.data.labels import CLASSES, LABELS, check_class_names, read_labels, write_labels
 from fcmae.data.npy import read_header, write_array
-from fcmae.data.pixels import as_pixels, is_pixels, kind_of
+from fcmae.data.pixels import is_pixels, kind_of, native
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 from fcmae.files import SharedFile
 
 IMAGES = "images.npy"
+
+AT_ONCE = 1 << 18
+"""Bytes that are read at once, which stay in the processor's cache until they are copied."""
 
 
 class ArraySource:
@@ -36,8 +39,8 @@ class ArraySource:
         self.dtype = kind_of(header.dtype)
         if header.fortran_order:
             raise UserError(
-                f"{path}: in Fortran order, in which each image is all over the file; fcmae.data.save_arrays writes "
-                "it image by image"
+                f"{path}: in Fortran order, which has each image all over the file; "
+                "fcmae.data.save_arrays writes one after the other"
             )
         self.folder = folder
         self.place = path.resolve()
@@ -61,9 +64,14 @@ class ArraySource:
         _, image_height, image_width, channels = self.shape
         top, left, height, width, _ = choose(image_height, image_width)
         row = image_width * channels * self.stored.itemsize
-        content = self.file.read(self.start + (index * image_height + top) * row, height * row)
-        rows = np.frombuffer(content, self.stored).reshape(height, image_width, channels)
-        return torch.from_numpy(as_pixels(rows[:, left : left + width])).permute(2, 0, 1)
+        start = self.start + (index * image_height + top) * row
+        part = np.empty((height, width, channels), self.stored)
+        at_once = max(1, AT_ONCE // row)
+        for first in range(0, height, at_once):
+            number = min(at_once, height - first)
+            rows = np.frombuffer(self.file.read(start + first * row, number * row), self.stored)
+            part[first : first + number] = rows.reshape(number, image_width, channels)[:, left : left + width]
+        return torch.from_numpy(native(part)).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder / IMAGES}[{index}]"

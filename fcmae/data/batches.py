@@ -1,5 +1,6 @@
 """Datasets, samples and batches: an image, its mask or label, what could not be read; knows no model or split."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,10 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fcmae.data.sampling import PADDING, Key, spread
+from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
-from fcmae.errors import UserError
+from fcmae.data.workers import serving, starting
+from fcmae.errors import UserError, one_line
 from fcmae.seeding import seeded, torch_seeded
+from fcmae.signals import serve_parent
 
 SUBSTITUTES = 64
 """Draws for a substitute of an unreadable image before giving up."""
@@ -26,6 +30,15 @@ NOT_COUNTED = -1
 """Label of what an evaluation leaves out: the padding of a last batch, and images that did not decode."""
 
 
+LONGEST_REASON = 300
+"""Characters of what a decoder says, which may quote the file."""
+
+
+def brief(error: Exception) -> str:
+    """Return what an error says, as part of a line."""
+    return one_line(" ".join(str(error).split()), longest=LONGEST_REASON) or type(error).__name__
+
+
 class BadImage(NamedTuple):
     """An image that did not decode."""
 
@@ -35,7 +48,7 @@ class BadImage(NamedTuple):
 
     @classmethod
     def of(cls, index: int, source: Source, error: Exception) -> Self:
-        return cls(index, source.describe(index), " ".join(str(error).split()) or type(error).__name__)
+        return cls(index, one_line(source.describe(index)), brief(error))
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,11 @@ class TrainDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's tensors, at most."""
+        return self.source.channels * math.prod(self.view.size) + 8
+
     def load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
         """Load the part of image `index` that the view draws, or of a random other where it does not decode."""
         bad: list[BadImage] = []
@@ -225,6 +243,12 @@ class PretrainDataset(TrainDataset):
         self.random_view = view
         self.draw_ids = draw_ids
         self.resize_on_device = resize_on_device
+
+    @property
+    def sample_bytes(self) -> int:
+        pixels = math.prod(self.random_view.size)
+        ids = pixels // 8  # of 8 bytes, one for a patch of 64 pixels or more
+        return self.source.channels * pixels * (LARGEST_CROP**2 if self.resize_on_device else 1) + ids + 16
 
     def __getitem__(self, key: Key) -> MaskedSample:
         epoch, index = key
@@ -289,6 +313,11 @@ class EvaluationDataset(Dataset[LabelledSample]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's tensors."""
+        return math.prod(self.shape) + 8
+
     def __getitem__(self, index: int) -> LabelledSample:
         bad: tuple[BadImage, ...] = ()
         if index != PADDING:
@@ -301,6 +330,16 @@ class EvaluationDataset(Dataset[LabelledSample]):
         return LabelledSample(torch.zeros(self.shape, dtype=self.source.dtype), index, bad, NOT_COUNTED)
 
 
+class _PipedCollate:
+    """A dataset's collation, for batches that come through pipes."""
+
+    def __init__(self, collate: Callable[[Any], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: Any) -> Piped[Batch]:
+        return Piped.of(self.collate(samples))
+
+
 def load_batches(
     dataset: PretrainDataset | LabelledDataset | EvaluationDataset,
     keys: Iterable[Any],
@@ -310,9 +349,23 @@ def load_batches(
 ) -> Iterator[Any]:
     """Yield a batch, of the dataset's kind, for each list of keys, loaded in `num_workers` processes.
 
+    These processes leave the signals that stop a run to this one, and end with it. Where shared memory is too small
+    for what they have ready, the same batches come another way; a line says so.
+
+    Args:
+        dataset: gives samples by key, and collates them.
+        keys: lists of keys, the first as long as any; iterated twice.
+        num_workers: processes; 0 loads in this one.
+        pin_memory: whether the batches end in pinned memory.
+
     Raises:
-        UserError: if nearly nothing decodes.
+        UserError: if nearly nothing decodes, or one of these processes died.
     """
+    batch_bytes = dataset.sample_bytes * len(next(iter(keys), ())) if num_workers else 0
+    queued_bytes = batch_bytes * (PREFETCH_FACTOR * num_workers + IN_HAND)
+    num_workers, piped, line = choose_transport(num_workers, queued_bytes, free_shared_bytes())
+    if line:
+        say_once(line)
     with warnings.catch_warnings():  # of more workers than cores, which the story says in words of its own
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
@@ -320,12 +373,15 @@ def load_batches(
             batch_sampler=keys,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            collate_fn=dataset.collate,
+            collate_fn=_PipedCollate(dataset.collate) if piped else dataset.collate,
             prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+            worker_init_fn=serve_parent if num_workers else None,
         )
-        batches = iter(loader)
+        with starting() as workers:
+            batches = iter(loader)
     try:
-        yield from batches
+        with serving(workers):
+            yield from map(unpacked, batches)
     except UserError as error:  # from a worker it arrives with a traceback, its own line last
         line = str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]
         raise UserError(line, everywhere=False) from error

@@ -21,7 +21,7 @@ from fcmae.data.pixels import FULL, as_kind, as_pixels, kind_of
 from fcmae.data.sampling import spread
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
-from fcmae.files import require_regular
+from fcmae.files import BoundedFile
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode by number of channels."""
@@ -66,15 +66,13 @@ def extensions() -> frozenset[str]:
     return EXTENSIONS | {end for end, name in Image.registered_extensions().items() if name in formats}
 
 
-def open_image(file: str | Path | IO[bytes]) -> Image.Image:
+def open_image(file: IO[bytes]) -> Image.Image:
     """Open an image, recognised by its content, without decoding it: all that is read of image files is read here.
 
     Raises:
         ValueError: if it is none of `FORMATS`, or has over `MAX_PIXELS`.
         Exception: whatever Pillow raises for a damaged one.
     """
-    if isinstance(file, str | Path):
-        require_regular(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -286,7 +284,7 @@ def _labels_of(dataset: Any) -> tuple[np.ndarray | None, tuple[str, ...] | None]
 
 def load_as_torchvision(path: str | Path) -> Image.Image:
     """Load an image file as torchvision's datasets do, if it is one of `FORMATS`."""
-    with open_image(path) as image:
+    with BoundedFile(path) as file, open_image(file) as image:
         return image.convert("RGB")
 
 

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from fcmae.errors import UserError
-from fcmae.files import SharedFile, require_regular
+from fcmae.files import BoundedFile, SharedFile
 
 ARRAYS = ("images.npy", "labels.npy", "sizes.npy")
 """Of data.name=arrays: no images, but arrays of them."""
@@ -23,7 +23,7 @@ VISITS = 1000
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
-    """Return what sorts names with numbers in them by the numbers, as timm does, and different ones always alike."""
+    """Return what sorts names with numbers in them by these, as timm does, and different names always alike."""
     parts: list[int | str] = [*re.split(r"(\d{1,4000})", name.lower())]
     for place in range(1, len(parts), 2):
         parts[place] = int(parts[place])
@@ -96,8 +96,7 @@ class FolderFiles:
         return self.names[index]
 
     def open(self, index: int) -> IO[bytes]:
-        require_regular(self.names[index])
-        return open(self.names[index], "rb")
+        return BoundedFile(self.names[index])
 
 
 class Member(NamedTuple):
@@ -125,7 +124,6 @@ def _members(file: IO[bytes], size: int, extensions: Collection[str], within: st
     before = -1
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
-            tar.members.clear()  # which hold many times what is needed of them
             if not before < member.offset < member.offset_data:  # or it would go round for ever
                 raise ValueError(f"damaged at {member.name!r}")
             before = member.offset
@@ -161,10 +159,8 @@ class TarFiles:
         self.path = path
         self.file = SharedFile(Path(path))
         try:
-            with open(path, "rb") as file:
-                members = sorted(
-                    _members(file, os.path.getsize(path), extensions), key=lambda m: natural_key(m.name)
-                )
+            with BoundedFile(path) as file:
+                members = sorted(_members(file, file.size, extensions), key=lambda m: natural_key(m.name))
         except Exception as error:  # tarfile raises anything for what is none
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"not a readable .tar of images ({reason})") from error

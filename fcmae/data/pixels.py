@@ -28,6 +28,11 @@ def is_pixels(dtype: np.dtype) -> bool:
     return (dtype.kind, dtype.itemsize) in (("u", 1), ("u", 2), ("f", 4))
 
 
+def native(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels in this machine's order of bytes; without a copy where they are."""
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+
+
 def as_pixels(numbers: np.ndarray) -> np.ndarray:
     """Return numbers of any type as pixels of one of the kinds, changing none but by the rounding of float32.
 
@@ -39,7 +44,7 @@ def as_pixels(numbers: np.ndarray) -> np.ndarray:
     if numbers.dtype.kind == "b":
         return numbers.astype(np.uint8) * 255
     if is_pixels(numbers.dtype):
-        return numbers.astype(numbers.dtype.newbyteorder("="))  # a copy that can be written to
+        return native(numbers)
     if numbers.dtype.kind in "iu" and numbers.dtype.itemsize > 2 and numbers.size:
         least, most = int(numbers.min()), int(numbers.max())
         if not -EXACT <= least <= most <= EXACT:

@@ -14,14 +14,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fcmae.data.batches import BadImage
-from fcmae.data.labels import write_labels
+from fcmae.data.labels import check_class_names, write_labels
 from fcmae.data.npy import write_array
 from fcmae.data.pixels import kind_name
 from fcmae.data.sampling import spread
 from fcmae.data.shards import INDEX, PLAN, PREPARED, SIZES, shard_path
+from fcmae.data.shared_memory import choose_transport, free_shared_bytes, say_once
 from fcmae.data.sources import Source
 from fcmae.data.views import Part, resample
-from fcmae.errors import UserError
+from fcmae.errors import UserError, blame
 from fcmae.files import WRITING, atomic_file, free_bytes, write_text
 
 SHARD_IMAGES = 1024
@@ -98,9 +99,13 @@ class _Shards(Dataset[Any]):
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             record = Shard([(h, w) for h, w in sizes], [BadImage(*image) for image in bad], sha256)
-        except (FileNotFoundError, ValueError, TypeError):
+            left_out = {image.index for image in record.bad}
+            complete = len(sizes) + len(bad) == len(self.indices(shard)) and left_out <= {*self.indices(shard)}
+            expected = sum(h * w for h, w in record.sizes) * self.source.channels
+            whole = found == sha256 and complete and len(left_out) == len(bad) and path.stat().st_size == expected
+        except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return None
-        return record if found == sha256 else None
+        return record if whole else None
 
     def write(self, shard: int) -> Shard:
         (self.folder / INDEX).unlink(missing_ok=True)  # until all shards are good again
@@ -133,6 +138,15 @@ def _fingerprint(source: Source, root: str) -> str:
     return digest.hexdigest()
 
 
+def _read_plan(path: Path) -> dict[str, Any]:
+    """Return what was asked for in a folder; nothing where that is not what the file says."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
 def _claim(folder: Path, plan: dict[str, Any]) -> None:
     """Make the folder this plan's, or find that it is.
 
@@ -141,14 +155,13 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
     """
     path = folder / PLAN
     for other in sorted(folder.parent.glob(f"*/{PLAN}")):
-        if other != path and json.loads(other.read_text(encoding="utf-8")).get("source") == plan["source"]:
+        if other != path and _read_plan(other).get("source") == plan["source"]:
             raise UserError(f"{folder}: {other.parent} holds these images already; give each split its own")
     if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changes = [f"{name} {before[name]} -> {value}" for name, value in plan.items() if before[name] != value]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not written by fcmae prepare ({error}); name another folder") from error
+        before = _read_plan(path)
+        if not plan.keys() <= before.keys():
+            raise UserError(f"{path}: not written by fcmae prepare; name another folder")
+        changes = [f"{name} {before[name]} -> {value}" for name, value in plan.items() if before[name] != value]
         if changes:
             named = ["other files or labels" if change.startswith("source") else change for change in changes]
             raise UserError(f"{folder}: was prepared differently ({', '.join(named)}); name another folder")
@@ -199,7 +212,7 @@ def prepare(
         num_workers: processes; 0 works in this one.
 
     Raises:
-        UserError: if the folder is in other use, the disk too small, or no image decodes.
+        UserError: if the folder is in other use, the disk too small, a class cannot be named, or no image decodes.
         OSError: as writing does.
     """
     shard_images = min(SHARD_IMAGES, math.ceil(len(source) / MIN_SHARDS))
@@ -211,12 +224,17 @@ def prepare(
     }
     if source.dtype != torch.uint8:  # folders of older versions say nothing of it
         plan["dtype"] = kind_name(source.dtype)
+    with blame(root):
+        check_class_names(source.class_names or ())
     _require_disk(source, folder, short_side)
     _claim(folder, plan | {"shard_images": shard_images, "source": _fingerprint(source, root)})
     work = _Shards(source, folder, short_side, shard_images)
     records: dict[int, Shard] = {}
     written = 0
-    loader: Any = DataLoader(work, batch_size=None, num_workers=num_workers, in_order=False)
+    transport = choose_transport(num_workers, 0, free_shared_bytes())
+    if transport.line:
+        say_once(transport.line)
+    loader: Any = DataLoader(work, batch_size=None, num_workers=transport.num_workers, in_order=False)
     with tqdm(total=len(source), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for shard, record, fresh in loader:
             if isinstance(record, OSError):

@@ -26,7 +26,7 @@ SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evalu
 
 
 VALIDATED = ("imagenet", "places365", "inaturalist", "inat")
-"""Datasets of torchvision's that refuse splits which they do not have; of others any but "train" is the test images."""
+"""Datasets of torchvision's that refuse splits which they do not have; others take any for the test images."""
 
 FOLDERS = ("folder", "image_folder")
 """Names of torchvision's dataset of a folder."""

@@ -49,6 +49,9 @@ class View(ABC):
     default generators.
     """
 
+    size: tuple[int, int]
+    """Height and width of the view."""
+
     @abstractmethod
     def part(self, height: int, width: int) -> Part:
         """Draw the part of an image of `height` x `width` pixels."""
@@ -257,6 +260,7 @@ class AugmentedView(View):
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
+        self.size = size
         self.crop = RandomView(size, crop_scale, hflip) if crop_padding is None else None
         steps: list[nn.Module] = []
         if crop_padding is not None:

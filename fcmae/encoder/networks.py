@@ -15,6 +15,12 @@ def _timm(name: str, **kwargs: Any) -> Network:
     return TimmNetwork(name, **kwargs)
 
 
+def _timm_classifier(name: str) -> str:
+    from fcmae.encoder.timm_networks import classifier_name
+
+    return classifier_name(name)
+
+
 class Family(NamedTuple):
     """Networks whose variants begin alike, as those of timm do in timm/resnet50."""
 
@@ -22,9 +28,14 @@ class Family(NamedTuple):
     """(name behind the slash, in_chans=, num_classes=, drop_path=) -> the network."""
     keys: frozenset[str] = frozenset()
     """Other arguments of `build_network` that `build` takes."""
+    classifier: Callable[[str], str] = lambda name: "head"
+    """(name behind the slash) -> what the tensors of its last layer are called, see `Network.classifier`."""
 
 
-FAMILIES = {"timm": Family(_timm), "roadmap": Family(Roadmap, frozenset({"stem_stride"}))}
+FAMILIES = {
+    "timm": Family(_timm, classifier=_timm_classifier),
+    "roadmap": Family(Roadmap, frozenset({"stem_stride"})),
+}
 """By what their variants begin with."""
 
 OWN = {"version": (2,), "response": ("auto",), "grn": ({}, OWN_PARTS), "stem_stride": (4,)}
@@ -34,6 +45,26 @@ OWN = {"version": (2,), "response": ("auto",), "grn": ({}, OWN_PARTS), "stem_str
 def is_other(variant: Variant | None) -> bool:
     """Whether a variant is of a family other than our ConvNeXt."""
     return isinstance(variant, str) and "/" in variant
+
+
+def _find_family(variant: str) -> tuple[Family, str]:
+    family, _, name = variant.partition("/")
+    if family not in FAMILIES:
+        known = " or ".join(f"{other}/NAME" for other in FAMILIES)
+        raise ValueError(f"unknown variant {variant!r}: before a slash stands {known}")
+    return FAMILIES[family], name
+
+
+def classifier_name(variant: Variant | None) -> str:
+    """Return what the tensors of the last layer of a variant's network are called, without building it.
+
+    Raises:
+        ValueError: if there is no such network.
+    """
+    if not isinstance(variant, str) or not is_other(variant):
+        return "head"
+    family, name = _find_family(variant)
+    return family.classifier(name)
 
 
 def build_network(
@@ -68,11 +99,7 @@ def build_network(
     shared: dict[str, Any] = {"in_chans": in_chans, "num_classes": num_classes, "drop_path": drop_path}
     if not isinstance(variant, str) or not is_other(variant):
         return ConvNeXt(variant, **own, **shared)
-    family, _, name = variant.partition("/")
-    if family not in FAMILIES:
-        known = " or ".join(f"{other}/NAME" for other in FAMILIES)
-        raise ValueError(f"unknown variant {variant!r}: before a slash stands {known}")
-    builder = FAMILIES[family]
+    builder, name = _find_family(variant)
     for key in OWN.keys() - builder.keys:
         if own.pop(key) not in OWN[key]:
             value = OWN[key][-1]

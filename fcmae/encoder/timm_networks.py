@@ -137,6 +137,16 @@ def require_name(name: str) -> None:
         raise ValueError(f"timm {timm.__version__} has no network {name!r}{question}")
 
 
+def classifier_name(name: str) -> str:
+    """Return what timm calls the last layer of its network `name`.
+
+    Raises:
+        ValueError: if timm has no such network.
+    """
+    require_name(name)
+    return timm.get_pretrained_cfg(name).classifier  # pyright: ignore
+
+
 class TimmNetwork(MaskedNetwork):
     """Any convolutional network of timm with maps of total strides 4, 8, 16 and 32, as ResNet or EfficientNet.
 

@@ -28,6 +28,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar in a name is a dollar
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 

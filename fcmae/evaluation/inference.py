@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from fcmae.config import PretrainConfig
+from fcmae.data.batches import brief
 from fcmae.data.images import extensions, open_pixels
+from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
-from fcmae.files import require_regular
+from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -59,28 +60,27 @@ def best_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def image_files(path: Path) -> list[Path]:
+    """Return the image files in a folder at any depth, sorted; of a file, itself."""
+    return sorted(map(Path, images_below(str(path), extensions()))) if path.is_dir() else [path]
+
+
 def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
     """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says)."""
-    ends = extensions()
     for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ends and p.is_file())
-            if not files:
-                yield Unreadable(path, "no images in this folder")
+        files = image_files(path)
+        if not files:
+            yield Unreadable(path, "no images in this folder")
         for file in files:
             try:
-                require_regular(file)
-                with open(file, "rb") as opened:
+                with BoundedFile(file) as opened:
                     _, read = open_pixels(opened)
                     pixels = np.array(read(whole, channels), order="C")
                 yield Picture(file, torch.from_numpy(pixels).permute(2, 0, 1))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
-            except UnidentifiedImageError:
-                yield Unreadable(file, "not an image, or damaged")
             except Exception as error:  # a broken file can make a decoder raise anything
-                yield Unreadable(file, " ".join(str(error).split()) or type(error).__name__)
+                yield Unreadable(file, brief(error))
 
 
 # Classes

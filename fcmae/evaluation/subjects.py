@@ -20,13 +20,13 @@ from fcmae.data.sources import Subset, open_source
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
-from fcmae.errors import UserError, blame
+from fcmae.errors import UserError, blame, one_line
 from fcmae.load import load_weights
 from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.patches import grid_shape
 from fcmae.seeding import seeded
 from fcmae.tensors import load_strictly
-from fcmae.weights.base import Preprocessing, Weights, build_encoder, describe_encoder
+from fcmae.weights.base import Preprocessing, Weights, build_encoder, describe_encoder, description, report_damage
 from fcmae.weights.read import find_weights, read_tensors
 
 TIMM = re.compile("timm[:/]")
@@ -56,6 +56,27 @@ def _timm_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
     return tensors
 
 
+def _numbers(values: object) -> Iterator[int]:
+    """Yield the integers in what JSON holds."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _numbers(value)
+    elif isinstance(values, int):
+        yield values
+
+
+def _require_arguments(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that timm's arguments in a folder ask for no more blocks or channels than its tensors can be of.
+
+    Raises:
+        UserError: if they do, before anything is built.
+    """
+    most = max(len(tensors), *(max(tensor.shape, default=1) for tensor in tensors.values()), 0)
+    with description(folder) as config:
+        if wrong := next((number for number in _numbers(config.get("model_args")) if abs(number) > most), None):
+            raise ValueError(f"its model_args hold {wrong}, more than its weights have of anything")
+
+
 def open_timm(source: str) -> Subject:
     """Build timm's network NAME, untrained, NAME@FILE with the weights of a file, or that of a folder.
 
@@ -65,23 +86,27 @@ def open_timm(source: str) -> Subject:
         UserError: if timm knows no such network, or the file or folder does not fit.
     """
     name, _, file = TIMM.sub("", source, count=1).partition("@")
-    is_folder = Path(name).is_dir()
+    folder = Path(name) if Path(name).is_dir() else None
+    path = find_weights(folder or Path(file)) if folder or file else None
+    tensors = read_tensors(path) if path else {}
+    if folder:
+        _require_arguments(folder, tensors)
     try:
         with seeded(0):
-            network: Any = timm.create_model(f"local-dir:{name}" if is_folder else name, pretrained=is_folder)
+            network: Any = timm.create_model(f"local-dir:{name}" if folder else name)
     except Exception as error:  # whatever timm raises for an unknown name, or a folder that is not its own
-        reason = " ".join(str(error).split())
+        reason = one_line(" ".join(str(error).split()), longest=300)
         raise UserError(
             f"{source}: timm cannot build it ({reason}); give timm:NAME of timm.list_models(), timm:NAME@FILE or "
             "timm:FOLDER with config.json and model.safetensors"
         ) from error
-    description = f"timm's {network.default_cfg.get('architecture') or name}, untrained"
-    if is_folder:
-        description = f"timm's {network.default_cfg.get('architecture')}"
-    if file:
-        path = find_weights(Path(file))
-        load_strictly(network, _timm_tensors(network, read_tensors(path)), path)
-        description = f"timm's {name} with {path}"
+    shown = f"timm's {network.default_cfg.get('architecture') or name}, untrained"
+    if folder:
+        shown = f"timm's {network.default_cfg.get('architecture')}"
+    elif file:
+        shown = f"timm's {name} with {path}"
+    if path:
+        load_strictly(network, _timm_tensors(network, tensors), path)
 
     def encode(images: Tensor) -> object:
         try:
@@ -91,17 +116,12 @@ def open_timm(source: str) -> Subject:
                 raise
             raise ValueError(" ".join(str(error).split())) from error
 
-    known = resolve_model_data_config(network)
-    channels, height, width = known["input_size"]
-    preprocessing = Preprocessing(
-        tuple(known["mean"]),
-        tuple(known["std"]),
-        (height, width),
-        crop_pct=known["crop_pct"],
-        interpolation=known["interpolation"],
-        value_range=(0.0, 1.0),
-    )
-    return Subject(network, encode, description, preprocessing, channels)
+    with report_damage(path or Path(source)):
+        known = resolve_model_data_config(network)
+        channels, *size = known["input_size"]
+        known |= {"image_size": size, "value_range": (0.0, 1.0)}
+        preprocessing = Preprocessing.of(known)
+    return Subject(network, encode, shown, preprocessing, channels)
 
 
 def _describe(network: nn.Module, weights: Weights) -> str:

@@ -28,6 +28,7 @@ from fcmae.data import (
     overlap,
     share_of_each_class,
 )
+from fcmae.data.labels import MAX_CLASSES
 from fcmae.data.pixels import kind_name
 from fcmae.encoder.base import Network
 from fcmae.encoder.networks import build_network
@@ -40,6 +41,21 @@ from fcmae.metrics import accuracies, accuracy, confusion_matrix, per_class
 def numbered(number: int) -> tuple[str, ...]:
     """Names of classes that have none."""
     return tuple(str(label) for label in range(number))
+
+
+def count_classes(labels: np.ndarray, what: str) -> int:
+    """Return how many classes there are by the training labels alone, which nothing names.
+
+    Raises:
+        UserError: if there is none of class 0, or there are more classes than images: mistakes, most likely.
+    """
+    least, number = int(labels.min()), int(labels.max()) + 1
+    known = f"or say that there are so many: a name for each in classes.txt, or model.num_classes={number}"
+    if least:
+        raise UserError(f"{what}: labels {least} to {number - 1}; classes count from 0: subtract {least}, {known}")
+    if number > len(labels):
+        raise UserError(f"{what}: label {number - 1} among {len(labels)} images: number classes from 0 on, {known}")
+    return number
 
 
 def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
@@ -55,9 +71,11 @@ def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
             f"data.auto_augment={data.auto_augment}: is for pixels of 8 bits, and data.root={data.root} has "
             f"{kind_name(source.dtype)}; set data.auto_augment=null"
         )
-    labels = labels_by(source, None, f"data.root={data.root}, split {data.split}")
-    names = source.class_names or numbered(int(labels.max()) + 1)
-    if config.model.num_classes not in (None, len(names)):
+    what = f"data.root={data.root}, split {data.split}"
+    labels, known = labels_by(source, None, what), config.model.num_classes
+    least = count_classes(labels, what) if known is None and not source.class_names else int(labels.max()) + 1
+    names = source.class_names or numbered(max(least, min(known or 0, MAX_CLASSES)))
+    if known not in (None, len(names)):
         shown = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
         raise UserError(
             f"model.num_classes={config.model.num_classes}: the images of data.root={data.root} have {len(names)} "

@@ -1,22 +1,28 @@
-"""Checkpoint folders: safetensors and JSON, so that at no instant there is none; knows no run folder or network.
+"""Checkpoint folders: whole, verified or refused, never absent; knows no run folder or network.
 
 RUN/checkpoints/step-00001000/
     model.safetensors       parameters by their dense names
     optimizer.safetensors   AdamW's state, as `state.NAME.exp_avg` and so on
     ema.safetensors         the EMA of the parameters, where the run keeps one
-    state.json              step, images seen, configuration, versions
+    state.json              `State`: step, images seen, configuration, versions
+    SHA256SUMS              of the files above, for `sha256sum -c`; written last, checked by every reader
 RUN/checkpoints/last        a link to the newest
 RUN/checkpoints/best        a link to the one with the highest score, where the run has scores; never deleted
+RUN/checkpoints/damaged-*   what a resumed run found damaged and did not take
 """
 
 import errno
-import json
+import itertools
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,21 +31,102 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fcmae.errors import UserError
-from fcmae.files import WRITING, atomic_folder, point_link, write_json
-from fcmae.tensors import read_safetensors, write_safetensors
+from fcmae.files import (
+    WRITING,
+    atomic_folder,
+    fsync,
+    point_link,
+    real_path,
+    remove_folder,
+    rename,
+    sha256,
+    write_json,
+    write_text,
+)
+from fcmae.tensors import differences, fill_safetensors, kind, not_finite, read_safetensors
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-EMA = "ema.safetensors"
+MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+STATE, SUMS = "state.json", "SHA256SUMS"
 LAST, BEST = "last", "best"
+FORMAT = 2
+"""What state.json says of itself; fcmae 0.1.0 said nothing, and wrote no hashes."""
+
+Files = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by file, `MODEL`, `OPTIMIZER` and `EMA`, and by name."""
+
+CALMER = "try a lower optim.base_lr, optim.clip_grad=1, or train.precision=bf16 instead of fp16"
+"""What helps where numbers are not finite."""
+
+
+class Damaged(UserError):
+    """A checkpoint that is not whole, or not as it was written."""
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Text = Annotated[str, BeforeValidator(lambda text: text.encode(errors="backslashreplace").decode())]
+"""A name from a file system, which need not be Unicode."""
+
+
+class Record(BaseModel):
+    """A part of state.json: every key known, every number finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Best(Record):
+    """The evaluation with the highest score so far."""
+
+    step: Count
+    score: float
+
+
+class State(Record):
+    """What a checkpoint holds besides tensors."""
+
+    format: Literal[1, 2] = 1
+    step: Count
+    """Updates made."""
+    seen_images: Count
+    """By all processes together: where in the stream of images the run stands."""
+    loss_sum: float
+    """Of the losses since the last record, over all processes."""
+    num_losses: Count
+    """Losses in it, of each process."""
+    bad_images: tuple[tuple[Count, Text, Text], ...]
+    """Samples that could not be read: index, what it is called, why."""
+    best: Best | None
+    kept: tuple[Count, ...] = ()
+    """Steps whose checkpoints are never deleted."""
+    scaler: dict[str, float] | None
+    """The state of the loss scaler of fp16."""
+    num_processes: Annotated[int, Field(ge=1, lt=2**31)]
+    config: dict[str, Any]
+    class_names: tuple[Text, ...] | None = None
+    fcmae: str
+    torch: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.seen_images < self.step or any(step > self.step for step in self.kept):
+            raise ValueError(f"step {self.step} does not go with seen_images and kept")
+        if self.best is not None and self.best.step > self.step:
+            raise ValueError(f"the best step, {self.best.step}, comes after step {self.step}")
+        return self
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether the run keeps an EMA of the weights."""
+        train = self.config.get("train")
+        return isinstance(train, dict) and train.get("ema_decay") is not None
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint read from disk."""
+    """A checkpoint read from disk, found to be as it was written."""
 
     path: Path
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    state: dict[str, Any]
+    state: State
     ema: dict[str, Tensor] | None
 
 
@@ -70,14 +157,12 @@ def restore_optimizer(
     Raises:
         UserError: naming `source`, if they are another optimizer's.
     """
-    if not tensors:
-        return
     tensors = {_current_name(name): value for name, value in tensors.items()}
     own = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    differing = {name for name, value in own.items() if isinstance(value, Tensor)} ^ tensors.keys()
-    if differing:
+    wanted = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    if differing := differences(tensors, wanted, kind):
         raise UserError(
-            f"{source}: {len(differing)} tensors are not those of this optimizer, such as {min(differing)}; "
+            f"{source}: {len(differing)} tensors are not those of this optimizer, such as {differing[0]}; "
             "resume with the configuration of the run, or start a new run with init_from"
         )
     merged: dict[str, Any] = {**own, **tensors}
@@ -92,76 +177,300 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+def step_of(path: Path) -> int | None:
+    """Return the step that a folder's name says; None if it is not named as a checkpoint."""
+    found = re.fullmatch(r"step-(\d{8,18})", path.name)
+    return int(found[1]) if found else None
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-    ema: Mapping[str, Tensor] | None = None,
-    best: int | None = None,
-) -> Path:
-    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
+def step_folders(folder: Path) -> list[Path]:
+    """Return what is named as a checkpoint in `folder`, oldest first."""
+    steps = {path: step_of(path) for path in folder.glob("step-*")}
+    return sorted((path for path, step in steps.items() if step is not None), key=lambda path: steps[path] or 0)
 
-    The checkpoint of step `best` is pointed at by `folder/best` and never deleted. A kill at any instant leaves the
-    older ones. A step that is there already stays as it is: a run has one state at a step.
+
+# Reading
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a checkpoint; nothing for one of fcmae 0.1.0, which wrote none.
 
     Raises:
-        UserError: if it could not be written, such as for a full disk; older checkpoints are untouched.
+        Damaged: if they are not what a checkpoint has.
     """
-    final = step_folder(folder, step)
-    if final.exists():
-        return final
+    path = folder / SUMS
+    if not path.is_file():
+        return {}
+    text = _read(path).decode(errors="replace")
+    lines = [re.fullmatch(r"([0-9a-f]{64})  ([a-zA-Z0-9.]+)", line) for line in text.splitlines()]
+    sums = {line[2]: line[1] for line in lines if line}
+    if len(sums) < len(lines) or not {MODEL, OPTIMIZER, STATE} <= sums.keys() <= {MODEL, OPTIMIZER, STATE, EMA}:
+        raise Damaged(f"{path}: damaged: these are not the hashes of a checkpoint's files")
+    return sums
+
+
+def verified(folder: Path, name: str) -> Path:
+    """Return the path of a checkpoint's file, found to be as it was written.
+
+    Raises:
+        Damaged: if it is missing, or another than in SHA256SUMS.
+    """
+    path, sums = folder / name, read_sums(folder)
+    if not path.is_file():
+        raise Damaged(f"{path}: missing")
     try:
-        for leftover in folder.glob(f"{WRITING}*"):  # of a kill
-            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
-        with atomic_folder(final) as temporary:
-            for name, tensors in ((MODEL, model), (OPTIMIZER, optimizer), (EMA, ema)):
-                if tensors is not None:
-                    write_safetensors(temporary / name, tensors)
-            write_json(temporary / STATE, {"step": step, **state})
-        point_link(folder / LAST, final.name)
-        if best is not None:
-            point_link(folder / BEST, step_folder(folder, best).name)
+        differs = bool(sums) and sha256(path) != sums.get(name)
     except OSError as error:
-        full = error.errno == errno.ENOSPC or "No space left" in str(error)
-        raise UserError(
-            f"{final}: not written, {'the disk is full' if full else error}; earlier checkpoints are intact: "
-            "free some space and start the same command with resume=auto"
-        ) from error
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if best is None or old != step_folder(folder, best):
-            shutil.rmtree(old)
-    return final
+        raise _unreadable(path, error) from error
+    if differs:
+        raise Damaged(f"{path}: damaged: its SHA-256 is not that in {SUMS}")
+    return path
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    """Tell a disk that fails from what only the user can allow."""
+    return Damaged(f"{path}: damaged: {error.strerror}") if error.errno == errno.EIO else error
+
+
+def read_state(folder: Path) -> State:
     """Read what a checkpoint folder holds besides tensors.
 
     Raises:
-        UserError: if it is missing or damaged.
+        Damaged: if it is missing, damaged or another step's.
+        UserError: if a newer fcmae wrote it.
     """
+    path = verified(folder, STATE)
     try:
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path / STATE}: damaged or missing ({error}); delete {path} to use an older one"
-        ) from error
+        state = State.model_validate_json(_read(path), strict=True)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        if any(found["loc"] == ("format",) for found in errors):
+            raise UserError(f"{path}: of another fcmae than this, a newer one: update") from error
+        place = ".".join(map(str, errors[0]["loc"]))
+        reason = " ".join([*([f"{place}:"] if place else []), errors[0]["msg"].removeprefix("Value error, ")])
+        raise Damaged(f"{path}: damaged: {reason}") from error
+    if state.format > 1 and not (folder / SUMS).is_file():
+        raise Damaged(f"{folder / SUMS}: missing")
+    if step_of(real_path(folder)) not in (None, state.step):
+        raise Damaged(f"{path}: damaged: it is of step {state.step}")
+    return state
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Read a file of tensors, `MODEL`, `OPTIMIZER` or `EMA`.
+
+    Raises:
+        Damaged: if it is missing or damaged, or holds what no checkpoint does: infinity or NaN.
+    """
+    path = verified(folder, name)
+    try:
+        tensors = read_safetensors(path)
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    if bad := not_finite(tensors):
+        raise Damaged(f"{path}: damaged: {bad} is not finite")
+    return tensors
+
+
+def holds_ema(folder: Path, state: State) -> bool:
+    """Whether a checkpoint has an EMA of the weights, or should have."""
+    return state.has_ema or EMA in read_sums(folder) or (folder / EMA).is_file()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder.
 
     Raises:
-        UserError: if a file is missing or damaged.
+        Damaged: if a file is missing or damaged.
+        UserError: if a newer fcmae wrote it.
     """
     state = read_state(path)
-    ema = read_safetensors(path / EMA) if (path / EMA).is_file() else None
-    return Checkpoint(path, read_safetensors(path / MODEL), read_safetensors(path / OPTIMIZER), state, ema)
+    ema = read_tensors(path, EMA) if holds_ema(path, state) else None
+    return Checkpoint(path, read_tensors(path, MODEL), read_tensors(path, OPTIMIZER), state, ema)
+
+
+def newest_intact(folder: Path) -> tuple[Checkpoint | None, dict[Path, Damaged]]:
+    """Return the newest checkpoint in `folder` that is intact, and what is wrong with those that are newer."""
+    wrong: dict[Path, Damaged] = {}
+    for path in reversed(step_folders(folder)):
+        try:
+            return read_checkpoint(path), wrong
+        except Damaged as error:
+            wrong[path] = error
+    return None, wrong
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is none any more; returns its new path.
+
+    Raises:
+        UserError: if it cannot be renamed.
+    """
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (path.with_name(f"damaged-{path.name}{number}") for number in numbers)
+    new = next(name for name in names if not os.path.lexists(name))
+    try:
+        rename(path, new)
+    except OSError as error:
+        raise UserError(f"{path}: damaged, and not to be renamed ({error.strerror}); move it away") from error
+    return new
+
+
+# Writing
+
+
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    files: Files,
+    *,
+    keep: int,
+    first: Iterable[Path] = (),
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
+
+    The checkpoint of the best step is pointed at by `folder/best`; neither it nor those of `state.kept` are ever
+    deleted. A kill at any instant leaves the older ones. A step that is there already stays as it is, as a run has
+    one state at a step, unless it is damaged.
+
+    Args:
+        first: files that must be on disk before the checkpoint is: what was recorded up to it.
+        say: is told of a damaged one that was set aside.
+
+    Raises:
+        UserError: if it could not be written, such as for a full disk, or a tensor is not finite; older
+            checkpoints are untouched.
+    """
+    final = step_folder(folder, state.step)
+    for file, tensors in files.items():
+        if bad := not_finite(tensors):
+            good, _ = newest_intact(folder)
+            raise UserError(
+                f"{final}: not written, as {bad} of {file} is not finite; last good checkpoint: "
+                f"{good.path if good else 'none yet'}; {CALMER}"
+            )
+    try:
+        for leftover in folder.glob(f"{WRITING}*"):  # of a kill
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        for path in first:
+            fsync(path)
+        if not _is_written(final, say):
+            with atomic_folder(final) as temporary:
+                for file, tensors in files.items():
+                    fill_safetensors(temporary / file, tensors)
+                write_json(temporary / STATE, state.model_dump(mode="json") | {"format": FORMAT})
+                names = sorted([*files, STATE])
+                write_text(temporary / SUMS, "".join(f"{sha256(temporary / name)}  {name}\n" for name in names))
+        settle(folder, state, keep=keep)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC or "No space left" in str(error)
+        raise UserError(
+            f"{final}: not written, {'the disk is full' if full else error}; earlier checkpoints are intact: "
+            "free some space and start the same command with resume=auto"
+        ) from error
+    return final
+
+
+def _is_written(path: Path, say: Callable[[str], None]) -> bool:
+    """Whether a checkpoint is there already; a damaged one is set aside."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        read_checkpoint(path)
+    except Damaged as error:
+        say(f"{error}; set aside as {set_aside(path).name}")
+        return False
+    return True
+
+
+def settle(folder: Path, state: State, *, keep: int) -> None:
+    """Point the links at what a run has at a step, and delete all checkpoints but the newest `keep` and the spared.
+
+    A kill may have come between a checkpoint and this.
+    """
+    point_links(folder, state)
+    spared = {*state.kept, *([state.best.step] if state.best else [])}
+    for old in step_folders(folder)[:-keep]:
+        if step_of(old) not in spared:
+            remove_folder(old)
+
+
+def point_links(folder: Path, state: State) -> None:
+    """Point `folder/last` and `folder/best` at the checkpoints that a run has at a step."""
+    point_link(folder / LAST, step_folder(folder, state.step).name)
+    if state.best is not None:
+        point_link(folder / BEST, step_folder(folder, state.best.step).name)
+    elif (folder / BEST).is_symlink():
+        (folder / BEST).unlink()
+
+
+class CheckpointWriter:
+    """Saves checkpoints one at a time from copies of the tensors, in a thread, while the training goes on.
+
+    What goes wrong there is raised by the next call here. As a context manager it waits at its end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+        self._copies: dict[str, dict[str, Tensor]] = {}
+        """In host memory, reused by each checkpoint."""
+
+    def save(self, state: State, files: Files, **kwargs: Any) -> None:
+        """Copy tensors, of any device, and write them as `save_checkpoint` does; waits for the one before."""
+        self.wait()
+        copies = {file: self._copy(file, tensors) for file, tensors in files.items()}
+        on_gpu = any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values())
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
+
+        def write() -> Path:
+            if copied is not None:
+                copied.synchronize()
+            return save_checkpoint(self.folder, state, copies, **kwargs)
+
+        self._pending = self._thread.submit(write)
+
+    def _copy(self, file: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        before, copies = self._copies.get(file, {}), {}
+        for name, tensor in tensors.items():
+            copy = before.get(name)
+            if copy is None or kind(copy) != kind(tensor):
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            # the GPU's own order has it done before what comes next changes the tensor
+            copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        self._copies[file] = copies
+        return copies
+
+    def poll(self) -> None:
+        """Raise what went wrong, if it has; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk.
+
+        Raises:
+            UserError: as `save_checkpoint`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, reason: object, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if reason is None:  # else the run ends for something worse
+                raise

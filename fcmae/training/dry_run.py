@@ -114,6 +114,7 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
     data_s = plan.images_per_step / data_rate
     update_s = max(step_s, data_s) if num_workers else step_s + data_s  # without workers, one after the other
     parameters = sum(parameter.numel() for parameter in trainer.bare_model.parameters())
+    epochs = trainer.config.checkpoint.keep_every_epochs
     megabytes = checkpoint_bytes(trainer.bare_model, ema=trainer.ema is not None) / 1e6
     return "\n".join(
         [
@@ -132,6 +133,7 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
             f"whole run      about {duration(update_s * plan.total_steps)}, "
             "without evaluation, pictures and checkpoints",
             *([f"peak memory    {memory} per process"] if memory else []),
-            f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept",
+            f"checkpoint     {megabytes:.0f} MB each, {trainer.config.checkpoint.keep} kept"
+            + (f", and one every {epochs:g} epochs" if epochs else ""),
         ]
     )

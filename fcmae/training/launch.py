@@ -1,10 +1,13 @@
-"""The start of a run: devices, precision and threads of its processes, its folder; knows no model or data."""
+"""Start and end of a run: devices, precision and threads of its processes, its folder; knows no model or data."""
 
 import ctypes
+import functools
 import os
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +16,10 @@ from accelerate.utils import broadcast_object_list
 
 from fcmae.config import RunConfig
 from fcmae.errors import UserError
-from fcmae.training.checkpoint import Checkpoint
-from fcmae.training.run_folder import claim_run_folder
+from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
+from fcmae.training.lock import Lock, held
+from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
+from fcmae.training.stop import Stopped
 
 T = TypeVar("T")
 
@@ -88,13 +93,54 @@ def decide_once(decide: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def start_run(config: RunConfig, *, dry_run: bool) -> tuple[Accelerator, Checkpoint | None]:
-    """Return this process's Accelerator and the checkpoint to resume from: None for a new run, or a dry one.
+def claim_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """Return what `claim_run_folder` does, decided on the main process and read by each.
 
     Raises:
-        UserError: as `start_accelerator` and `claim_run_folder`.
+        UserError: as `claim_run_folder`.
+    """
+    claimed: list[Checkpoint | None] = []
+
+    def claim() -> tuple[Path, Best | None] | None:
+        checkpoint = claim_run_folder(config)
+        claimed.append(checkpoint)
+        return checkpoint and (checkpoint.path, checkpoint.state.best)
+
+    decided = decide_once(claim)
+    if claimed or decided is None:
+        return claimed[0] if claimed else None
+    path, best = decided
+    checkpoint = read_checkpoint(path)
+    return checkpoint._replace(state=checkpoint.state.model_copy(update={"best": best}))
+
+
+@contextmanager
+def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator, Checkpoint | None, Lock | None]]:
+    """Begin a run, and end it with the block.
+
+    Gives this process's Accelerator, the checkpoint to resume from (None for a new run, or a dry one), and the lock
+    of the run folder on the process that holds it, the main one. A dry run takes none.
+
+    Raises:
+        UserError: as `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
     """
     accelerator = start_accelerator(config.train.precision)
-    checkpoint = None if dry_run else claim_run_folder(config)
-    accelerator.wait_for_everyone()  # until every process has seen the folder as it was
-    return accelerator, checkpoint
+    with ExitStack() as stack:
+        checkpoint, locks = None, []
+
+        def take() -> None:
+            require_run_folder(config)
+            say = functools.partial(print, flush=True)
+            locks.append(stack.enter_context(held(RunFolder(config.output).lock, say=say)))
+
+        if not dry_run:
+            decide_once(take)
+            checkpoint = claim_checkpoint(config)
+
+        @stack.push
+        def end(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is None or issubclass(kind, Stopped):  # else others may still wait for this process
+                accelerator.end_training()
+
+        accelerator.wait_for_everyone()  # until every process has seen the folder as it was
+        yield accelerator, checkpoint, locks[0] if locks else None

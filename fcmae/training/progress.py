@@ -1,6 +1,7 @@
 """Progress of a run on the terminal, a bar or lines, by updates and by time; knows no training or devices."""
 
 import dataclasses
+import errno
 import os
 import sys
 import threading
@@ -24,6 +25,16 @@ def fits_a_bar(stream: TextIO) -> bool:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def unless_hung_up() -> Iterator[None]:
+    """Write to a terminal that may have gone: no reason to end a run, which SIGHUP is about to ask to save."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def duration(seconds: float) -> str:
@@ -123,8 +134,9 @@ class Progress:
         """Print a line, above the bar."""
         if self.shown:
             self._printed = self.clock()
-            tqdm.write(text)
-            sys.stdout.flush()
+            with unless_hung_up():
+                tqdm.write(text)
+                sys.stdout.flush()
 
     def record(self, place: Sequence[str], figures: Sequence[str]) -> None:
         """Show figures, in the bar or on a line that begins with `place`, and the time that is left."""
@@ -155,12 +167,14 @@ class Progress:
             self.say(" · ".join([*place, *figures]))
         else:
             self._printed = self.clock()
-            self._bar.set_description_str(" ".join(figures))
+            with unless_hung_up():
+                self._bar.set_description_str(" ".join(figures))
 
     def advance_bar(self) -> None:
         """Move the bar, where there is one, to the updates made."""
         if self._bar is not None:
-            self._bar.update(int(self.done) - self._bar.n)
+            with unless_hung_up():
+                self._bar.update(int(self.done) - self._bar.n)
 
     # While the run goes on
 

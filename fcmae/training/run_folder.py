@@ -1,24 +1,34 @@
 """A run folder: what lies where in it, whether a run may go on in it, what its model is; the only file to know."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from fcmae.config import RunConfig, Section, parse_config
+from fcmae.config import RunConfig, Section, load_config, parse_config, to_yaml
 from fcmae.errors import UserError
-from fcmae.files import free_bytes
+from fcmae.files import WRITING, free_bytes, real_path
 from fcmae.training.checkpoint import (
     BEST,
     EMA,
     MODEL,
     STATE,
     Checkpoint,
-    complete_checkpoints,
+    Damaged,
+    State,
+    holds_ema,
+    newest_intact,
     read_checkpoint,
     read_state,
+    read_tensors,
+    set_aside,
+    settle,
+    step_folder,
+    step_folders,
+    step_of,
 )
+from fcmae.training.schedule import Plan
 
 HARMLESS = (
     "output",
@@ -29,6 +39,7 @@ HARMLESS = (
     "data.max_bad",
     "data.val_",
     "data.crop_pct",
+    "train.max_hours",
     "checkpoint",
     "eval",
     "log",
@@ -43,6 +54,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.lock = self.path / "lock.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -54,6 +66,8 @@ class RunFolder:
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
         self.confusion = self.path / "confusion.png"
+        self.folders = (self.path, self.checkpoints, self.reconstructions, self.encoder, self.model)
+        """Where a run writes; folders of others may lie between."""
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
@@ -65,43 +79,103 @@ class RunFolder:
     @classmethod
     def around(cls, path: Path) -> "RunFolder | None":
         """Return the run that `path` is, or that it is a checkpoint, an exported folder or a file of."""
-        real = path.resolve()
+        real = real_path(path)
         runs = map(cls, (real, *real.parents[:3]))
         return next((run for run in runs if run.config.is_file() and run.checkpoints.is_dir()), None)
 
     @property
     def newest(self) -> Path | None:
-        """The newest complete checkpoint folder."""
-        return max(complete_checkpoints(self.checkpoints), default=None)
+        """The newest checkpoint folder, whatever it is in."""
+        return next(reversed(step_folders(self.checkpoints)), None)
 
 
-def claim_run_folder(config: RunConfig) -> Checkpoint | None:
-    """Return the checkpoint to resume from, or None for a new run; writes nothing.
+def _is_begun(run: RunFolder, kind: type[RunConfig]) -> bool:
+    """Whether a run without checkpoints began in a folder: its config.yaml is as one writes it, nobody's own."""
+    try:
+        config = load_config(kind, run.config)
+        return run.metrics.is_file() or to_yaml(config) == run.config.read_text(encoding="utf-8")
+    except UserError:
+        return False
+
+
+def is_unused(run: RunFolder) -> bool:
+    """Whether there is nothing of a run, but for what one that was killed at its start may leave."""
+    return not run.path.is_dir() or all(
+        path == run.lock or path.name.startswith(WRITING) for path in run.path.iterdir()
+    )
+
+
+def require_run_folder(config: RunConfig) -> None:
+    """Check that nothing but a run is in the folder; reads no run.
 
     Raises:
-        UserError: if the folder is in use and `resume` is "never", is no run folder, or holds another model.
+        UserError: if there is.
     """
     run = RunFolder(config.output)
     if run.path.is_file():
         raise UserError(f"output={run.path}: is a file; name a folder")
-    if not run.path.is_dir() or not any(run.path.iterdir()):
-        return None
-    if not run.config.is_file():
+    if not is_unused(run) and not run.config.is_file():
         raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
+
+
+def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """Return the checkpoint to resume from, the newest that is intact, or None for a new run.
+
+    Damaged ones that are newer, and a damaged best, are set aside, which `say` is told; nothing else is written.
+
+    The folder is one that `require_run_folder` lets pass.
+
+    Raises:
+        UserError: if the folder is in use and `resume` is "never", holds another model, or none of its checkpoints
+            is intact.
+    """
+    run = RunFolder(config.output)
+    if is_unused(run):
+        return None
     if config.resume == "never":
         raise UserError(f"output={run.path}: not empty; go on with resume=auto, or name another folder")
-    newest = run.newest
-    if newest is None:
+    checkpoint, wrong = newest_intact(run.checkpoints)
+    if checkpoint is None:
+        if wrong:
+            raise UserError(
+                f"{next(iter(wrong.values()))}; no checkpoint in {run.checkpoints} is intact: name another output "
+                "folder to begin anew"
+            )
+        if not _is_begun(run, type(config)):
+            raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
         return None
-    checkpoint = read_checkpoint(newest)
-    stored = parse_config(type(config), checkpoint.state["config"], str(newest))
+    stored = parse_config(type(config), checkpoint.state.config, str(checkpoint.path))
     for name, value in stored.model:
         if name != "layout" and getattr(config.model, name) != value:
             raise UserError(
-                f"{newest}: has model.{name}={value}, but model.{name}={getattr(config.model, name)} is asked for; "
-                "name another output folder, or take the old value"
+                f"{checkpoint.path}: has model.{name}={value}, but model.{name}={getattr(config.model, name)} is "
+                "asked for; name another output folder, or take the old value"
             )
+    for path, error in wrong.items():
+        say(f"{error}; set aside as {set_aside(path).name}, going on from {checkpoint.path.name}")
+    if not _best_is_intact(checkpoint, say):
+        checkpoint = checkpoint._replace(state=checkpoint.state.model_copy(update={"best": None}))
+    settle(run.checkpoints, checkpoint.state, keep=config.checkpoint.keep)
     return checkpoint
+
+
+def _best_is_intact(checkpoint: Checkpoint, say: Callable[[str], None]) -> bool:
+    """Whether there is a best checkpoint; a damaged one is set aside."""
+    best, step = checkpoint.state.best, checkpoint.state.step
+    if best is None or best.step == step:
+        return best is not None
+    path = step_folder(checkpoint.path.parent, best.step)
+    if not path.exists():
+        problem = f"{path}: not there any more"
+    else:
+        try:
+            read_checkpoint(path)
+        except Damaged as error:
+            problem = f"{error}; set aside as {set_aside(path).name}"
+        else:
+            return True
+    say(f"{problem}; it was the best up to step {step}, which is now looked for anew")
+    return False
 
 
 def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:
@@ -114,8 +188,8 @@ def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator
             yield f"{prefix}{name}: {old} -> {new}"
 
 
-def require_disk(config: RunConfig, model: nn.Module, *, best: bool = False, ema: bool = False) -> None:
-    """Check that the checkpoints to keep, and the one being written, will fit.
+def require_disk(config: RunConfig, model: nn.Module, plan: Plan, *, best: bool = False, ema: bool = False) -> None:
+    """Check that the checkpoints to keep, and the one being written, will fit beside those that are there.
 
     Args:
         best: whether the best is kept besides.
@@ -125,12 +199,17 @@ def require_disk(config: RunConfig, model: nn.Module, *, best: bool = False, ema
         UserError: if they will not.
     """
     number = config.checkpoint.keep + best + 1
-    needed = checkpoint_bytes(model, ema=ema) * number
+    every_epochs = config.checkpoint.keep_every_epochs
+    if every_epochs is not None:
+        number += min(int(plan.total_epochs / every_epochs), plan.total_steps)
+    there = step_folders(RunFolder(config.output).checkpoints)
+    needed = checkpoint_bytes(model, ema=ema) * max(1, number - len(there))
     free = free_bytes(Path(config.output))
     if free < needed:
+        lower = "checkpoint.keep" if every_epochs is None else "checkpoint.keep, raise checkpoint.keep_every_epochs"
         raise UserError(
             f"output={config.output}: {free / 1e9:.1f} GB free, but {number} checkpoints take "
-            f"{needed / 1e9:.1f} GB: free some space, lower checkpoint.keep, or name a folder on another disk"
+            f"{needed / 1e9:.1f} GB: free some space, lower {lower}, or name a folder on another disk"
         )
 
 
@@ -150,13 +229,46 @@ class StoredModel(NamedTuple):
     step: int
     ema: bool
     """Whether they are the EMA's."""
-    state: dict[str, Any]
-    """What state.json holds: configuration, class names."""
+    state: State
+    """Of that checkpoint: configuration, class names."""
 
     @property
     def description(self) -> str:
         """Step and kind, such as "step 250, EMA"."""
         return f"step {self.step}, {'EMA' if self.ema else 'raw weights'}"
+
+    def read(self) -> dict[str, Tensor]:
+        """Read the tensors.
+
+        Raises:
+            UserError: if they are damaged, naming a checkpoint that is intact.
+        """
+        try:
+            return read_tensors(self.file.parent, self.file.name)
+        except Damaged as error:
+            raise _naming_intact(error, real_path(self.file.parent).parent) from error
+
+
+def _naming_intact(error: Damaged, checkpoints: Path) -> UserError:
+    intact, _ = newest_intact(checkpoints)
+    return UserError(f"{error}; {f'{intact.path} is intact' if intact else 'no other checkpoint is intact'}")
+
+
+def newest_state(run: RunFolder) -> State | None:
+    """Return the newest state of a run that can be read; None if it has no checkpoints.
+
+    Raises:
+        UserError: if none can be read.
+    """
+    wrong: list[Damaged] = []
+    for folder in reversed(step_folders(run.checkpoints)):
+        try:
+            return read_state(folder)
+        except Damaged as error:
+            wrong.append(error)
+    if wrong:
+        raise wrong[0]
+    return None
 
 
 def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> StoredModel | None:
@@ -170,12 +282,13 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
         ema: take the EMA (True) or the raw weights (False); None for what the run evaluated.
 
     Raises:
-        UserError: if the EMA is asked for and there is none, or state.json is damaged.
+        UserError: if the EMA is asked for and there is none, or the checkpoint is damaged, naming an intact one.
     """
     folder = path.parent if path.is_file() else path
-    if not (folder / STATE).is_file():
+    if not (folder / STATE).is_file() and step_of(real_path(folder)) is None:
         run = RunFolder(path)
-        folder = run.best if (run.best / STATE).is_file() and not last else run.newest
+        has_best = run.best.is_symlink() or run.best.is_dir()
+        folder = run.best if has_best and not last else run.newest
         if folder is None:
             return None
     elif path.is_file():
@@ -183,10 +296,14 @@ def stored_model(path: Path, *, last: bool = False, ema: bool | None = None) -> 
             return None
         if ema is None:
             ema = path.name == EMA
-    state = read_state(folder)
-    has_ema = (folder / EMA).is_file()
+    try:
+        state = read_state(folder)
+    except Damaged as error:
+        raise _naming_intact(error, real_path(folder).parent) from error
+    has_ema = holds_ema(folder, state)
     if ema and not has_ema:
         raise UserError(f"{path}: holds no EMA weights, only the raw ones")
     if ema is None:
-        ema = has_ema and state["config"].get("eval", {}).get("ema") is not False
-    return StoredModel(folder / (EMA if ema else MODEL), state["step"], ema, state)
+        section = state.config.get("eval")
+        ema = has_ema and not (isinstance(section, dict) and section.get("ema") is False)
+    return StoredModel(folder / (EMA if ema else MODEL), state.step, ema, state)

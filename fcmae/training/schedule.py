@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Self
 
-from fcmae.config import FinetuneConfig, RunConfig
+from fcmae.config import MOST_UPDATES, FinetuneConfig, RunConfig
+from fcmae.errors import UserError
 
 
 def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
@@ -61,10 +62,20 @@ class Plan:
 
     @classmethod
     def of(cls, config: RunConfig, num_samples: int, num_processes: int) -> Self:
+        """Return the plan of a run on so many images.
+
+        Raises:
+            UserError: if it makes more updates than the names of checkpoints count.
+        """
         images_per_step = config.data.batch_size * config.optim.accumulate * num_processes
         total_steps = max(1, math.ceil(config.train.epochs * num_samples / images_per_step))
         if config.train.max_steps is not None:
             total_steps = min(total_steps, config.train.max_steps)
+        if total_steps > MOST_UPDATES:
+            raise UserError(
+                f"train.epochs={config.train.epochs:g}: makes {total_steps:,} updates, and not up to "
+                f"{MOST_UPDATES:,}: lower it, or set train.max_steps"
+            )
         return cls(
             num_samples=num_samples,
             images_per_step=images_per_step,
@@ -91,6 +102,14 @@ class Plan:
     def steps_in(self, epochs: float) -> int:
         """Updates, at least one, that come nearest to a number of epochs."""
         return max(1, self.steps_before(epochs))
+
+    def passes(self, epochs: float, seen_images: int) -> bool:
+        """Whether an update, after which so many images are seen, passes a multiple of a number of epochs.
+
+        It goes by images, not by steps, so that another batch size in the middle of a run changes nothing.
+        """
+        every = max(1, round(epochs * self.num_samples))
+        return seen_images // every > (seen_images - self.images_per_step) // every
 
     @property
     def total_epochs(self) -> float:

@@ -3,7 +3,8 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -15,14 +16,28 @@ from tqdm import tqdm
 from fcmae import __version__
 from fcmae.config import RunConfig, parse_config, to_yaml
 from fcmae.errors import UserError
-from fcmae.files import write_json, write_text
+from fcmae.files import make_folder, remove_leftovers, write_json, write_text
 from fcmae.seeding import reseed
-from fcmae.tensors import load_strictly
-from fcmae.training.checkpoint import OPTIMIZER, Checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from fcmae.tensors import differences, kind, load_strictly
+from fcmae.training.checkpoint import (
+    CALMER,
+    EMA,
+    MODEL,
+    OPTIMIZER,
+    Best,
+    Checkpoint,
+    CheckpointWriter,
+    State,
+    newest_intact,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan, is_due
+from fcmae.training.stop import Stopped, StopRequests, describe
 
 Unreadable = tuple[int, str, str]
 """A sample that could not be read: its index, what it is called, why."""
@@ -83,14 +98,6 @@ class Window:
         self.indices.setdefault(step, []).extend(indices)
 
 
-@dataclasses.dataclass(frozen=True)
-class Best:
-    """The evaluation with the highest score so far."""
-
-    step: int
-    score: float
-
-
 class Trainer:
     """Runs the updates of a plan, from where a checkpoint left off to the end.
 
@@ -107,6 +114,7 @@ class Trainer:
         ema_decay: of the exponential moving average (EMA) of the weights, kept in `ema`; None for none. While the
             run is young it is step / (step + 10), so that a short run's EMA is not of its first weights.
         facts: what else belongs into the checkpoints' state.json, such as class names.
+        lock: of the run folder, on the process that holds it.
     """
 
     def __init__(
@@ -120,8 +128,10 @@ class Trainer:
         config: RunConfig,
         ema_decay: float | None = None,
         facts: Mapping[str, Any] | None = None,
+        lock: Lock | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self.lock = lock
         self.facts = dict(facts or {})
         self.compute_loss = compute_loss
         self.plan = plan
@@ -135,6 +145,9 @@ class Trainer:
         self.bad: dict[int, Unreadable] = {}
         """Samples that could not be read, by index, as far as this process knows."""
         self.best: Best | None = None
+        self.kept: list[int] = []
+        """Steps of the checkpoints that are never deleted."""
+        self.writer = CheckpointWriter(self.run.checkpoints)
         self.bare_model = model
         self.ema = None
         if ema_decay is not None:  # copied before the model is wrapped, as copies of wrappers call the original
@@ -154,60 +167,74 @@ class Trainer:
         """Take up the state of a checkpoint.
 
         Raises:
-            UserError: if it does not fit the model.
+            UserError: if it does not fit the model or the plan.
         """
-        load_strictly(self.bare_model, checkpoint.model, checkpoint.path)
-        restore_optimizer(
-            self.bare_model, self.optimizer.optimizer, checkpoint.optimizer, checkpoint.path / OPTIMIZER
-        )
-        state = checkpoint.state
-        self.step = state["step"]
-        self.seen_images = state["seen_images"]
-        if self.ema is not None:
-            load_strictly(self.ema.module, checkpoint.ema or checkpoint.model, checkpoint.path)
-        if state.get("best"):
-            self.best = Best(**state["best"])
-        self.bad = {index: (index, name, reason) for index, name, reason in state["bad_images"]}
-        self.window.loss_sum.fill_(state["loss_sum"] / self.accelerator.num_processes)
-        self.window.num_losses = state["num_losses"]
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        stored = parse_config(type(self.config), state["config"], str(checkpoint.path))
+        path, state = checkpoint.path, checkpoint.state
+        if state.step > self.plan.total_steps:
+            raise UserError(
+                f"{path}: is at step {state.step}, but the configuration ends after {self.plan.total_steps}: raise "
+                "train.epochs or train.max_steps, or name another output folder"
+            )
+        _load_exactly(self.bare_model, checkpoint.model, path / MODEL)
+        if self.ema is not None:  # which may begin with this resumption
+            _load_exactly(self.ema.module, checkpoint.ema or checkpoint.model, path / EMA)
+        restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer, path / OPTIMIZER)
+        self.step, self.seen_images = state.step, state.seen_images
+        self.best, self.kept = state.best, list(state.kept)
+        self.bad = {bad[0]: bad for bad in state.bad_images}
+        self.window.loss_sum.fill_(state.loss_sum / self.accelerator.num_processes)
+        self.window.num_losses = state.num_losses
+        if self.accelerator.scaler is not None and state.scaler is not None:
+            if state.scaler.keys() != self.accelerator.scaler.state_dict().keys():
+                raise UserError(f"{path}: its loss scaler is of another torch ({state.torch})")
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        stored = parse_config(type(self.config), state.config, str(path))
         changes = list(changed_keys(stored, self.config))
-        before = stored.data.batch_size * stored.optim.accumulate * state["num_processes"]
+        before = stored.data.batch_size * stored.optim.accumulate * state.num_processes
         if before != self.plan.images_per_step:
             changes.append(f"images per update: {before} -> {self.plan.images_per_step}")
         if changes:
             self.say(f"resuming with changes, so not the same run any more: {'; '.join(changes)}")
 
     def save(self) -> None:
-        """Write a checkpoint; the loss must have been checked."""
+        """Copy what a checkpoint holds, to be written while training goes on; the loss must have been checked.
+
+        Raises:
+            UserError: if the checkpoint before could not be written.
+        """
         loss_sum = self.accelerator.gather(self.window.loss_sum[None]).sum().item()  # pyright: ignore[reportAttributeAccessIssue]
         bad_images = gather_object(list(self.bad.values()))
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.run.checkpoints,
-                step=self.step,
-                model=self.bare_model.state_dict(),
-                optimizer=optimizer_tensors(self.bare_model, self.optimizer.optimizer),
-                state=self.facts
-                | {
-                    "seen_images": self.seen_images,
-                    "loss_sum": loss_sum,
-                    "num_losses": self.window.num_losses,
-                    "bad_images": sorted(set(map(tuple, bad_images))),
-                    "best": dataclasses.asdict(self.best) if self.best else None,
-                    "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                    "num_processes": self.accelerator.num_processes,
-                    "config": self.config.model_dump(mode="json"),
-                    "fcmae": __version__,
-                    "torch": torch.__version__,
-                },
-                keep=self.config.checkpoint.keep,
-                ema=self.ema.module.state_dict() if self.ema else None,
-                best=self.best.step if self.best else None,
-            )
-        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        files = {
+            MODEL: self.bare_model.state_dict(),
+            OPTIMIZER: optimizer_tensors(self.bare_model, self.optimizer.optimizer),
+        }
+        if self.ema is not None:
+            files[EMA] = self.ema.module.state_dict()
+        state = State(
+            **self.facts,
+            step=self.step,
+            seen_images=self.seen_images,
+            loss_sum=loss_sum,
+            num_losses=self.window.num_losses,
+            bad_images=tuple(sorted(set(map(tuple, bad_images)))),
+            best=self.best,
+            kept=tuple(self.kept),
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            num_processes=self.accelerator.num_processes,
+            config=self.config.model_dump(mode="json"),
+            fcmae=__version__,
+            torch=torch.__version__,
+        )
+        self.writer.save(state, files, keep=self.config.checkpoint.keep, first=[self.run.metrics], say=self.say)
+
+    def last_good(self) -> str:
+        """Name the newest checkpoint that is whole on disk, once what is being written is."""
+        with suppress(UserError):  # that one is not
+            self.writer.wait()
+        checkpoint, _ = newest_intact(self.run.checkpoints)
+        return str(checkpoint.path) if checkpoint else "none yet"
 
     # Reports
 
@@ -250,11 +277,13 @@ class Trainer:
         if write:
             path = self.run.non_finite(step + 1)
             if self.accelerator.is_main_process:
-                self.run.path.mkdir(parents=True, exist_ok=True)
+                self._require_lock()
+                make_folder(self.run.path)
                 write_json(path, {"step": step + 1, "indices": indices}, indent=None)
             parts.append(f"the batch's sample indices are in {path}")
-            parts.append(f"last good checkpoint: {self.run.newest or 'none yet'}")
-        parts.append("try a lower optim.base_lr, optim.clip_grad=1, or train.precision=bf16 instead of fp16")
+            if self.accelerator.is_main_process:
+                parts.append(f"last good checkpoint: {self.last_good()}")
+        parts.append(CALMER)
         raise UserError("; ".join(parts))
 
     def _stop_bad_images(self) -> None:
@@ -266,8 +295,21 @@ class Trainer:
                 f"the first is {name}: {reason}; fix or remove them, or raise data.max_bad"
             )
 
+    def _require_lock(self) -> None:
+        """Make sure, before something is written, that the run folder is still this run's."""
+        if self.lock is not None:
+            self.lock.check()
+
+    @contextmanager
+    def _between(self, what: str, every: int) -> Iterator[None]:
+        """What is done between updates, and writes into the run folder."""
+        self._require_lock()
+        with self.progress.between(what, every):
+            yield
+
     def _record(self, log: MetricsLog | None) -> None:
         loss = self.check()
+        self._require_lock()
         w = self.window
         rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
         wait = w.waiting_s / max(w.busy_s, 1e-9)
@@ -347,7 +389,7 @@ class Trainer:
         evaluate_every: int = 1,
         evaluate_first: bool = False,
     ) -> None:
-        """Train to the end of the plan, recording, saving and showing on the way.
+        """Train to the end of the plan, recording, saving and showing on the way, unless asked to stop before.
 
         Args:
             batches: this process's batches, from the present step on.
@@ -358,7 +400,8 @@ class Trainer:
             evaluate_first: evaluate before the first step, too.
 
         Raises:
-            UserError: for a non-finite loss, too many unreadable images, or a full disk.
+            UserError: for a non-finite loss, too many unreadable images, a full disk, or a lost lock.
+            Stopped: after saving, for a signal or `train.max_hours`.
         """
         progress, total = self.progress, self.plan.total_steps
         save_every = self.config.checkpoint.every_steps
@@ -371,47 +414,79 @@ class Trainer:
             first = "the first takes longer, as kernels are compiled and workers started"
             self.say(f"updates          {self.step + 1} to {total:,} with {images} each; {first}")
         with ExitStack() as stack:
+            stack.enter_context(self.writer)  # left last: a run is over when its checkpoints are on disk
             log = None
             if self.accelerator.is_main_process:
-                self.run.path.mkdir(parents=True, exist_ok=True)
+                self._require_lock()
+                make_folder(self.run.path)
+                for place in self.run.folders:
+                    remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:
-                    with progress.between(show.what, show.every):
+                    with self._between(show.what, show.every):
                         show.call(0, log)
             if evaluate and evaluate_first and self.step == 0:
-                with progress.between("evaluation", evaluate_every):
+                with self._between("evaluation", evaluate_every):
                     evaluate(0, log)
-            try:
-                while self.step < total:
-                    self.update(batches)
-                    progress.advance_bar()
-                    if self.step % self.config.log.every_steps == 0 or self.step == total:
-                        self._record(log)
-                    for show in shows:
-                        if log and is_due(self.step, show.every, total):
-                            with progress.between(show.what, show.every):
-                                show.call(self.step, log)
-                    is_best = False
-                    if evaluate and is_due(self.step, evaluate_every, total):
-                        self.check()
-                        with progress.between("evaluation", evaluate_every):
-                            is_best = self._note(evaluate(self.step, log))
-                    # last: a resumed run repeats nothing before
-                    if is_best or self.step % save_every == 0 or self.step == total:
-                        self.check()
-                        with progress.between("checkpoint", save_every):
-                            self.save()
-            except KeyboardInterrupt:
-                start = self.run.newest or "the start, as there is no checkpoint yet"
-                self.say(f"stopped at step {self.step}; resume=auto goes on from {start}")
-                raise
+            stop = stack.enter_context(
+                StopRequests(
+                    say=self.say,
+                    max_hours=self.config.train.max_hours,
+                    num_processes=self.accelerator.num_processes,
+                )
+            )
+            while self.step < total:
+                self.update(batches)
+                progress.advance_bar()
+                self.writer.poll()
+                if self.step % self.config.log.every_steps == 0 or self.step == total:
+                    self._record(log)
+                for show in shows:
+                    if log and is_due(self.step, show.every, total):
+                        with self._between(show.what, show.every):
+                            show.call(self.step, log)
+                is_best = False
+                if evaluate and is_due(self.step, evaluate_every, total):
+                    self.check()
+                    with self._between("evaluation", evaluate_every):
+                        is_best = self._note(evaluate(self.step, log))
+                # last: a resumed run repeats nothing before
+                code = stop.asked()
+                if self._keep() or code or is_best or self.step % save_every == 0 or self.step == total:
+                    self.check()
+                    with self._between("checkpoint", save_every):
+                        self.save()
+                if code and self.step < total:
+                    self.writer.wait()
+                    self.accelerator.wait_for_everyone()  # launchers end all when the first has ended
+                    self.say(
+                        f"stopped by {describe(code)} at step {self.step} of {total}; saved: {self.run.newest}; "
+                        "to go on: the same command with resume=auto"
+                    )
+                    raise Stopped(code)
+        self.accelerator.wait_for_everyone()  # for the main process, which writes
+
+    def _keep(self) -> bool:
+        """Whether the checkpoint of this step is due, and never deleted, which is noted."""
+        every = self.config.checkpoint.keep_every_epochs
+        due = every is not None and self.plan.passes(every, self.seen_images)
+        if due:
+            self.kept.append(self.step)
+        return due
 
     def _note(self, score: float | None) -> bool:
         """Remember a score if it is the best so far; returns whether it is."""
         if score is None or (self.best is not None and score <= self.best.score):
             return False
-        self.best = Best(self.step, score)
+        self.best = Best(step=self.step, score=score)
         return True
+
+
+def _load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load what this module's own state was: nothing is converted."""
+    if problems := [line for line in differences(tensors, module.state_dict(), kind) if " is " in line]:
+        raise UserError(f"{source}: does not fit the model: {len(problems)} tensors differ: {problems[0]}")
+    load_strictly(module, tensors, source)

@@ -1,6 +1,7 @@
 """What formats of ConvNeXt weights share: weights, preprocessing, names, the interface; knows no one of them."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
 from fcmae.encoder.networks import build_network
 from fcmae.encoder.responses import OWN_PARTS
-from fcmae.errors import UserError
+from fcmae.errors import UserError, one_line
 from fcmae.files import write_json
 from fcmae.tensors import load_strictly, misfits
 
@@ -33,19 +34,60 @@ def evaluation_crop(size: tuple[int, int]) -> float:
     return 0.875 if 64 < min(size) < 384 else 1.0
 
 
+LARGEST_SIDE = 2**14
+"""In pixels of an image, of what files may ask for."""
+
+
+def _side(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= LARGEST_SIDE:
+        raise ValueError(f"{value!r} is no side of an image in pixels")
+    return value
+
+
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    height, width = (size, size) if isinstance(size, int) else size
+    return _side(height), _side(width)
 
 
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(map(float, values))
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(map(_number, values))
+
+
+def _deviations(values: Any) -> tuple[float, ...]:
+    if min(_numbers(values)) <= 0:
+        raise ValueError("a standard deviation is not positive")
+    return _numbers(values)
+
+
+def _share(value: Any) -> float:
+    if not 0.01 <= _number(value) <= 1:
+        raise ValueError(f"{value!r} is no share of a side")
+    return float(value)
 
 
 def _range(values: Any) -> tuple[float, float]:
-    low, high = map(float, values)
+    low, high = _numbers(values)
     if not low < high:
         raise ValueError(f"value_range from {low} to {high}")
     return low, high
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError("class names are no list")
+    return tuple(map(_text, values))
 
 
 UNKNOWN: Any = None
@@ -70,17 +112,21 @@ class Preprocessing(NamedTuple):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
-        """Take the fields out of what JSON or a configuration holds; others are ignored, None is unknown."""
-        casts: dict[str, Callable[[Any], Any]] = {
-            "mean": _floats,
-            "std": _floats,
+        """Take the fields out of what JSON or a configuration holds; others are ignored, None is unknown.
+
+        Raises:
+            ValueError, TypeError: for a value that is of another type, not finite or out of range.
+        """
+        checked: dict[str, Callable[[Any], Any]] = {
+            "mean": _numbers,
+            "std": _deviations,
             "image_size": _pair,
-            "crop_pct": float,
-            "interpolation": str,
+            "crop_pct": _share,
+            "interpolation": _text,
             "value_range": _range,
-            "class_names": lambda names: tuple(map(str, names)),
+            "class_names": _texts,
         }
-        return cls(**{key: cast(values[key]) for key, cast in casts.items() if values.get(key) is not None})
+        return cls(**{key: check(values[key]) for key, check in checked.items() if values.get(key) is not None})
 
     def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
@@ -134,7 +180,7 @@ Names = Mapping[str, str]
 PLACEHOLDERS = {
     "stage": "[0-3]",
     "later": "[1-3]",
-    "block": "[0-9]+",
+    "block": "0|[1-9][0-9]{0,2}",
     "layer": "[01]",
     "n": "[12]",
     "p": "weight|bias",
@@ -183,7 +229,8 @@ def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]
             translated[name] = target.format(**match.groupdict())
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise ValueError(f"not {what}: unknown keys {', '.join(map(repr, unknown[:10]))}{more}")
+        shown = ", ".join(one_line(repr(name), longest=80) for name in unknown[:10])
+        raise ValueError(f"not {what}: unknown keys {shown}{more}")
     return translated
 
 
@@ -197,22 +244,31 @@ def convert(
     return {new: reshape(old, state[old]) for old, new in translate(state, table, what).items()}
 
 
+LEAST_TENSORS = 8
+"""Of a block."""
+
+
 def encoder_shape(state: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Read (depths, dims) off the names and shapes of one of our state dicts.
 
     Raises:
-        ValueError: if the stem, a downsampling or a whole stage is missing, or no convolution.
+        ValueError: if the stem, a downsampling, a whole stage or most of one is missing, or no convolution.
     """
     convs = ["downsample_layers.0.0.weight", *(f"downsample_layers.{i}.1.weight" for i in (1, 2, 3))]
-    blocks = [{int(k.split(".")[2]) for k in state if k.startswith(f"stages.{i}.")} for i in range(4)]
+    blocks = [{k.split(".")[2] for k in state if k.startswith(f"stages.{i}.")} for i in range(4)]
+    depths = tuple(max(len(numbers), 1) for numbers in blocks)
     missing = [name for name in convs if name not in state]
-    missing += [f"stages.{i}.0" for i in range(4) if not blocks[i]]
+    for i, depth in enumerate(depths):  # as many as there are, so that a number alone makes no network large
+        wanted = (f"stages.{i}.{block}.dwconv.weight" for block in range(depth))
+        missing += [name for name in wanted if name not in state][:1]
+    if not missing and len(state) < LEAST_TENSORS * sum(depths):
+        missing = ["most of its tensors"]
     if missing:
         raise ValueError(f"not a whole ConvNeXt encoder: {', '.join(missing)} missing")
     for name in convs:
         if state[name].ndim != 4:
             raise ValueError(f"{name} is {tuple(state[name].shape)}, no convolution's weight")
-    return tuple(1 + max(numbers) for numbers in blocks), tuple(state[name].shape[0] for name in convs)
+    return depths, tuple(state[name].shape[0] for name in convs)
 
 
 NO_CONVNEXT = "no ConvNeXt"
@@ -223,7 +279,7 @@ def describe_encoder(tensors: Mapping[str, Tensor]) -> str:
     blocks: list[dict[int, int]] = [{}, {}, {}, {}]
     for name, value in tensors.items():
         found = re.search(
-            r"stages\.([0-3])\.(?:blocks\.|layers\.)?(\d+)\.(?:dwconv|conv_dw)\.(weight|kernel)$", name
+            r"stages\.([0-3])\.(?:blocks\.|layers\.)?([0-9]{1,3})\.(?:dwconv|conv_dw)\.(weight|kernel)$", name
         )
         if found and value.ndim > 1:
             blocks[int(found[1])][int(found[2])] = value.shape[1 if found[3] == "kernel" else 0]
@@ -248,8 +304,8 @@ def response_of(names: Collection[str]) -> str:
     parts = {name.partition(".grn.")[2] for name in names if ".grn." in name}
     if other := sorted(parts - {"gamma", "beta"}):
         raise ValueError(
-            f"its blocks hold grn.{other[0]}, of another response than GRN, and nothing beside it says which; give "
-            "the run or the exported folder"
+            f"its blocks hold grn.{one_line(other[0], longest=80)}, of another response than GRN, and nothing "
+            "beside it says which; give the run or the exported folder"
         )
     return "grn" if parts else "none"
 
@@ -352,18 +408,23 @@ def build_untrained(
     return encoder
 
 
-def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load tensors strictly into a ConvNeXt or what contains one; as `load_strictly`, but names both variants.
+def require_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Check that tensors are those of a ConvNeXt or what contains one, whose own numbers do not matter.
 
     Raises:
         UserError: naming `source`, both variants and up to ten tensors that differ.
     """
-    problems = misfits(module, tensors)
-    if problems and describe_encoder(module.state_dict()) != NO_CONVNEXT:
+    if problems := misfits(module, tensors):
+        ours = describe_encoder(module.state_dict())
+        holds = "" if ours == NO_CONVNEXT else f" ({ours}): it holds {describe_encoder(tensors)}"
         raise UserError(
-            f"{source}: does not fit the model ({describe_encoder(module.state_dict())}): it holds "
-            f"{describe_encoder(tensors)}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
+            f"{source}: does not fit the model{holds}; {len(problems)} tensors differ: {'; '.join(problems[:10])}"
         )
+
+
+def load_network(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load tensors strictly into a ConvNeXt or what contains one; errors as `require_fit`."""
+    require_fit(module, tensors, source)
     load_strictly(module, tensors, source)
 
 
@@ -455,8 +516,13 @@ def report_damage(path: Path) -> Iterator[None]:
     """Turn what reading a JSON file of unexpected content raises into a `UserError` that names it."""
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        said = one_line(str(error), longest=200)
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {said})") from error
+
+
+LONGEST_DESCRIPTION = 2**24
+"""In bytes; a hundred times that of 21,000 classes."""
 
 
 @contextmanager
@@ -464,7 +530,13 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
     """Yield the object in a JSON file of `folder`, empty where there is none, to be read under `report_damage`."""
     path = (folder or Path()) / name
     with report_damage(path):
-        values = json.loads(path.read_text(encoding="utf-8")) if folder and path.is_file() else {}
+        values = {}
+        if folder and path.exists():
+            if not path.is_file():
+                raise UserError(f"{path}: neither a file nor absent; remove it")
+            if path.stat().st_size > LONGEST_DESCRIPTION:
+                raise ValueError(f"longer than {LONGEST_DESCRIPTION} bytes")
+            values = json.loads(path.read_text(encoding="utf-8"))
         yield values if isinstance(values, dict) else {}
 
 
@@ -482,8 +554,32 @@ def read_description(folder: Path | None) -> Preprocessing:
         return Preprocessing.of(config) if "network" in config else Preprocessing()
 
 
+ARGUMENTS: dict[str, Callable[[Any], bool]] = {
+    "variant": lambda value: isinstance(value, str) and len(value) <= 100,
+    "in_chans": lambda value: type(value) is int and 0 < value < 2**16,
+    "stem_stride": lambda value: type(value) is int,
+    "response": lambda value: isinstance(value, str) and len(value) <= 100,
+    "grn": lambda value: (
+        isinstance(value, dict) and all(type(part) is type(OWN_PARTS.get(key)) for key, part in value.items())
+    ),
+}
+"""What files may say of a network beside its tensors, arguments of `build_network`: whether a value is one."""
+
+
+def require_arguments(network: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a file says of a network, once its keys and types are known to be right.
+
+    Raises:
+        ValueError: naming the key that is not.
+    """
+    for key, value in network.items():
+        if key not in ARGUMENTS or not ARGUMENTS[key](value):
+            raise ValueError(one_line(f"its network has {key} {value!r}", longest=200))
+    return network
+
+
 def read_network(folder: Path | None) -> Mapping[str, Any]:
     """Read what `write_description` wrote of the network beside its tensors; empty without such a file."""
     with description(folder) as config:
         network = config.get("network", {})
-        return {key: network[key] for key in ("response", "grn") if key in network}
+        return require_arguments({key: network[key] for key in ("response", "grn") if key in network})

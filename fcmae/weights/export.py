@@ -4,11 +4,13 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+
 from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
-from fcmae.files import atomic_folder, free_bytes
+from fcmae.files import atomic_folder, free_bytes, make_folder, require_new_folder
 from fcmae.weights.base import Preprocessing, Weights, build_encoder
 from fcmae.weights.card import write_card
 from fcmae.weights.networks import OTHER_FORMATS, folder_format
@@ -56,7 +58,7 @@ def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -
     if isinstance(network, ConvNeXt) and TIMM.holds(network):
         return write_timm_folder(network, preprocessing, folder)
     use = preprocessing.completed(network)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     form = PLAIN if isinstance(network, ConvNeXt) else folder_format(str(network.variant))
     form.write(network, use, folder)
     what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
@@ -77,8 +79,7 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
             written computes something else; then nothing is left.
     """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"--output {output}: exists already; name another folder")
+    require_new_folder(output, f"--output {output}")
     encoder = build_encoder(weights).eval()
     formats = FORMATS if encoder.family == "convnext" else OTHER_FORMATS[encoder.family]
     if to not in formats:
@@ -112,6 +113,8 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
     except ImportError as error:
         packages = "transformers onnx onnxruntime onnxscript"  # the extra `export`, which no package index knows
         raise UserError(f"--to {to}: {error.name or error} is missing: pip install {packages}") from error
-    except OSError as error:
-        raise UserError(f"--output {output}: not written ({error})") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--output {output}: not written ({error}); free some space, or name another folder"
+        ) from error
     return Exported(tuple(sorted(output.iterdir())), difference, form.how(encoder, output))

@@ -20,6 +20,7 @@ from fcmae.weights.base import (
     build_untrained,
     description,
     read_description,
+    require_arguments,
     write_description,
 )
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
@@ -39,12 +40,13 @@ def read_variant(folder: Path | None) -> Mapping[str, Any]:
     """
     with description(folder) as config:
         if is_other(config.get("network", {}).get("variant")):
-            return {key: value for key, value in config["network"].items() if key != "num_classes"}
+            network = {key: value for key, value in config["network"].items() if key != "num_classes"}
+            return require_arguments(network)
         architecture = config.get("architecture", OURS[0])
         if "variant" not in config and architecture.startswith(OURS):
             return {}
         in_chans = config.get("model_args", {}).get("in_chans", 3)
-        return {"variant": config.get("variant", f"timm/{architecture}"), "in_chans": in_chans}
+        return require_arguments({"variant": config.get("variant", f"timm/{architecture}"), "in_chans": in_chans})
 
 
 def without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

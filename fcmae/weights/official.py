@@ -10,6 +10,7 @@ from einops import EinopsError, rearrange
 from torch import Tensor
 
 from fcmae.encoder.convnext import ConvNeXt, Version
+from fcmae.files import write_by
 from fcmae.tensors import read_safetensors, write_safetensors
 from fcmae.weights.base import (
     MODEL,
@@ -150,7 +151,8 @@ def _official(
     """A file as the official scripts save and load them, our description beside it."""
 
     def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
-        torch.save({"model": from_ours(encoder.state_dict())}, folder / TORCH_FILE)
+        state = {"model": from_ours(encoder.state_dict())}
+        write_by(lambda file: torch.save(state, file), folder / TORCH_FILE)
         write_description(encoder, preprocessing, folder)
 
     def compute(folder: Path, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
 from fcmae.encoder.base import Network
+from fcmae.files import write_by
 from fcmae.weights.base import Format, Preprocessing, write_description
 
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
@@ -145,7 +146,8 @@ def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) 
     images, (axes,) = _example(encoder)
     # torch 2.8 cannot prove for dimensions with names what it need not prove for those without
     free = {axis: torch.export.Dim.DYNAMIC(min=dim.min) for axis, dim in axes.items()}
-    torch.export.save(torch.export.export(encoder, images, dynamic_shapes=(free,)), folder / PROGRAM_FILE)
+    program = torch.export.export(encoder, images, dynamic_shapes=(free,))
+    write_by(lambda file: torch.export.save(program, file), folder / PROGRAM_FILE)
     write_description(encoder, preprocessing, folder)
 
 

@@ -1,8 +1,5 @@
 """Weights of any origin, recognised by content; a pickle's code is never run, and runs are not known here."""
 
-import argparse
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.encoder.networks import build_network
-from fcmae.errors import UserError, blame
-from fcmae.tensors import misfits, read_safetensors
+from fcmae.encoder.networks import classifier_name
+from fcmae.errors import UserError, blame, one_line
+from fcmae.tensors import misfits, read_safetensors, require_finite
 from fcmae.weights.base import (
     MODEL,
     NO_CONVNEXT,
@@ -28,6 +25,7 @@ from fcmae.weights.networks import folder_format, read_variant
 from fcmae.weights.official import DENSE, PLAIN, SPARSE
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
 from fcmae.weights.timm import TIMM
+from fcmae.weights.torch_files import read_torch
 from fcmae.weights.transformers import TRANSFORMERS
 
 FORMATS: dict[str, Format] = {
@@ -48,51 +46,47 @@ def find_weights(path: Path) -> Path:
     for candidate in (path, *(path / name for name in WEIGHT_FILES)):
         if candidate.is_file():
             return candidate
-    raise UserError(
-        f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; "
-        "give a run folder, a checkpoint folder, an exported folder or a file of weights"
+    what = (
+        "holds no weights"
+        if path.is_dir()
+        else "neither file nor folder"
+        if path.exists()
+        else "no such file or folder"
     )
-
-
-def _load_torch(path: Path) -> Any:
-    """Read a file of torch.save without running code from it; argparse's namespaces of settings may be in it."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual pickles: they are read or refused, nothing between
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle raise almost anything for damaged files
-        if "Weights only load failed" not in str(error):
-            raise UserError(f"{path}: a damaged or truncated PyTorch file; get it again") from error
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"{path}: a pickle that holds code{f' ({code[1]})' if code else ''}, which was not run; ask for "
-            "safetensors, or, if you trust its author, save its state dict alone with torch.save"
-        ) from error
+    raise UserError(
+        f"{path}: {what}; give a run folder, a checkpoint folder, an exported folder or a file of weights"
+    )
 
 
 def read_tensors(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """Read the tensors of a safetensors or PyTorch file, by its own names, out of the entry scripts put them in.
 
     Raises:
-        UserError: if it is damaged, a pickle with code in it, or has no EMA where `ema` asks for it.
+        UserError: if it is damaged, a pickle with code in it, or has no EMA where `ema` asks for it; or a tensor is
+            no plain one of finite floats.
     """
+
+    def choose(found: Any) -> Mapping[Any, Any]:
+        keys = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
+        nested = [found[key] for key in keys if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
+        if ema and not nested:
+            raise UserError(f"{path}: holds no EMA weights, only the raw ones")
+        if not nested and not isinstance(found, Mapping):
+            raise UserError(f"{path}: holds a {type(found).__name__}, not tensors by name")
+        return nested[0] if nested else found
+
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
         if ema:
             raise UserError(f"{path}: holds no EMA weights, only the raw ones")
-        return read_safetensors(path)
-    if not head.startswith((b"PK", b"\x80")):
+        tensors = read_safetensors(path)
+    elif head.startswith((b"PK", b"\x80")):
+        tensors = read_torch(path, choose)
+    else:
         raise UserError(f"{path}: neither a safetensors nor a PyTorch file, or a damaged one")
-    found = _load_torch(path)
-    keys = ("model_ema", "state_dict_ema") if ema else ("model", "state_dict")
-    nested = [found[key] for key in keys if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
-    if ema and not nested:
-        raise UserError(f"{path}: holds no EMA weights, only the raw ones")
-    tensors = nested[0] if nested else found
-    if not isinstance(tensors, Mapping):
-        raise UserError(f"{path}: holds a {type(tensors).__name__}, not tensors by name")
-    return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    require_finite(path, tensors)
+    return tensors
 
 
 def recognise(state: Mapping[str, Tensor]) -> Format:
@@ -103,7 +97,7 @@ def recognise(state: Mapping[str, Tensor]) -> Format:
     """
     found = next((form for form in FORMATS.values() if form.recognises(state.keys())), None)
     if found is None:
-        names = ", ".join(map(repr, list(state)[:3]))
+        names = ", ".join(one_line(repr(name), longest=80) for name in list(state)[:3])
         raise ValueError(
             "no ConvNeXt in our, timm's, transformers' or the official names; "
             + (f"it holds {len(state)} tensors: {names}, ..." if state else "it holds no tensors")
@@ -140,9 +134,9 @@ def interpret(
         form = folder_format(network["variant"]) if "variant" in network else recognise(state)
         assert form.read is not None
         tensors, described = form.read(state, folder)
+        classifier = classifier_name(network.get("variant"))
+        num_classes = count_classes(tensors, classifier)
         with torch.device("meta"):
-            classifier = build_network(**network).classifier if "variant" in network else "head"
-            num_classes = count_classes(tensors, classifier)
             untrained = build_untrained(tensors, num_classes=num_classes, network=network)
             problems = misfits(untrained, tensors)
     weights = Weights(file, tensors, form.kind, network=network, classifier=classifier)

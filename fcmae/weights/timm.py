@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fcmae.encoder.convnext import ConvNeXt, Version, resolve_response, variant_name
-from fcmae.files import write_json
+from fcmae.files import make_folder, write_json
 from fcmae.patches import grid_shape
 from fcmae.tensors import write_safetensors
 from fcmae.weights.base import (
@@ -244,7 +244,7 @@ def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: P
     config = timm_config(encoder, preprocessing)
     state = to_timm(encoder.state_dict())
     state["stem.0.weight"] = enlarge_stem(state["stem.0.weight"], STEM_ENLARGEMENT[encoder.stem_stride])
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_safetensors(folder / MODEL, state)
     write_json(folder / CONFIG, config, indent=2)
     use, enlargement = preprocessing.completed(encoder), STEM_ENLARGEMENT[encoder.stem_stride]
