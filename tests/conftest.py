@@ -75,7 +75,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """Say last, but for pytest's closing line, what was counted, what this machine could not test and how it can."""
+    """Say last, but for pytest's closing line, what was counted, what could not be tested here and how it can."""
     yield
     counted: Counter[str] = Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
