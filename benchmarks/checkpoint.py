@@ -65,6 +65,7 @@ def build_trainer(variant: str, folder: Path, args: argparse.Namespace) -> Train
         "output": str(folder),
         "model": {"variant": variant},
         "data": {"root": "noise", "image_size": args.image_size, "batch_size": args.batch},
+        "train": {"max_steps": 100_000},
     }
     config = parse_config(PretrainConfig, values, "benchmark")
     torch.manual_seed(0)

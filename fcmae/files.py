@@ -94,7 +94,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync(temporary)
         temporary.replace(path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # which nobody asked for
+        if error.errno is not None and error.filename in (None, str(temporary)):  # which nobody asked for
             error.filename = str(path)
         raise
     finally:

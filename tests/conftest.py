@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch.backends.cpu import get_cpu_capability
 
 from fcmae.encoder.convnext import ConvNeXt, Layout
 from fcmae.errors import run_script
+from fcmae.signals import STOP_SIGNALS
 from fcmae.training.checkpoint import State
 
 # Several threads waiting for each other on busy cores make such small models up to 100 times slower.
@@ -75,7 +77,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
-    """Say last, but for pytest's closing line, what was counted, what this machine could not test and how it can."""
+    """Say last, but for pytest's closing line, what was counted, what could not be tested here and how it can."""
     yield
     counted: Counter[str] = Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
@@ -92,6 +94,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
         if count := sum(marker in report.keywords for report in skipped):
             terminalreporter.write_line(f"NOT TESTED: {count} tests {what}; to add them: {command}", yellow=True)
         skipped = [report for report in skipped if marker not in report.keywords]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def signals_heard() -> None:
+    """Let programs hear the signals that nohup, or a shell's background, has this process and its own ignore."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Runs that are asked to stop, by a signal or their hours: saved, told how, resumed as if nothing had happened."""
 
 import json
+import multiprocessing
 import os
 import pty
 import re
@@ -374,7 +375,8 @@ def load(number: int) -> Any:
 
 
 def workers() -> list[psutil.Process]:
-    return [process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+    """Those that load; servers that other tests have begun are no children of theirs to multiprocessing."""
+    return [psutil.Process(process.pid) for process in multiprocessing.active_children()]
 
 
 def test_loading_goes_on_through_the_signals_that_stop_a_run() -> None:

@@ -70,6 +70,8 @@ class FileLayer:
             return None
         if isinstance(path, int):
             full = os.readlink(f"/proc/self/fd/{path}")
+            if full.endswith(" (deleted)"):
+                return None
         else:
             folder = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
             parent, name = os.path.split(os.path.normpath(os.path.join(folder, os.fsdecode(path))))

@@ -14,7 +14,7 @@ from typing import cast
 import psutil
 import pytest
 from file_layer import TAKES_SPACE, Fault, Tree
-from trainings import STEPS, TRAININGS, differences, intact, outcome, read_tree, without_clocks
+from trainings import STEPS, TRAININGS, differences, intact, outcome, read_tree, without_clocks, write_tree
 from workshop import LARGE, PARTS, SEED, Tally, Workshop, drawn
 
 Report = Callable[[str, object], None]
@@ -102,6 +102,7 @@ def test_a_run_goes_on_from_what_a_power_failure_at_any_operation_leaves(
 
 def survive_failure(workshop: Workshop, name: str, place: str, fault: Fault) -> None:
     """Hold that a run whose disk fails ends in one line, or properly, and goes on when the disk is well."""
+    write_tree(workshop.folder / name / place / "work", {})
     run = workshop.run(name, place, watcher=fault)
     codes = run.wait()
     fault, _ = run.seen()
