@@ -151,7 +151,9 @@ def test_a_first_layer_fits_other_channels_and_sees_equal_ones_as_before(
     assert changed == {stem}
     network.load_state_dict(tensors)
     gray = torch.rand(2, 1, 64, 64)
-    expected = build_encoder(weights).features(gray.expand(-1, before, -1, -1))
+    original = build_encoder(weights)
+    assert isinstance(original, ConvNeXt)
+    expected = original.features(gray.expand(-1, before, -1, -1))
     if before >= after == 1 or after % before == 0:
         torch.testing.assert_close(network.features(gray.expand(-1, after, -1, -1)), expected, rtol=1e-4, atol=1e-4)
     assert adapt_channels(weights, build_encoder(weights)) == (weights.tensors, "")

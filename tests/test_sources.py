@@ -17,6 +17,8 @@ import tifffile
 import torch
 from conftest import ROOT
 from PIL import Image, ImageOps
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import fcmae.data.images
 from fcmae.data import (
@@ -79,9 +81,9 @@ def write_tiff(path: Path, values: np.ndarray, **options: Any) -> None:
 def write_dicom(path: Path, values: np.ndarray, **tags: Any) -> None:
     """A CT slice as scanners write it: 12 of 16 bits."""
     dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.CTImageStorage, pydicom.uid.generate_uid()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, generate_uid()
     dataset.Rows, dataset.Columns = values.shape
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
@@ -93,7 +95,7 @@ def write_dicom(path: Path, values: np.ndarray, **tags: Any) -> None:
 
 BANDS = np.random.default_rng(0).integers(0, 4096, (50, 70, 12), dtype=np.uint16)
 
-DEEP: dict[str, tuple[str, Callable[[Path], None], np.ndarray]] = {
+DEEP: dict[str, tuple[str, Callable[[Path], object], np.ndarray]] = {
     "gray PNG": ("a.png", lambda p: Image.fromarray(BANDS[..., 0]).save(p), BANDS[..., :1]),
     "RGB PNG": ("a.png", lambda p: p.write_bytes(imagecodecs.png_encode(BANDS[..., :3].copy())), BANDS[..., :3]),
     "gray TIFF": ("a.tif", lambda p: write_tiff(p, BANDS[..., 0]), BANDS[..., :1]),
