@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from fcmae.data.labels import check_labels
 from fcmae.data.listing import FolderFiles, TarFiles, images_below
 from fcmae.data.views import Part, whole
-from fcmae.errors import UserError
+from fcmae.errors import UserError, brief
 from fcmae.files import BoundedFile
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -269,8 +269,7 @@ def open_images(name: str, root: str, split: str | None, channels: int, what: st
         package = "datasets" if name.lower().startswith("hfds/") else str(error.name)
         raise UserError(f"data.name={name}: needs a package that is missing: pip install {package}") from error
     except Exception as error:  # whatever timm, datasets or torchvision raise for what they cannot open
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {brief(error)}") from error
     if not length:
         array = next(Path(root).rglob("*.npy"), None)
         hint = f"such as {array}: data.name=arrays reads what fcmae prepare or fcmae.data.save_arrays wrote"

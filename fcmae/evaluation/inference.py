@@ -13,12 +13,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from fcmae.config import PretrainConfig
-from fcmae.data.batches import brief
 from fcmae.data.images import PIL_MODES, decode, extensions, open_image, refuse_pages
 from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.base import Network
-from fcmae.errors import UserError
+from fcmae.errors import UserError, brief
 from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
