@@ -42,6 +42,15 @@ def one_line(text: str, *, longest: int = 2000) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+LONGEST_REASON = 300
+"""Characters of what another library says, which may quote a file."""
+
+
+def brief(error: BaseException) -> str:
+    """Return what an error says, as part of a line."""
+    return one_line(" ".join(str(error).split()), longest=LONGEST_REASON) or type(error).__name__
+
+
 @contextmanager
 def blame(subject: str) -> Iterator[None]:
     """Turn a ValueError inside into a `UserError` that begins with `subject`, a file or key."""

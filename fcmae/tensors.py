@@ -121,7 +121,7 @@ def kind(tensor: Tensor) -> str:
 def differences(
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
-    describe: Callable[[Tensor], object] = lambda tensor: tuple(tensor.shape),
+    describe: Callable[[Tensor], object],
 ) -> list[str]:
     """List how tensors differ, by name and by what `describe` says of them, from those that are wanted."""
     missing = [f"missing {name}" for name in wanted if name not in tensors]
@@ -134,22 +134,30 @@ def differences(
     return missing + unexpected + others
 
 
-def misfits(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """List how tensors differ, by name and shape and where they are no floats, from those of `module`."""
+def shape_or_kind(tensor: Tensor) -> object:
+    """Describe the shape, and where it is no floats, which loading converts, the dtype too."""
+    return tuple(tensor.shape) if tensor.is_floating_point() else kind(tensor)
 
-    def describe(tensor: Tensor) -> object:
-        return tuple(tensor.shape) if tensor.is_floating_point() else kind(tensor)
 
+def misfits(
+    module: nn.Module, tensors: Mapping[str, Tensor], describe: Callable[[Tensor], object] = shape_or_kind
+) -> list[str]:
+    """List how tensors differ, by name and by what `describe` says of them, from those of `module`."""
     return differences(tensors, module.state_dict(), describe)
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load tensors into `module`, each name and shape exactly as it has them.
+def load_strictly(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path | str,
+    describe: Callable[[Tensor], object] = shape_or_kind,
+) -> None:
+    """Load tensors into `module`, each name, and what `describe` says of it, exactly as it has them.
 
     Raises:
         UserError: naming `source` and up to ten tensors that differ.
     """
-    problems = misfits(module, tensors)
+    problems = misfits(module, tensors, describe)
     if problems:
         raise UserError(
             f"{source}: does not fit the model: {len(problems)} tensors differ: {'; '.join(problems[:10])}"

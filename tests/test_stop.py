@@ -392,6 +392,38 @@ def test_loading_goes_on_through_the_signals_that_stop_a_run() -> None:
     assert not [process for process in mine if process.is_running()]
 
 
+INTERRUPTED = """
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from fcmae.data.batches import load_batches
+
+
+class Numbers:
+    sample_bytes = 8
+    collate = staticmethod(list)
+
+    def __getitem__(self, index):
+        return index
+
+
+def interrupt(self):
+    raise KeyboardInterrupt
+
+
+batches = load_batches(Numbers(), [[i] for i in range(40)], num_workers=2, pin_memory=False)
+print(next(batches))
+_MultiProcessingDataLoaderIter.__del__ = interrupt
+del batches
+"""
+
+
+def test_an_interrupt_while_a_loader_ends_does_not_hang_the_exit() -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[0]\n"
+    assert "KeyboardInterrupt" in done.stderr
+
+
 def test_the_death_of_a_process_that_loads_is_one_line_with_what_may_help() -> None:
     batches = load(50)
     assert next(batches) == [0]

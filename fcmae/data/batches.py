@@ -16,7 +16,7 @@ from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shar
 from fcmae.data.sources import Source
 from fcmae.data.views import RandomView, View, cover, resize_crops
 from fcmae.data.workers import serving, starting
-from fcmae.errors import UserError, one_line
+from fcmae.errors import UserError, brief, one_line
 from fcmae.seeding import seeded, torch_seeded
 from fcmae.signals import serve_parent
 
@@ -28,15 +28,6 @@ PREFETCH_FACTOR = 4
 
 NOT_COUNTED = -1
 """Label of what an evaluation leaves out: the padding of a last batch, and images that did not decode."""
-
-
-LONGEST_REASON = 300
-"""Characters of what a decoder says, which may quote the file."""
-
-
-def brief(error: Exception) -> str:
-    """Return what an error says, as part of a line."""
-    return one_line(" ".join(str(error).split()), longest=LONGEST_REASON) or type(error).__name__
 
 
 class BadImage(NamedTuple):

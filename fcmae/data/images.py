@@ -20,7 +20,7 @@ from fcmae.data.listing import FolderFiles, TarFiles, images_below
 from fcmae.data.pixels import FULL, as_kind, as_pixels, kind_of
 from fcmae.data.sampling import spread
 from fcmae.data.views import Part, whole
-from fcmae.errors import UserError
+from fcmae.errors import UserError, brief
 from fcmae.files import BoundedFile
 
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -404,8 +404,7 @@ def open_images(
         package = "datasets" if name.lower().startswith("hfds/") else str(error.name)
         raise UserError(f"data.name={name}: needs a package that is missing: pip install {package}") from error
     except Exception as error:  # whatever timm, datasets or torchvision raise for what they cannot open
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {brief(error)}") from error
     if not length:
         array = next(Path(root).rglob("*.npy"), None)
         hint = f"such as {array}: data.name=arrays reads what fcmae prepare or fcmae.data.save_arrays wrote"

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from fcmae.errors import UserError
+from fcmae.errors import UserError, brief
 from fcmae.files import BoundedFile, SharedFile
 
 ARRAYS = ("images.npy", "labels.npy", "sizes.npy")
@@ -162,8 +162,7 @@ class TarFiles:
             with BoundedFile(path) as file:
                 members = sorted(_members(file, file.size, extensions), key=lambda m: natural_key(m.name))
         except Exception as error:  # tarfile raises anything for what is none
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"not a readable .tar of images ({reason})") from error
+            raise ValueError(f"not a readable .tar of images ({brief(error)})") from error
         self.names = [member.name for member in members]
         self.starts = np.array([-1 if member.sparse else member.start for member in members], np.int64)
         self.sizes = np.array([member.size for member in members], np.int64)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib import format as npy_format
 
-from fcmae.errors import UserError
+from fcmae.errors import UserError, brief
 from fcmae.files import atomic_file, require_regular
 
 READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
@@ -44,8 +44,7 @@ def read_header(path: Path, remedy: str = "") -> Header:
         if found < expected:
             raise ValueError(f"cut off: {found:,} bytes of {header.dtype} {header.shape}, which takes {expected:,}")
     except Exception as error:  # numpy evaluates the header as Python: a damaged one can raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{path}: not a readable .npy array ({reason}){remedy}") from error
+        raise UserError(f"{path}: not a readable .npy array ({brief(error)}){remedy}") from error
     return header
 
 

@@ -23,7 +23,7 @@ from fcmae.data.shared_memory import choose_transport, free_shared_bytes, say_on
 from fcmae.data.sources import Source
 from fcmae.data.views import Part, resample
 from fcmae.errors import UserError, blame
-from fcmae.files import WRITING, atomic_file, free_bytes, write_text
+from fcmae.files import WRITING, atomic_file, free_bytes, sha256, write_text
 
 SHARD_IMAGES = 1024
 """Images of a shard at most: about 260 MB at a short side of 256."""
@@ -95,14 +95,13 @@ class _Shards(Dataset[Any]):
         """Return the record of a shard that is there, whole and undamaged."""
         path = shard_path(self.folder, shard)
         try:
-            sizes, bad, sha256 = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            record = Shard([(h, w) for h, w in sizes], [BadImage(*image) for image in bad], sha256)
+            sizes, bad, stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            record = Shard([(h, w) for h, w in sizes], [BadImage(*image) for image in bad], stored)
             left_out = {image.index for image in record.bad}
             complete = len(sizes) + len(bad) == len(self.indices(shard)) and left_out <= {*self.indices(shard)}
             expected = sum(h * w for h, w in record.sizes) * self.source.channels
-            whole = found == sha256 and complete and len(left_out) == len(bad) and path.stat().st_size == expected
+            plausible = complete and len(left_out) == len(bad) and path.stat().st_size == expected
+            whole = plausible and sha256(path) == stored
         except (FileNotFoundError, ValueError, TypeError, RecursionError):
             return None
         return record if whole else None

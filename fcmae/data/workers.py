@@ -69,5 +69,6 @@ def serving(processes: Sequence[BaseProcess]) -> Iterator[None]:
             raise UserError(line, everywhere=False) from error
         raise
     finally:
-        for process in processes:
-            atexit.unregister(process.kill)
+        for process in processes:  # the living are killed at the exit: an interrupt may keep torch from ending them
+            if not process.is_alive():
+                atexit.unregister(process.kill)

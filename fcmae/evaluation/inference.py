@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fcmae.config import PretrainConfig
-from fcmae.data.batches import brief
 from fcmae.data.images import extensions, open_pixels
 from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
+from fcmae.errors import UserError, brief
 from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios

@@ -20,7 +20,7 @@ from fcmae.data.sources import Subset, open_source
 from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
-from fcmae.errors import UserError, blame, one_line
+from fcmae.errors import UserError, blame, brief
 from fcmae.load import load_weights
 from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.patches import grid_shape
@@ -95,10 +95,9 @@ def open_timm(source: str) -> Subject:
         with seeded(0):
             network: Any = timm.create_model(f"local-dir:{name}" if folder else name)
     except Exception as error:  # whatever timm raises for an unknown name, or a folder that is not its own
-        reason = one_line(" ".join(str(error).split()), longest=300)
         raise UserError(
-            f"{source}: timm cannot build it ({reason}); give timm:NAME of timm.list_models(), timm:NAME@FILE or "
-            "timm:FOLDER with config.json and model.safetensors"
+            f"{source}: timm cannot build it ({brief(error)}); give timm:NAME of timm.list_models(), "
+            "timm:NAME@FILE or timm:FOLDER with config.json and model.safetensors"
         ) from error
     shown = f"timm's {network.default_cfg.get('architecture') or name}, untrained"
     if folder:
@@ -114,7 +113,7 @@ def open_timm(source: str) -> Subject:
         except (AssertionError, RuntimeError) as error:  # whatever timm and torch raise for sizes
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise ValueError(" ".join(str(error).split())) from error
+            raise ValueError(brief(error)) from error
 
     with report_damage(path or Path(source)):
         known = resolve_model_data_config(network)

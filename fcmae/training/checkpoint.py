@@ -15,7 +15,6 @@ import errno
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,12 +31,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fcmae.errors import UserError
 from fcmae.files import (
-    WRITING,
     atomic_folder,
     fsync,
     point_link,
     real_path,
     remove_folder,
+    remove_leftovers,
     rename,
     sha256,
     write_json,
@@ -323,6 +322,19 @@ def set_aside(path: Path) -> Path:
     return new
 
 
+def set_aside_damaged(path: Path) -> str:
+    """Set a checkpoint aside if it is damaged; returns what was wrong and done, empty for an intact one.
+
+    Raises:
+        UserError: as `set_aside`.
+    """
+    try:
+        read_checkpoint(path)
+    except Damaged as error:
+        return f"{error}; set aside as {set_aside(path).name}"
+    return ""
+
+
 # Writing
 
 
@@ -343,7 +355,7 @@ def save_checkpoint(
 
     Args:
         first: files that must be on disk before the checkpoint is: what was recorded up to it.
-        say: is told of a damaged one that was set aside.
+        say: takes a line about a damaged one that was set aside.
 
     Raises:
         UserError: if it could not be written, such as for a full disk, or a tensor is not finite; older
@@ -358,8 +370,7 @@ def save_checkpoint(
                 f"{good.path if good else 'none yet'}; {CALMER}"
             )
     try:
-        for leftover in folder.glob(f"{WRITING}*"):  # of a kill
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        remove_leftovers(folder)
         for path in first:
             fsync(path)
         if not _is_written(final, say):
@@ -383,12 +394,9 @@ def _is_written(path: Path, say: Callable[[str], None]) -> bool:
     """Whether a checkpoint is there already; a damaged one is set aside."""
     if not os.path.lexists(path):
         return False
-    try:
-        read_checkpoint(path)
-    except Damaged as error:
-        say(f"{error}; set aside as {set_aside(path).name}")
-        return False
-    return True
+    if problem := set_aside_damaged(path):
+        say(problem)
+    return not problem
 
 
 def settle(folder: Path, state: State, *, keep: int) -> None:

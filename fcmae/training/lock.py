@@ -53,7 +53,7 @@ class Holder(BaseModel, frozen=True, extra="forbid"):
 
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=255)]
     boot: str | None
-    """Of the machine's present start, where it has such a name: hosts of one name are told apart by it."""
+    """Of the machine's present start, where it has such a name: it tells hosts of one name apart."""
     pid_namespace: str | None
     """In which the number counts, where there are such: containers have their own."""
     pid: Annotated[int, Field(ge=1, lt=2**31)]

@@ -19,10 +19,10 @@ from fcmae.training.checkpoint import (
     State,
     holds_ema,
     newest_intact,
-    read_checkpoint,
     read_state,
     read_tensors,
     set_aside,
+    set_aside_damaged,
     settle,
     step_folder,
     step_folders,
@@ -121,7 +121,7 @@ def require_run_folder(config: RunConfig) -> None:
 def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> Checkpoint | None:
     """Return the checkpoint to resume from, the newest that is intact, or None for a new run.
 
-    Damaged ones that are newer, and a damaged best, are set aside, which `say` is told; nothing else is written.
+    Damaged ones that are newer, and a damaged best, are set aside, which `say` reports; nothing else is written.
 
     The folder is one that `require_run_folder` lets pass.
 
@@ -165,17 +165,10 @@ def _best_is_intact(checkpoint: Checkpoint, say: Callable[[str], None]) -> bool:
     if best is None or best.step == step:
         return best is not None
     path = step_folder(checkpoint.path.parent, best.step)
-    if not path.exists():
-        problem = f"{path}: not there any more"
-    else:
-        try:
-            read_checkpoint(path)
-        except Damaged as error:
-            problem = f"{error}; set aside as {set_aside(path).name}"
-        else:
-            return True
-    say(f"{problem}; it was the best up to step {step}, which is now looked for anew")
-    return False
+    problem = set_aside_damaged(path) if path.exists() else f"{path}: not there any more"
+    if problem:
+        say(f"{problem}; it was the best up to step {step}, which is now looked for anew")
+    return not problem
 
 
 def changed_keys(stored: Section, config: Section, prefix: str = "") -> Iterator[str]:

@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -18,7 +17,7 @@ from fcmae.config import RunConfig, parse_config, to_yaml
 from fcmae.errors import UserError
 from fcmae.files import make_folder, remove_leftovers, write_json, write_text
 from fcmae.seeding import reseed
-from fcmae.tensors import differences, kind, load_strictly
+from fcmae.tensors import kind, load_strictly
 from fcmae.training.checkpoint import (
     CALMER,
     EMA,
@@ -175,9 +174,10 @@ class Trainer:
                 f"{path}: is at step {state.step}, but the configuration ends after {self.plan.total_steps}: raise "
                 "train.epochs or train.max_steps, or name another output folder"
             )
-        _load_exactly(self.bare_model, checkpoint.model, path / MODEL)
+        # what this run wrote is not converted: dtypes are compared, too
+        load_strictly(self.bare_model, checkpoint.model, path / MODEL, kind)
         if self.ema is not None:  # which may begin with this resumption
-            _load_exactly(self.ema.module, checkpoint.ema or checkpoint.model, path / EMA)
+            load_strictly(self.ema.module, checkpoint.ema or checkpoint.model, path / EMA, kind)
         restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer, path / OPTIMIZER)
         self.step, self.seen_images = state.step, state.seen_images
         self.best, self.kept = state.best, list(state.kept)
@@ -483,10 +483,3 @@ class Trainer:
             return False
         self.best = Best(step=self.step, score=score)
         return True
-
-
-def _load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Load what this module's own state was: nothing is converted."""
-    if problems := [line for line in differences(tensors, module.state_dict(), kind) if " is " in line]:
-        raise UserError(f"{source}: does not fit the model: {len(problems)} tensors differ: {problems[0]}")
-    load_strictly(module, tensors, source)

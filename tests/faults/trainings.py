@@ -144,7 +144,7 @@ def _work(
 
 
 class Run:
-    """The processes of a training in `folder`/work/run; what they say goes into `folder`/`output`."""
+    """The processes of a training that runs below `folder`; what they say goes into its `output`."""
 
     def __init__(
         self,

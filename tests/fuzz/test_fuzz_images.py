@@ -1,4 +1,4 @@
-"""Damaged and hostile images, tar files and arrays: each loads or is told in one line, and nothing else happens."""
+"""Damaged and hostile images, tar files and arrays: each loads or is reported in one line, and nothing else."""
 
 import functools
 import io
@@ -293,17 +293,17 @@ CHANGES: st.SearchStrategy[Change] = st.one_of(
 )
 
 
-def mend_png(content: bytes) -> bytes:
+def fix_png(content: bytes) -> bytes:
     """Make the checksums of a PNG's chunks right again, so that what is in them is read."""
-    mended, at = content[:8], 8
+    fixed, at = content[:8], 8
     while at + 12 <= len(content):
         (length,) = struct.unpack_from(">I", content, at)
         if at + 12 + length > len(content):
             break
         body = content[at + 4 : at + 8 + length]
-        mended += content[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
+        fixed += content[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
         at += 12 + length
-    return mended + content[at:]
+    return fixed + content[at:]
 
 
 @st.composite
@@ -311,7 +311,7 @@ def changed(draw: st.DrawFn, seeds: tuple[bytes, ...]) -> bytes:
     content = draw(st.sampled_from(seeds))
     for change in draw(st.lists(CHANGES, min_size=1, max_size=4)):
         content = change(content)
-    return mend_png(content) if content.startswith(b"\x89PNG") else content
+    return fix_png(content) if content.startswith(b"\x89PNG") else content
 
 
 def file_contents() -> st.SearchStrategy[bytes]:
@@ -399,14 +399,14 @@ def packed() -> tuple[bytes, ...]:
     return tuple(found)
 
 
-def mend_tar(content: bytes) -> bytes:
+def fix_tar(content: bytes) -> bytes:
     """Make the checksums of what may be a tar file's headers right again."""
-    mended = bytearray(content)
+    fixed = bytearray(content)
     for at in range(0, len(content) - 511, 512):
         if content[at + 257 : at + 262] == b"ustar":
             total = sum(content[at : at + 512]) - sum(content[at + 148 : at + 156]) + 8 * 32
-            mended[at + 148 : at + 156] = b"%06o\0 " % total
-    return bytes(mended)
+            fixed[at + 148 : at + 156] = b"%06o\0 " % total
+    return bytes(fixed)
 
 
 def overwritten(place: int, value: bytes) -> Change:
@@ -418,7 +418,7 @@ SIZES = st.sampled_from(
     [b"00000000000\0", b"77777777777\0", b"\xff" * 12, b"\x80" + b"\x7f" * 11, b"00000001000\0"]
 )
 TARS = st.builds(
-    lambda content, changes, mend: (mend_tar if mend else bytes)(
+    lambda content, changes, fix: (fix_tar if fix else bytes)(
         functools.reduce(lambda c, f: f(c) or b"x", changes, content)
     ),
     st.sampled_from(packed()),
