@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from fcmae.errors import UserError, blame, named, shown
 from fcmae.plain_yaml import MOST_CHARACTERS, MOST_DEEP, read_yaml, write_yaml
@@ -56,6 +56,7 @@ Channels = Annotated[
 Deviations = Annotated[
     tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(min_length=1, max_length=MOST_CHANNELS)
 ]
+Limits = FiniteFloat | Channels
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
 
@@ -139,6 +140,11 @@ class DataSection(Section):
     split: Text = "train"
     dtype: Literal["uint8", "uint16", "float32"] | None = None
     """Of the pixels, from the file to the model; null for the deepest of some images."""
+    nodata: FiniteFloat | Literal["nan"] | None = None
+    """Value of pixels that are not known, kept out of loss and statistics: a number of the files', besides NaN and
+    what a GeoTIFF names, or `nan` for these two alone; null refuses images that have such."""
+    window: bool = False
+    """Whether a DICOM image's own window (VOI LUT) is applied, onto 0 to 1; its rescaled values otherwise."""
     image_size: Side | Sizes = 224
     """Pixels: a side, or [height, width]."""
     batch_size: Batch = 64
@@ -149,6 +155,10 @@ class DataSection(Section):
     mean: Channels = (0.485, 0.456, 0.406)
     """Of pixels by channel, 1.0 standing for 255 (uint8) or 65535 (uint16); float32 as it is."""
     std: Deviations = (0.229, 0.224, 0.225)
+    clip: tuple[Limits, Limits] | None = None
+    """Least and most that pixels are clipped to, in the units of `mean`: a number, or one per channel."""
+    stats: Place | None = None
+    """The file `stats.json` of `fcmae stats`, which `mean`, `std` and `clip` are taken from where they are `auto`."""
     crop_scale: Pair = (0.2, 1.0)
     """Share of the image's area that a random crop covers, least and most."""
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -164,6 +174,13 @@ class DataSection(Section):
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError("crop_scale must be two shares of the area, 0 < least <= most <= 1")
         return self
+
+
+class PretrainDataSection(DataSection):
+    """As for all runs; large images may be cut."""
+
+    tile: Side | Sizes | None = None
+    """Side, or [height, width], of the tiles that images are cut into, each an image of its own; null for none."""
 
 
 class LabelledDataSection(DataSection):
@@ -345,6 +362,7 @@ class PretrainConfig(RunConfig):
 
     task: ClassVar[str | None] = "pretrain"
     model: ModelSection
+    data: PretrainDataSection
     optim: PretrainOptimSection = PretrainOptimSection()
     eval: OnlineProbeSection = OnlineProbeSection()
     visualize: VisualizeSection = VisualizeSection()
@@ -410,6 +428,9 @@ class LabelledDataRecipe(LabelledDataSection):
     image_size: Side | Sizes | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     std: Deviations | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    clip: tuple[Limits, Limits] | Auto | None = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    nodata: FiniteFloat | Literal["nan"] | Auto | None = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    window: bool | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class FinetuneRecipe(FinetuneConfig):
