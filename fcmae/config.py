@@ -158,7 +158,7 @@ class DataSection(Section):
     clip: tuple[Limits, Limits] | None = None
     """Least and most that pixels are clipped to, in the units of `mean`: a number, or one per channel."""
     stats: Place | None = None
-    """The file `stats.json` of `fcmae stats`, which `mean`, `std` and `clip` are taken from where they are `auto`."""
+    """`stats.json` of `fcmae stats`, which `mean`, `std` and `clip` are taken from where they are `auto`."""
     crop_scale: Pair = (0.2, 1.0)
     """Share of the image's area that a random crop covers, least and most."""
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5

@@ -15,7 +15,7 @@ from fcmae.data.images import extensions, open_pixels
 from fcmae.data.listing import images_below
 from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
-from fcmae.errors import UserError, brief
+from fcmae.errors import brief
 from fcmae.files import BoundedFile
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
