@@ -244,7 +244,7 @@ def test_auto_stands_for_what_is_known_else_for_the_default_and_values_given_win
     assert (config.data.mean, config.data.std, config.data.size) == ((0.3,), (0.5,), (224, 224))
     network = [f"model.{key}" for key in ("variant", "version", "response", "grn", "stem_stride")]
     known = ["data.nodata", "data.window", "data.image_size", "data.mean", "data.clip"]
-        assert recipe.automatic == [*network, *known]
+    assert recipe.automatic == [*network, *known]
     assert load_config(FinetuneRecipe, minimal, given).model_dump() == recipe.model_dump()
 
 
