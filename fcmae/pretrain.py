@@ -48,13 +48,14 @@ from fcmae.training.trainer import Show, Trainer
 from fcmae.visualize import draw_reconstructions, write_picture
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
+from fcmae.weights.official import decoder_of
 
 DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth", "target")
 """Of a configuration's section `model`: what makes two decoders the same network."""
 
 
 def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
-    """Load the weights of a whole FCMAE of ours, or of any ConvNeXt's encoder; returns what was done.
+    """Load the weights of a whole FCMAE, ours or the official code's, or of any encoder; returns what was done.
 
     Those of an encoder for another number of channels are adapted; a decoder, which predicts them, begins anew.
 
@@ -64,24 +65,27 @@ def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
     weights, (file, tensors) = load_weights(source), load_tensors(source)
     require_network(model.encoder, weights, source, may_differ=("in_chans",))
     own, adapted = adapt_channels(weights, model.encoder)
-    found = f"{weights.path} ({weights.description})"
-    if adapted or not any(name.startswith("decoder.pred.") for name in tensors):
-        encoder = {n: x for n, x in own.items() if not n.startswith(model.encoder.head_names)}
-        load_network(model.encoder, encoder, weights.path)
-        return ", ".join(filter(None, [found, adapted, "with a new decoder"]))
+    encoder = {name: value for name, value in own.items() if not name.startswith(model.encoder.head_names)}
+    decoder = {} if adapted else decoder_of(tensors)
     has = f"init_from={source}: {weights.kind} weights with"
     otherwise = "or name the run's encoder/ to start with a new decoder"
-    if stored := stored_model(file):
+    if decoder and (stored := stored_model(file)):
         run = parse_config(PretrainConfig, stored.state.config, str(file.parent)).model
         for key in DECODER_KEYS:
             if getattr(run, key) != getattr(config, key):
                 raise UserError(f"{has} {key} {getattr(run, key)}; set model.{key} to that, {otherwise}")
-    decoder = {n.removeprefix("decoder."): tensor for n, tensor in tensors.items() if n.startswith("decoder.")}
-    if problems := misfits(model.decoder, decoder):
+    if decoder and (problems := misfits(model.decoder, decoder)):
         keys = ", ".join(f"model.{key}" for key in DECODER_KEYS)
         raise UserError(f"{has} another decoder ({'; '.join(problems[:3])}); set {keys} to its own, {otherwise}")
-    load_network(model, tensors, weights.path)
-    return f"{found}, with its decoder"
+    load_network(model.encoder, encoder, weights.path)
+    if decoder:
+        load_network(model.decoder, decoder, weights.path)
+    how = [
+        f"{weights.path} ({weights.description})",
+        adapted,
+        "with its decoder" if decoder else "with a new decoder",
+    ]
+    return ", ".join(filter(None, how))
 
 
 def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:

@@ -35,6 +35,7 @@ from fcmae.training import dry_run
 from fcmae.training.checkpoint import State, save_checkpoint
 from fcmae.training.dry_run import loading_rate, name_bottleneck
 from fcmae.training.trainer import Trainer
+from fcmae.weights.official import dense_to_official_sparse
 from fcmae.weights.timm import to_timm
 
 TINY = "[[1,1,1,1],[8,8,16,16]]"
@@ -515,6 +516,26 @@ def test_a_run_can_start_from_anothers_weights_or_encoder(
         )
         kind = "official dense" if name.startswith("encoder") else "timm"
         assert f"{name} ({kind}), with a new decoder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_run_takes_the_decoder_of_the_official_codes_whole_fcmae(
+    sparse: bool, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "train.max_steps=1") == 0
+    ours = weights(tmp_path / "run")
+    encoder = {n.removeprefix("encoder."): v for n, v in ours.items() if n.startswith("encoder.")}
+    theirs = {f"encoder.{n}": v for n, v in (dense_to_official_sparse(encoder) if sparse else encoder).items()}
+    theirs |= {n.removeprefix("decoder."): v for n, v in ours.items() if n.startswith("decoder.")}
+    torch.save({"model": theirs}, tmp_path / "checkpoint.pth")
+    start = [*arguments, "train.max_steps=1", "optim.base_lr=0", f"output={tmp_path / 'next'}"]
+    assert run(*start, f"init_from={tmp_path / 'checkpoint.pth'}") == 0
+    assert_same_weights(tmp_path / "run", tmp_path / "next")
+    assert "with its decoder" in capsys.readouterr().out
+
+    other = [*start, f"output={tmp_path / 'other'}", "model.decoder_dim=24"]
+    assert run(*other, f"init_from={tmp_path / 'checkpoint.pth'}") == 2
+    assert "another decoder (" in capsys.readouterr().err
 
 
 def test_a_run_can_start_from_an_encoder_for_other_channels(

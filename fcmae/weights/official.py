@@ -48,12 +48,24 @@ SPARSE_NAMES: Names = {
 `_kernel_to_weight` and (1, c) are its shapes."""
 
 
+DECODER = ("decoder.", "proj.", "pred.", "mask_token")
+"""How names of the decoder's tensors begin in the official code's whole FCMAE."""
+
+
+def decoder_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take the decoder out of a whole FCMAE, ours or the official code's, by our names; empty without one."""
+    if any(name.startswith("decoder.pred.") for name in state):
+        return {name.removeprefix("decoder."): v for name, v in state.items() if name.startswith("decoder.")}
+    if "pred.weight" in state:
+        return {name: v for name, v in state.items() if name.startswith(DECODER)}
+    return {}
+
+
 def _without_decoder(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Take the encoder's tensors, prefix stripped, out of a whole FCMAE, official or ours; others stay."""
     if not any(name.startswith("encoder.") for name in state):
         return state
-    decoder = ("decoder.", "proj.", "pred.", "mask_token")
-    return {name.removeprefix("encoder."): v for name, v in state.items() if not name.startswith(decoder)}
+    return {name.removeprefix("encoder."): v for name, v in state.items() if not name.startswith(DECODER)}
 
 
 def from_official_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
