@@ -112,14 +112,17 @@ def display_range(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is shown as black and as white of pixels (b, c, H, W), each (b, c, 1, 1), in full ranges.
 
     Those of 8 bits are shown as they are; of others the 2nd and 98th percentiles of what is known, not NaN, of each
-    image and band.
+    image and band. Where these are the same, it is shown as gray.
     """
     values = pixels.flatten(2).float() / FULL[pixels.dtype]
     if pixels.dtype == torch.uint8:
         low, high = torch.zeros_like(values[..., 0]), torch.ones_like(values[..., 0])
     else:
         low, high = (values.nanquantile(share, -1).nan_to_num(nan=0.0) for share in PERCENTILES)
-    return low[..., None, None], torch.maximum(high, low + 1e-12)[..., None, None]
+        magnitude = torch.maximum(low.abs(), high.abs()).clamp(min=1e-12)
+        around = torch.where(high - low > 1e-6 * magnitude, 0, magnitude)
+        low, high = low - around, high + around
+    return low[..., None, None], high[..., None, None]
 
 
 def enlarge(images: Tensor, factor: int) -> Tensor:
