@@ -381,6 +381,47 @@ def test_augmented_images_are_pixels_of_the_size_asked_for(
     assert len(images.flatten(1).unique(dim=0)) == 50
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("crop_padding", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_augmentation_gives_pixels_of_any_kind_what_it_gives_floats(
+    dtype: torch.dtype, crop_padding: int | None, channels: int
+) -> None:
+    full = {torch.uint8: 255, torch.uint16: 65535}[dtype]
+    image = ((0.3 + 0.4 * torch.rand(channels, 40, 50)) * full).to(dtype)  # where no kernel and no noise overshoots
+    view = view_of(channels, crop_padding=crop_padding, auto_augment=None, std=[0.05] * channels)
+    for key in range(20):
+        with seeded(key):
+            found = view(image)
+        with seeded(key):
+            floats = view(image.float() / full)
+        assert found.dtype == dtype
+        assert floats.dtype == torch.float32
+        assert torch.allclose(found.float() / full, floats, atol=1.01 / full if dtype == torch.uint16 else 2 / full)
+
+
+@pytest.mark.parametrize("crop_padding", [None, 4])
+def test_augmentation_keeps_what_is_unknown_so_or_erases_it(crop_padding: int | None) -> None:
+    image = torch.rand(5, 40, 50)
+    holed = image.clone()
+    holed[:, :20, :25] = torch.nan
+    view = view_of(5, crop_padding=crop_padding, auto_augment=None, erase_prob=0.0)
+    erasing = view_of(5, crop_padding=crop_padding, auto_augment=None, erase_prob=1.0)
+    unknown = 0
+    for key in range(20):
+        with seeded(key):
+            plain = view(image)
+        with seeded(key):
+            found = view(holed)
+        with seeded(key):
+            erased = erasing(holed)
+        border = torch.nn.functional.max_pool2d(found.isnan().float(), 7, 1, 3) > 0  # where a filter sees both
+        assert torch.allclose(found[~border], plain[~border])
+        assert not (erased.isnan() & ~found.isnan()).any()
+        unknown += found.isnan().float().mean().item() / 20
+    assert 0.1 < unknown < 0.4
+
+
 def test_a_padded_crop_is_the_image_moved_by_at_most_the_padding(tmp_path: Path) -> None:
     source = labelled(tmp_path)
     view = view_of(crop_padding=2, hflip=0.0, auto_augment=None, erase_prob=0.0)
