@@ -125,6 +125,11 @@ def display_range(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return low[..., None, None], high[..., None, None]
 
 
+def stretch(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return values with `low` as 0, black, and `high` as 1, white; see `display_range`."""
+    return ((values - low) / (high - low)).clamp(0, 1)
+
+
 def enlarge(images: Tensor, factor: int) -> Tensor:
     """Repeat each pixel of images (b, c, H, W) `factor` times along both sides."""
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -197,7 +202,7 @@ def _columns(model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, visible_i
     low, high = display_range(pixels)
 
     def show(images: Tensor) -> Tensor:
-        return ((normalize.invert(images) - low) / (high - low)).clamp(0, 1)
+        return stretch(normalize.invert(images), low, high)
 
     out = model.forward(images, visible_ids)  # forward: a compiled model is compiled for training's shapes
     originals = show(images)

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_sources import labelled, write_images
+from torch._subclasses import FakeTensorMode
 from torchvision.transforms import v2
 
 from fcmae import sample_visible_ids
@@ -255,6 +256,12 @@ def test_a_batch_with_unknown_pixels_is_resized_as_each_crop_is_alone(size: tupl
         expected.append(view.flip(-1) if flip else view)
     found = resize_crops(crops, torch.tensor(shapes, dtype=torch.int32), flipped, size)
     assert torch.allclose(found, torch.stack(expected), rtol=2e-5, atol=0, equal_nan=True)
+
+
+def test_resizing_a_batch_reads_no_number_back_from_the_device() -> None:
+    with FakeTensorMode():  # whose tensors have no numbers: reading one raises an error
+        extents, flipped = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.bool)
+        assert resize_crops(torch.empty(2, 3, 24, 30), extents, flipped, (16, 16)).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

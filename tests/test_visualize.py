@@ -71,7 +71,7 @@ def test_unknown_pixels_are_hatched_in_all_columns_and_change_no_others() -> Non
     normalize, ids = PixelNormalizer((300.0,) * 5, (1.0,) * 5), torch.tensor([[0, 2, 7, 9, 12]])
     picture = draw_reconstructions(model, normalize, unknown, ids, bands=(4, 2, 0))
     columns = [picture[-132:-4, left : left + 128].astype(int) for left in (4, 136, 268)]
-    hatched = [np.isin(column, [round(255 * gray) for gray in HATCH]).all(2) for column in columns]
+    hatched = [np.all(np.isin(column, [round(255 * gray) for gray in HATCH]), axis=2) for column in columns]
     for i, found in enumerate(hatched):
         known_gray = found[40:].mean() + found[:, 48:].mean()
         assert known_gray < 0.01
