@@ -173,6 +173,13 @@ class DataSection(Section):
     def _check(self) -> Self:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError("crop_scale must be two shares of the area, 0 < least <= most <= 1")
+        if AUTO not in (self.clip, self.mean) and self.clip is not None:
+            least, most = (x if isinstance(x, tuple) else (x,) * len(self.mean) for x in self.clip)
+            if {len(least), len(most)} != {len(self.mean)} or any(a >= b for a, b in zip(least, most, strict=True)):
+                raise ValueError(
+                    "clip must be [least, most], least below most, each a number or, as mean, "
+                    f"{len(self.mean)}: one per channel"
+                )
         return self
 
 

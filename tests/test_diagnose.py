@@ -398,6 +398,18 @@ def test_arrays_masks_and_named_layers(encoder_folder: Path, tmp_path: Path, cal
     assert "60% of patches hidden" in printed
 
 
+def test_deep_images_are_shown_between_their_percentiles(
+    encoder_folder: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[Tensor] = []
+    monkeypatch.setattr("fcmae.evaluation.diagnose_pictures.draw_maps", lambda image, *_: shown.append(image))
+    save_arrays(tmp_path / "arrays", np.random.default_rng(0).integers(1000, 2000, (2, 32, 32, 3), dtype=np.uint16))
+    code, _, err = call(encoder_folder, "--data", tmp_path / "arrays", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert (shown[0].amin().item(), shown[0].amax().item()) == (0, 1)
+    assert 0.4 < shown[0].mean() < 0.6
+
+
 def test_images_that_do_not_decode_are_left_out_and_counted(
     encoder_folder: Path, tmp_path: Path, call: Any
 ) -> None:

@@ -126,6 +126,30 @@ def test_a_run_leaves_what_the_design_promises(
     assert f"\n  fcmae finetune --evaluate {folder}\n" in out
 
 
+def test_images_with_pixels_that_are_not_known_are_fine_tuned_on_and_evaluated(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 8), ("val", 4)):
+        for i, name in enumerate("ab"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for j in range(number):
+                image = rng.normal(1000 + 300 * i, 100, (40, 36, 5)).astype(np.float32)
+                image[: rng.integers(40), :20] = np.nan
+                image[..., 3][rng.random((40, 36)) < 0.3] = -9999
+                np.save(tmp_path / "images" / split / name / f"{j}.npy", image)
+    options = ["data.name=folder", f"data.root={tmp_path / 'images'}", "model.in_chans=5", "data.nodata=-9999"]
+    options += [
+        f"data.mean={[1150.0] * 5}",
+        f"data.std={[180.0] * 5}",
+        "data.clip=[500,[2000,2000,2000,2000,1500]]",
+    ]
+    assert run(*arguments, *options, "data.auto_augment=null", "train.max_steps=30", "optim.base_lr=0.2") == 0
+    assert np.isfinite([*losses(tmp_path / "run").values()]).all()
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    assert max(record["val_top1"] for record in evaluations(tmp_path / "run").values()) == 1.0
+
+
 def test_timm_loads_the_best_ema_classifier_with_its_class_names(arguments: list[str], tmp_path: Path) -> None:
     assert run(*arguments, "data.mean=[0.4,0.5,0.6]", "data.crop_pct=0.9") == 0
     folder = tmp_path / "run"

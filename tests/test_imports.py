@@ -77,7 +77,7 @@ ONLY_IN = {
         "evaluation.subjects",
         "finetune",
     },
-    "matplotlib": {"evaluation.diagnose_pictures", "ablation"},
+    "matplotlib": {"evaluation.diagnose_pictures", "ablation", "visualize"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},

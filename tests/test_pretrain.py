@@ -35,6 +35,7 @@ from fcmae.training import dry_run
 from fcmae.training.checkpoint import State, save_checkpoint
 from fcmae.training.dry_run import loading_rate, name_bottleneck
 from fcmae.training.trainer import Trainer
+from fcmae.visualize import HATCH
 from fcmae.weights.official import dense_to_official_sparse
 from fcmae.weights.timm import to_timm
 
@@ -123,6 +124,40 @@ def test_a_run_leaves_what_the_design_promises(
     assert records(folder)[-1]["seen_images"] == 96
     assert records(folder)[0]["lr"] == 0.0
     assert timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True).num_features == 16
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+def test_images_with_pixels_that_are_not_known_are_trained_on(
+    arguments: list[str], tmp_path: Path, target: str
+) -> None:
+    folder = tmp_path / "images" / "train"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :48]
+    for i in range(12):
+        phase = rng.uniform(0, 6, 5)
+        image = np.stack([500 + 200 * np.sin(0.3 * x + 0.2 * y + p) for p in phase], 2).astype(np.float32)
+        image[:, :10] = np.nan  # an edge of all images
+        if i % 3 == 0:
+            image[rng.random(image.shape) < 0.1] = np.inf
+        if i % 3 == 1:
+            image[:, : rng.integers(20, 40), 3:] = -9999
+        np.save(folder / f"{i:02}.npy", image)
+    np.save(folder / "constant.npy", np.full((40, 48, 5), 500, np.float32))
+    np.save(folder / "nothing.npy", np.full((40, 48, 5), np.nan, np.float32))
+    options = ["data.name=folder", f"data.root={folder.parent}", "data.num_workers=1", "model.in_chans=5"]
+    options += ["data.mean=[500,500,500,500,500]", "data.std=[140,140,140,140,140]", "data.clip=[0,900]"]
+    options += [f"model.target={target}", "data.nodata=-9999", "visualize.bands=[4,2,0]", "train.max_steps=60"]
+    options += ["data.batch_size=14", "optim.base_lr=0.1", "visualize.num_images=14"]
+    assert run(*arguments, *options) == 0
+    found = [*losses(tmp_path / "run").values()]
+    assert np.isfinite(found).all()
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    for path in (tmp_path / "run" / "reconstructions").iterdir():
+        with Image.open(path) as picture:
+            grays = {round(255 * gray) for gray in HATCH}
+            assert grays <= {value for value, *others in np.asarray(picture).reshape(-1, 3) if {value} == {*others}}
 
 
 def summary(out: str) -> tuple[dict[str, str], list[str]]:

@@ -1,6 +1,7 @@
 """Pictures: what is hidden is shown as predicted, what is visible as it is."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from fcmae.data import PixelNormalizer
 from fcmae.hog import hog
 from fcmae.loss import TARGETS, patch_statistics
 from fcmae.masking import hidden_ids
-from fcmae.visualize import draw_confusion, draw_panels, draw_reconstructions, draw_segments, reconstruct
+from fcmae.visualize import (
+    HATCH,
+    display_range,
+    draw_confusion,
+    draw_panels,
+    draw_reconstructions,
+    draw_segments,
+    reconstruct,
+    write_figure,
+)
 
 TINY = ((1, 1, 1, 1), (8, 8, 16, 16))
 
@@ -49,8 +59,84 @@ def test_panels_are_rgb_rows_of_three(channels: int, height: int, width: int) ->
     assert picture.shape[1:] == (3 * (width * factor + 4) + 4, 3)
     body = picture[picture.shape[0] - 2 * (height * factor + 4) - 4 :]
     shown = body[4 : 4 + height * factor : factor, 4 : 4 + width * factor : factor]
-    first = images[0, :3] if channels >= 3 else images[0, :1].expand(3, -1, -1)
+    first = images[0, {1: [0, 0, 0], 2: [0, 1, 0]}.get(channels, [0, 1, 2])]
     assert np.array_equal(shown, (first * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_unknown_pixels_are_hatched_in_all_columns_and_change_no_others() -> None:
+    model = FCMAE(TINY, stem_stride=1, decoder_dim=16, in_chans=5, nodata=True)
+    pixels = 300 + torch.randn(1, 5, 32, 32)
+    unknown = pixels.clone()
+    unknown[..., :10, :12] = torch.nan  # in visible and hidden patches
+    normalize, ids = PixelNormalizer((300.0,) * 5, (1.0,) * 5), torch.tensor([[0, 2, 7, 9, 12]])
+    picture = draw_reconstructions(model, normalize, unknown, ids, bands=(4, 2, 0))
+    columns = [picture[-132:-4, left : left + 128].astype(int) for left in (4, 136, 268)]
+    hatched = [np.all(np.isin(column, [round(255 * gray) for gray in HATCH]), axis=2) for column in columns]
+    for i, found in enumerate(hatched):
+        known_gray = found[40:].mean() + found[:, 48:].mean()
+        assert known_gray < 0.01
+        assert found[:32, :32].all()  # patch 0, visible
+        assert found[:40, 32:48].all() == (i != 1)  # patches 1 and 5, hidden
+    assert len(np.unique(columns[0][:40, :48])) == len(HATCH)
+
+
+def test_panels_of_one_band_that_is_not_known_are_hatched_in_its_colour() -> None:
+    image = torch.rand(1, 3, 128, 128)
+    image[:, 1, :64] = torch.nan
+    body = draw_panels({"original": image, "masked": image})[-132:-4, 4:132]
+    assert set(np.unique(body[:64, :, 1])) == {round(255 * gray) for gray in HATCH}
+    assert np.array_equal(body[..., [0, 2]], (image[0, [0, 2]] * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float32])
+def test_deep_pixels_are_shown_between_their_percentiles_and_bytes_as_they_are(dtype: torch.dtype) -> None:
+    pixels = torch.arange(1000, 2024).reshape(1, 1, 32, 32).repeat(1, 2, 1, 1)
+    low, high = display_range(pixels.to(dtype))
+    full = 65535 if dtype == torch.uint16 else 1
+    assert low.shape == high.shape == (1, 2, 1, 1)
+    assert torch.allclose(low * full, torch.tensor(1000 + 0.02 * 1023), rtol=1e-5)
+    assert torch.allclose(high * full, torch.tensor(1000 + 0.98 * 1023), rtol=1e-5)
+    assert [x.unique().tolist() for x in display_range((pixels // 10).to(torch.uint8))] == [[0], [1]]
+
+
+def test_unknown_pixels_leave_the_shown_range_to_the_others() -> None:
+    pixels = torch.rand(2, 3, 32, 32)
+    holed = torch.cat([pixels, torch.full((2, 3, 32, 8), torch.nan)], 3)
+    assert all(map(torch.allclose, display_range(holed), display_range(pixels)))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 500.0, -3e8, math.nan])
+def test_a_flat_band_is_shown_as_gray_and_one_without_any_known_pixel_has_a_range(value: float) -> None:
+    pixels = torch.full((1, 1, 8, 8), value)
+    low, high = display_range(pixels)
+    assert low.isfinite().all()
+    assert high.isfinite().all()
+    assert low < high
+    if not math.isnan(value):
+        assert torch.allclose((pixels - low) / (high - low), torch.tensor(0.5))
+
+
+def test_a_perfect_prediction_of_what_is_known_reconstructs_it() -> None:
+    images = 7 + torch.randn(2, 3, 32, 48)
+    images[:, :, 3:20, 5:30] = torch.nan
+    target = patchify(images, 8)
+    mean, std = patch_statistics(target)
+    ids = torch.arange(24).expand(2, 24)
+    pred = ((target - mean) / std).nan_to_num(5.0)
+    reconstruction, _ = reconstruct(images, pred, ids, 8, norm_pix_loss=True)
+    known = ~images.isnan()
+    assert torch.allclose(reconstruction[known], images[known], atol=1e-5)
+    assert reconstruction.isfinite().all()
+
+
+def test_a_dollar_in_a_figure_is_a_dollar(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3, 1))
+    figure.suptitle("runs/$a_b$ and $")
+    write_figure(figure, tmp_path / "figure.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
+    assert not figure._suptitle.get_parse_math()  # pyright: ignore
 
 
 def test_columns_of_different_sizes_are_drawn_in_the_largest() -> None:

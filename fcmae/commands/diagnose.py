@@ -216,13 +216,14 @@ def main(argv: list[str]) -> int:
     check_options(options)
     sources = name_models(options.models)
 
+    import torch
     from tqdm import tqdm
 
     from fcmae.evaluation.diagnose import diagnose, maps_of
     from fcmae.evaluation.diagnose_pictures import draw_channels, draw_collapse, draw_maps
     from fcmae.evaluation.inference import best_device
     from fcmae.evaluation.subjects import Images, mask_images, open_images, open_subject
-    from fcmae.visualize import as_rgb
+    from fcmae.visualize import as_rgb, display_range, stretch
 
     device = best_device()
     size = tuple(options.size * 2)[:2] if options.size else None
@@ -257,7 +258,10 @@ def main(argv: list[str]) -> int:
             some = [every[(i + 1) * len(every) // LAYERS_SHOWN - 1] for i in range(LAYERS_SHOWN)]
             wanted = {layer: taps[layer] for layer in dict.fromkeys(some)}
             maps = maps_of(subject.network, wanted, lambda s=subject, x=first: s.encode(x))
-        pictures[name] = as_rgb(images.normalize.invert(first).clamp(0, 1))[0].cpu(), maps
+        pixels = images.normalize.invert(first)
+        if images.dataset.source.dtype != torch.uint8:
+            pixels = stretch(pixels, *display_range(pixels))
+        pictures[name] = as_rgb(pixels)[0].cpu(), maps
         subject.network.cpu()
         if idle := [layer for layer in taps if layer not in models[name]]:
             print(f"{name}: features do not depend on {', '.join(idle)}: left out", file=sys.stderr)
