@@ -92,11 +92,15 @@ class PreparedSource:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def size(self, index: int) -> tuple[int, int]:
+        height, width = map(int, self.sizes[index])
+        return height, width
+
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
 
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
-        image_height, image_width = map(int, self.sizes[index])
+        image_height, image_width = self.size(index)
         top, left, height, width, _ = choose(image_height, image_width)
         row = image_width * self.channels * self.stored.itemsize
         path = shard_path(self.folder, int(self.firsts.searchsorted(index, "right")) - 1)
