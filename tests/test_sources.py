@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-import fcmae.data.images
+import fcmae.data.deep
 from fcmae.data import (
     RandomView,
     Source,
@@ -276,9 +276,9 @@ def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(
 ) -> None:
     write_images(tmp_path, 1)
     source = open_source("folder", str(tmp_path), "train", 3)
-    monkeypatch.setattr(fcmae.data.images, "MAX_PIXELS", 40 * 32)
+    monkeypatch.setattr(fcmae.data.deep, "MAX_PIXELS", 40 * 32)
     assert source.load(0).shape == (3, 32, 40)
-    monkeypatch.setattr(fcmae.data.images, "MAX_PIXELS", 40 * 32 - 1)
+    monkeypatch.setattr(fcmae.data.deep, "MAX_PIXELS", 40 * 32 - 1)
     with pytest.raises(ValueError, match=r"40 x 32 pixels, over 1,279; cut it into tiles or shrink it"):
         source.load(0)
 

@@ -89,7 +89,7 @@ def save_arrays(
 ) -> Path:
     """Write images as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
 
-    They are (n, h, w, c), or gray (n, h, w), of uint8, uint16 or float32, and stay so; NaN is where nothing is known.
+    They are (n, h, w, c), or gray (n, h, w), of uint8, uint16 or float32, and stay so; NaN where nothing is known.
 
     Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`.
 
@@ -101,7 +101,7 @@ def save_arrays(
             f"images must be uint8, uint16 or float32 (n, h, w, c) or (n, h, w), got {images.dtype} {images.shape}"
         )
     if images.ndim == 3 and images.shape[2] <= 4:
-        raise ValueError(f"{images.shape} looks like one image (h, w, c); give (1, h, w, c), or gray as (n, h, w, 1)")
+        raise ValueError(f"{images.shape} looks like one image; give (1, h, w, c), or gray as (n, h, w, 1)")
     if labels is not None:
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min(initial=0) < 0:
