@@ -64,7 +64,7 @@ FORMATS = (
 """Pillow's names of what is read: images of pixels, one in a file. Of others, EPS would start a program."""
 
 CUT_PIXELS = 1 << 24
-"""Of a TIFF of 8-bit gray or RGB above which tifffile, if it is there, decodes no more than what is seen."""
+"""Of a TIFF of plain 8-bit channels above which tifffile, if it is there, decodes the tiles or strips that are seen."""
 
 LOOKED_AT = 16
 """Images, spread over all, that tell which kind of pixels there are."""
@@ -312,7 +312,7 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dt
 
 
 def image_size(file: IO[bytes]) -> tuple[int, int]:
-    """Return height and width of an image file of any type, decoding no pixels; raises as `open_pixels`."""
+    """Return height and width of an image file of any type, without decoding its pixels; raises as `open_pixels`."""
     opened = _open(file)
     return seen_size(opened, file) if isinstance(opened, Image.Image) else (opened.height, opened.width)
 
