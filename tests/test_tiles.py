@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import ROOT, fuzzed, run_main
+from conftest import ROOT, error_line, fuzzed, run_main
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -21,11 +21,11 @@ from torch import Tensor
 
 import fcmae.data.deep
 import fcmae.data.images
-from fcmae import sample_visible_ids
+from fcmae import pretrain, sample_visible_ids
 from fcmae.__main__ import run as command
 from fcmae.data import PretrainDataset, RandomView, fixed_images, open_source, save_arrays, seeded, unreadable
 from fcmae.data.sources import Source, Subset
-from fcmae.data.tiles import TiledSource, cut, image_sizes
+from fcmae.data.tiles import cut, image_sizes
 from fcmae.data.views import Part
 
 sides = st.integers(1, 40)
@@ -68,7 +68,6 @@ def test_tiles_are_whole_within_their_image_and_cover_all_of_it(
 ) -> None:
     source = Sizes(*sizes)
     tiles = cut(source, tile, 0)
-    assert isinstance(tiles, TiledSource)
     assert len(tiles) == sum(math.ceil(h / tile[0]) * math.ceil(w / tile[1]) for h, w in sizes)
     seen: list[set[float]] = [set() for _ in sizes]
     for index in range(len(tiles)):
@@ -82,14 +81,11 @@ def test_tiles_are_whole_within_their_image_and_cover_all_of_it(
 
 def test_tiles_are_numbered_row_by_row_the_last_ones_moved_inward() -> None:
     tiles = cut(Sizes((10, 25), (5, 5)), (4, 10), 0)
-    assert isinstance(tiles, TiledSource)
     boxes = [tiles.locate(index)[3:] for index in range(len(tiles))]
     assert boxes[:4] == [(0, 0, 4, 10), (0, 10, 4, 10), (0, 15, 4, 10), (4, 0, 4, 10)]
     assert boxes[8:] == [(6, 15, 4, 10), (0, 0, 4, 5), (1, 0, 4, 5)]
     assert tiles.describe(5) == "image 0[tile 1,2]"
     assert cut(Sizes((5, 5)), (8, 8), 0).describe(0) == "image 0"  # as it is
-    source = Sizes((5, 5))
-    assert cut(source, None, 0) is source
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -308,3 +304,62 @@ def counting(page: Any, decoded: list[int]) -> Any:
 
     page.decode = noting
     return page
+
+
+# Through a pretraining and a preparation
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """A folder of two classes of two large images each, one of them damaged."""
+    for number, name in enumerate(("farm", "farm", "town", "town")):
+        path = tmp_path / "scenes" / name / f"{number}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_scene(path, np.roll(SCENE, 50 * number, 1), tile=(64, 64))
+    path.write_bytes(path.read_bytes()[:100])
+    return tmp_path / "scenes"
+
+
+def test_pretraining_sees_tiles_and_knn_whole_images(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (
+        *("--config", "quickstart", f"data.root={scenes}", f"output={tmp_path / 'run'}", "data.tile=[100, 155]"),
+        *("data.image_size=32", "data.batch_size=4", "data.num_workers=1", "data.max_bad=9"),
+        *("train.max_steps=4", "eval.knn_every_epochs=100", "eval.val_split=null", "visualize.num_images=1"),
+    )
+    assert run_main(pretrain.main, *settings) == 0
+    printed = capsys.readouterr().out
+    assert "tiles            13 of 4 images" in printed
+    assert "3.tif: " in printed
+    assert "k-NN top1" in printed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prepared_tiles_are_the_tiles(
+    scenes: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("prepare", str(scenes), str(tmp_path / "out"), "--workers", str(workers), "--tile")
+    assert run_main(command, *arguments, "64", "96") == 0
+    printed = capsys.readouterr()
+    assert "train: 48 tiles of 4 images, 1 MB, written, 1 left out" in printed.out
+    assert "3.tif: " in printed.err
+    tiles = cut(open_source("folder", str(scenes), "train", 3), (64, 96), 0)
+    prepared = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    assert all(torch.equal(prepared.load(index), tiles.load(index)) for index in range(48))
+    assert prepared.labels is not None
+    assert prepared.labels.tolist() == [0] * 32 + [1] * 16
+    assert prepared.class_names == ("farm", "town")
+    assert run_main(command, *arguments, "64", "96") == 0
+    assert "complete and intact" in capsys.readouterr().out
+    assert "tile [64, 96] -> [96, 96]" in error_line(command, capsys, *arguments, "96")
+    assert "tile [64, 96] -> None" in error_line(command, capsys, *arguments[:-1])
+    assert "--tile 1 2 3: must be a side, or height and width" in error_line(command, capsys, *arguments, *"123")
+    assert "--tile 0: must be at least 1" in error_line(command, capsys, *arguments, "0")
+
+
+def test_prepared_tiles_are_shrunk_where_a_size_is_given(scenes: Path, tmp_path: Path) -> None:
+    arguments = ("prepare", str(scenes), str(tmp_path), "--workers", "0", "--tile", "100", "--size", "50")
+    assert run_main(command, *arguments) == 0
+    prepared = open_source("arrays", str(tmp_path), "train", 3)
+    assert {prepared.size(index) for index in range(len(prepared))} == {(50, 50)}

@@ -229,7 +229,7 @@ def prepare(
     """
     with blame(root):
         check_class_names(source.class_names or ())
-    images, source = source, cut(source, tile, num_workers)
+    images, source = source, source if tile is None else cut(source, tile, num_workers)
     shard_images = min(SHARD_IMAGES, math.ceil(len(source) / MIN_SHARDS))
     plan: dict[str, Any] = {
         "format": PREPARED,

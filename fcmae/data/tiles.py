@@ -137,6 +137,7 @@ class TiledSource:
         return name if self.grids[tile.image].max() == 1 else f"{name}[tile {tile.row},{tile.column}]"
 
 
-def cut(source: Source, tile: tuple[int, int] | None, num_workers: int) -> Source:
-    """Return the tiles of the images of a source, see `TiledSource`; the source itself where `tile` is None."""
-    return source if tile is None else TiledSource(source, tile, image_sizes(source, num_workers))
+def cut(source: Source, tile: int | tuple[int, int], num_workers: int) -> TiledSource:
+    """Cut the images of a source into tiles, see `TiledSource`, of a side or a height and width in pixels."""
+    sides = (tile, tile) if isinstance(tile, int) else tile
+    return TiledSource(source, sides, image_sizes(source, num_workers))
