@@ -270,6 +270,24 @@ def test_images_read_in_another_way_do_not_mix_with_what_is_there(
     assert f"was prepared differently ({change}); name another folder" in line
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("shape", [(3, 20, 30), (3, 20, 30, 1), (3, 20, 30, 5)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_saved_arrays_are_read_as_they_were(tmp_path: Path, shape: tuple[int, ...], dtype: str, order: Any) -> None:
+    pixels = np.asarray(np.random.default_rng(0).integers(0, 4096, shape).astype(dtype), order=order)
+    save_arrays(tmp_path, pixels)
+    source = open_source("arrays", str(tmp_path), "train", None)
+    assert source.dtype == getattr(torch, dtype)
+    for index in range(3):
+        assert np.array_equal(source.load(index).permute(1, 2, 0).numpy(), pixels[index].reshape(20, 30, -1))
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 3), (20, 30), (2, 20, 30, 3, 1)])
+def test_what_may_be_a_single_image_is_not_saved_as_many(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"looks like one image; give|images must be"):
+        save_arrays(tmp_path, np.zeros(shape, np.uint8))
+
+
 def test_folders_of_older_versions_are_read_and_found_intact(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
