@@ -16,13 +16,14 @@ import pytest
 import tifffile
 import torch
 from conftest import ROOT
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 import fcmae.data.deep
 from fcmae.data import (
     RandomView,
+    Reading,
     Source,
     labels_by,
     open_source,
@@ -170,16 +171,41 @@ def test_a_folder_of_both_depths_is_as_deep_as_its_deepest_and_loses_nothing(tmp
     assert source.dtype == torch.uint16
     assert np.array_equal(source.load(0)[0].numpy(), shallow.astype(np.uint16) * 257)
     assert np.array_equal(source.load(1)[0].numpy(), BANDS[:8, :8, 0])
-    shallower = open_source("folder", str(tmp_path), "train", 1, dtype="uint8")
+    shallower = open_source("folder", str(tmp_path), "train", 1, reading=Reading(torch.uint8))
     assert np.array_equal(shallower.load(0)[0].numpy(), shallow)
     with pytest.raises(ValueError, match=r"uint16 pixels among uint8 ones; set data\.dtype=uint16"):
         shallower.load(1)
 
 
-def test_bands_that_do_not_fit_name_the_key(tmp_path: Path) -> None:
+def test_whole_numbers_among_floats_are_refused_unless_floats_are_asked_for(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 51, np.uint8)).save(tmp_path / "a.png")
+    np.save(tmp_path / "b.npy", np.full((8, 8), -7.0))
+    source = open_source("folder", str(tmp_path), "train", 1)
+    assert source.dtype == torch.float32
+    with pytest.raises(
+        ValueError, match=r"uint8 pixels among floats; set data\.dtype=float32 to take them as 0 to 1"
+    ):
+        source.load(0)
+    asked = open_source("folder", str(tmp_path), "train", 1, reading=Reading(torch.float32))
+    assert [float(asked.load(index).unique()) for index in (0, 1)] == pytest.approx([0.2, -7])
+
+
+def test_bands_that_do_not_fit_are_reported_when_the_images_are_opened(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", BANDS, planarconfig="contig")
+    assert error_of("folder", str(tmp_path), "train", 3) == (
+        f"{tmp_path}/a.tif: 12 bands, but model.in_chans is 3; set model.in_chans=12, and data.mean and data.std "
+        "with 12 values, which fcmae stats computes"
+    )
+    assert open_source("folder", str(tmp_path), "train", None).channels == 12
+
+
+def test_images_of_other_bands_than_most_are_bad_images(tmp_path: Path) -> None:
+    write_images(tmp_path, 1)
+    write_tiff(tmp_path / "a.tif", BANDS, planarconfig="contig")
+    source = open_source("folder", str(tmp_path), "train", 3)
+    assert source.load(0).shape == (3, 32, 40)
     with pytest.raises(ValueError, match=r"12 bands where 3 are wanted; set model\.in_chans=12"):
-        open_source("folder", str(tmp_path), "train", 3).load(0)
+        source.load(1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -264,7 +290,7 @@ def test_a_program_in_postscript_is_not_run_whatever_its_name(
     (tmp_path / "class" / "x.jpg").symlink_to("../x.jpg")
     for name, root in (("folder", tmp_path), ("torch/folder", tmp_path)):
         source = open_source(name, str(root), ".", 3)
-        with pytest.raises(ValueError, match="not an image of a type that is read"):
+        with pytest.raises(UnidentifiedImageError, match="not an image of a type that is read"):
             source.load(0)
     (read, _) = read_images([tmp_path], 3)
     assert isinstance(read, Unreadable)
@@ -284,13 +310,14 @@ def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_numbers_that_eight_bits_do_not_hold_are_refused_not_clipped(tmp_path: Path, kind: type) -> None:
-    values = np.linspace(0, 255, 64).reshape(8, 8).astype(kind)
+def test_numbers_that_eight_bits_do_not_hold_are_kept_or_refused_not_clipped(tmp_path: Path, kind: type) -> None:
+    values = np.linspace(-3, 70_000, 64).reshape(8, 8).astype(kind)
     Image.fromarray(values).save(tmp_path / "0.tif")
-    Image.fromarray(values + kind(1)).save(tmp_path / "1.tif")
+    np.save(tmp_path / "1.npy", values.astype(np.int64) << 30)
     source = open_source("folder", str(tmp_path), "train", 1)
-    assert np.array_equal(source.load(0)[0].numpy(), values.astype(np.uint8))
-    with pytest.raises(ValueError, match="numbers outside of 0 to 255"):
+    assert source.load(0).dtype == torch.float32
+    assert np.array_equal(source.load(0)[0].numpy(), values.astype(np.float32))
+    with pytest.raises(ValueError, match=r"whole numbers from -3,221,225,472 to .* which float32 does not hold"):
         source.load(1)
 
 
@@ -590,11 +617,11 @@ def test_an_array_that_shrinks_under_a_running_training_is_an_error_not_a_crash(
         (np.asfortranarray(np.zeros((3, 4, 5, 3), np.uint8)), "in Fortran order"),
         (np.zeros((3, 4, 5), object), "it holds object"),
         (np.zeros((3, 4, 5), [("r", "u1"), ("g", "u1")]), "not plain numbers"),
-        (np.zeros((3, 4, 5, 3), ">u2"), "expected uint8 images (n, h, w, c), found >u2"),
+        (np.zeros((3, 4, 5, 3), ">i4"), "expected uint8, uint16 or float32 images (n, h, w, c), found >i4"),
         (np.zeros((0, 4, 5, 3), np.uint8), "found uint8 (0, 4, 5, 3)"),
     ],
 )
-def test_arrays_of_anything_but_uint8_images_in_a_row_are_refused(
+def test_arrays_of_anything_but_pixels_of_images_in_a_row_are_refused(
     tmp_path: Path, images: np.ndarray, part: str
 ) -> None:
     np.save(tmp_path / "images.npy", images, allow_pickle=True)

@@ -4,10 +4,10 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,18 +16,26 @@ from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 
 from fcmae.data.deep import (
+    ALPHA,
     EXTENSIONS,
+    GDAL_NODATA,
     MAX_PIXELS,
+    ORIENTATION,
     PLAIN,
+    MissingLibrary,
     Opened,
     TooLarge,
+    count_slices,
     find_reader,
+    geotiff_nodata,
     is_tiff,
+    open_nifti,
     open_tiff,
+    png_chunks,
     require_decodable,
 )
 from fcmae.data.labels import check_labels
-from fcmae.data.listing import FolderFiles, TarFiles, images_below
+from fcmae.data.listing import FolderFiles, TarFiles, extension, images_below
 from fcmae.data.pixels import (
     AS_STORED,
     FULL,
@@ -45,17 +53,8 @@ from fcmae.files import BoundedFile
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode by number of channels."""
 
-EXIF_ORIENTATION = 0x0112
-
-TURNS = {2: (False, False, True), 3: (False, True, True), 4: (False, True, False), 5: (True, False, False)} | {
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
-"""EXIF's orientation -> how a person sees the image: its sides swapped, then upside down, then mirrored."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Of red, green and blue in gray, as Pillow has it (ITU-R 601)."""
+LUMA = (19595, 38470, 7471)
+"""Of red, green and blue in gray, in 65,536ths, as Pillow has it (ITU-R 601)."""
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "TIFF", "AVIF", "BMP", "DIB", "GIF", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI"),
@@ -64,16 +63,14 @@ FORMATS = (
 """Pillow's names of what is read: images of pixels, one in a file. Of others, EPS would start a program."""
 
 CUT_PIXELS = 1 << 24
-"""Of a TIFF of plain 8-bit channels above which tifffile, if it is there, decodes the tiles or strips that are seen."""
+"""Of a TIFF of plain 8-bit channels above which tifffile, if it is there, decodes what is seen alone."""
 
 LOOKED_AT = 16
 """Images, spread over all, that tell which kind of pixels there are."""
 
-BITS_PER_SAMPLE = 258
-"""The tag of a TIFF's page that says how deep its channels are."""
-
-PHOTOMETRIC, ORIENTATION = 262, 274
-"""The tags of a TIFF's page that say what its channels mean, and how it is turned."""
+BITS_PER_SAMPLE, PHOTOMETRIC, DESCRIPTION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 270, 338, 339
+"""The tags of a TIFF's page: how deep its channels are, what they mean, what the writer says of them, what those
+besides gray or colours mean, and which kind of numbers they are."""
 
 NEW_SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4
 """The tag of a TIFF's page that says what it is, and the bits for a smaller version and for a transparency mask."""
@@ -97,9 +94,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of large images, and of what a plugin finds odd in a file of another type
+            warnings.simplefilter("ignore")  # of large images, and of what plugins find odd in files of other types
             image = Image.open(file, formats=FORMATS)
         size = image.size
     except UnidentifiedImageError as error:
@@ -107,6 +102,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise TooLarge(f"over {MAX_PIXELS:,} pixels; cut it into tiles or shrink it") from error
     require_decodable(size[1], size[0])
+    refuse_lost_bits(image)
     return image
 
 
@@ -141,26 +137,34 @@ def refuse_pages(image: Image.Image) -> None:
 # Pixels of the channels that are asked for
 
 
-def fit_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Return pixels (h, w, bands) with so many channels: gray for RGB and back, without an alpha channel.
+def fits(bands: int, channels: int, colours: bool) -> bool:
+    """Whether `fit_channels` makes so many channels of bands."""
+    gray_as_rgb = (bands, channels) == (1, 3)
+    return bands == channels or gray_as_rgb or (colours and bands <= 4 and channels in (1, 3, 4))
+
+
+def fit_channels(pixels: np.ndarray, channels: int, colours: bool) -> np.ndarray:
+    """Return pixels (h, w, bands) with so many channels: gray as RGB, and of `colours` RGB as gray or with alpha.
 
     Raises:
         ValueError: if the bands mean something else.
     """
     bands = pixels.shape[2]
+    if not fits(bands, channels, colours):
+        raise ValueError(f"{bands} bands where {channels} are wanted; set model.in_chans={bands}")
     if bands == channels:
         return pixels
-    if (bands, channels) in ((2, 1), (4, 3)):
-        return pixels[..., :channels]
-    if (bands, channels) == (1, 3):
-        return pixels.repeat(3, axis=2)
-    if channels == 4 and bands in (1, 3):
-        opaque = np.full((*pixels.shape[:2], 1), FULL[kind_of(pixels.dtype)], pixels.dtype)
-        return np.concatenate([fit_channels(pixels, 3), opaque], axis=2)
-    if (bands, channels) in ((3, 1), (4, 1)):
-        gray = (pixels[..., :3].astype(np.float64) @ LUMA)[..., None]
-        return gray.astype(np.float32) if pixels.dtype.kind == "f" else gray.round().astype(pixels.dtype)
-    raise ValueError(f"{bands} bands where {channels} are wanted; set model.in_chans={bands}")
+    shown = pixels[..., : bands - 1 + bands % 2]  # without alpha, which comes second or fourth
+    if channels == 1:
+        if pixels.dtype.kind == "f":
+            return (shown @ (np.array(LUMA, np.float32) / 65536))[..., None] if bands > 2 else shown
+        exact = shown.astype(np.uint32) @ np.array(LUMA, np.uint32) + 32768 >> 16 if bands > 2 else shown[..., 0]
+        return exact[..., None].astype(pixels.dtype)
+    shown = shown.repeat(3 // shown.shape[2], axis=2)
+    if channels == 3:
+        return shown
+    full = np.full((*pixels.shape[:2], 1), FULL[kind_of(pixels.dtype)], pixels.dtype)
+    return np.concatenate([shown, full if bands % 2 else pixels[..., -1:]], axis=2)
 
 
 def pillow_kind(image: Image.Image) -> torch.dtype:
@@ -170,23 +174,89 @@ def pillow_kind(image: Image.Image) -> torch.dtype:
     return torch.float32 if image.mode in ("I", "F") else torch.uint8
 
 
-def decode(image: Image.Image, channels: int) -> np.ndarray:
-    """Turn a PIL image into pixels (h, w, channels), as deep as they are.
+def decode(
+    image: Image.Image, channels: int, reading: Reading = AS_STORED, tagged: float | None = None
+) -> np.ndarray:
+    """Turn a PIL image into pixels (h, w, channels), as deep as they are; `tagged` names its file's no-data.
 
     Raises:
-        ValueError: if it has other channels.
+        ValueError: if it has other channels, or no-data that `reading` refuses.
     """
     kind = pillow_kind(image)
-    if kind == torch.uint8:
-        if channels not in PIL_MODES:
-            raise ValueError(f"an image of mode {image.mode} where {channels} channels are wanted")
+    if kind != torch.uint8:
+        pixels = np.asarray(image)[..., None]
+        pixels = pixels.astype(np.uint16) if kind == torch.uint16 else as_pixels(pixels)
+    elif (reading.nodata, tagged) == (None, None) and channels in PIL_MODES:
         converted = np.asarray(image.convert(PIL_MODES[channels]))
         return converted if converted.ndim == 3 else converted[..., None]
-    numbers = np.asarray(image)[..., None]
-    return fit_channels(numbers.astype(np.uint16) if kind == torch.uint16 else as_pixels(numbers), channels)
+    elif image.mode == "P" and tagged is not None:
+        raise ValueError("a palette of which a color is no-data; save it as gray or RGB")
+    else:
+        seen = "RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB"
+        pixels = np.atleast_3d(np.asarray(image.convert(seen)))
+    return fit_channels(without_nodata(pixels, reading, tagged), channels, colours=True)
 
 
-def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels: int) -> np.ndarray:
+class Turn(NamedTuple):
+    """How an image as stored becomes what a person sees."""
+
+    swapped: bool = False
+    """Its sides, first."""
+    upside_down: bool = False
+    mirrored: bool = False
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of what is seen of an image stored with those, or the other way round."""
+        return (width, height) if self.swapped else (height, width)
+
+    def stored(self, part: Part, seen: tuple[int, int]) -> Part:
+        """Return which part of the stored image a part of what is seen is."""
+        top = seen[0] - part.top - part.height if self.upside_down else part.top
+        left = seen[1] - part.left - part.width if self.mirrored else part.left
+        if self.swapped:
+            return Part(left, top, part.width, part.height, (part.enough[1], part.enough[0]))
+        return part._replace(top=top, left=left)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Turn stored pixels (h, w, bands)."""
+        pixels = pixels.transpose(1, 0, 2) if self.swapped else pixels
+        return pixels[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+
+
+TURNS = {
+    2: Turn(mirrored=True),
+    3: Turn(upside_down=True, mirrored=True),
+    4: Turn(upside_down=True),
+    5: Turn(swapped=True),
+    6: Turn(swapped=True, mirrored=True),
+    7: Turn(swapped=True, upside_down=True, mirrored=True),
+    8: Turn(swapped=True, upside_down=True),
+}
+"""By EXIF's orientation."""
+
+
+def pillow_turn(image: Image.Image) -> Turn:
+    """Return how an image opened by Pillow, which need not be loaded, is turned."""
+    if image.format == "TIFF":  # which Pillow turns itself
+        return Turn()
+    exif = Image.Image.getexif(image)  # a PNG's own would decode it, to look behind the pixels
+    file = getattr(image, "fp", None)
+    if image.format == "PNG" and "exif" not in image.info and file:
+        place = file.tell()
+        if behind := png_chunks(file).get(b"eXIf"):
+            exif.load(behind)
+        file.seek(place)
+    return TURNS.get(exif.get(ORIENTATION, 1), Turn())
+
+
+def seen_size(image: Image.Image) -> tuple[int, int]:
+    """Return height and width of an image opened by Pillow as a person sees it, without decoding it."""
+    return pillow_turn(image).size(image.height, image.width)
+
+
+def decode_part(
+    image: Image.Image, reading: Reading, choose: Callable[[int, int], Part], channels: int
+) -> np.ndarray:
     """Turn the part of a PIL image, which need not be loaded, that `choose` takes into pixels (h, w, channels).
 
     The image is turned as its EXIF orientation says. A JPEG is decoded at 1/2, 1/4 or 1/8 of its sides where that
@@ -196,17 +266,12 @@ def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels
         ValueError: if it has several pages; damaged ones raise whatever Pillow does.
     """
     refuse_pages(image)
+    turn, tagged = pillow_turn(image), geotiff_nodata(getattr(image, "tag_v2", {}).get(GDAL_NODATA))
     if image.format not in ("JPEG", "MPO"):
         image.load()  # before its size is asked for, which decoding may change
-    swapped, upside_down, mirrored = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1), (False, False, False))
     full_width, full_height = image.size
-    seen_height, seen_width = (full_width, full_height) if swapped else (full_height, full_width)
-    part = choose(seen_height, seen_width)
-    top = seen_height - part.top - part.height if upside_down else part.top
-    left = seen_width - part.left - part.width if mirrored else part.left
-    height, width, enough = part.height, part.width, part.enough
-    if swapped:
-        top, left, height, width, enough = left, top, width, height, enough[::-1]
+    seen = turn.size(full_height, full_width)
+    top, left, height, width, enough = turn.stored(choose(*seen), seen)
     spare = min(height / enough[0], width / enough[1])
     divisor = max(d for d in (1, 2, 4, 8) if d <= max(spare, 1))
     if divisor > 1:
@@ -217,46 +282,19 @@ def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels
     right = max(round((left + width) / divisor), x + 1)
     bottom = max(round((top + height) / divisor), y + 1)
     box = (x, y, right, bottom)
-    pixels = decode(image if box == (0, 0, *image.size) else image.crop(box), channels)
-    pixels = pixels.transpose(1, 0, 2) if swapped else pixels
-    return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
-
-
-def seen_size(image: Image.Image, file: IO[bytes] | None = None) -> tuple[int, int]:
-    """Return height and width of an image as a person sees it, without decoding it.
-
-    Args:
-        image: opened, not loaded.
-        file: that it was opened from.
-    """
-    if image.format == "TIFF":  # which Pillow turns itself
-        return image.height, image.width
-    if image.format == "PNG" and "exif" not in image.info and file is not None and ends_with_pixels(file):
-        exif = Image.Image.getexif(image)  # what came before the pixels; a PNG's own decodes them to look behind
-    else:
-        exif = image.getexif()
-    swapped = TURNS.get(exif.get(EXIF_ORIENTATION, 1), (False,))[0]
-    return (image.width, image.height) if swapped else (image.height, image.width)
-
-
-def ends_with_pixels(file: IO[bytes]) -> bool:
-    """Whether nothing but its end follows the pixels of a PNG."""
-    place, seen = 8, False
-    while True:
-        file.seek(place)
-        head = file.read(8)
-        if len(head) < 8 or head[4:] == b"IEND":
-            return True
-        if seen and head[4:] != b"IDAT":
-            return False
-        seen = head[4:] == b"IDAT"
-        place += 12 + int.from_bytes(head[:4], "big")
+    return turn(decode(image if box == (0, 0, *image.size) else image.crop(box), channels, reading, tagged))
 
 
 def is_deep_tiff(image: Image.Image) -> bool:
-    """Whether a TIFF has more bits a channel than Pillow keeps."""
-    bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
-    return image.format == "TIFF" and max(bits) > 8
+    """Whether a TIFF has other numbers or bands than Pillow keeps, or a band on each of its pages."""
+    if image.format != "TIFF":
+        return False
+    tags: Any = getattr(image, "tag_v2", {})
+    deep = max(tags.get(BITS_PER_SAMPLE, (1,))) > 8 or {*tags.get(SAMPLE_FORMAT, (1,))} != {1}
+    others = not {*tags.get(EXTRA_SAMPLES, ())} <= {*ALPHA}
+    described = str(tags.get(DESCRIPTION, ""))
+    stack = getattr(image, "is_animated", False) and ("<OME" in described or described.startswith("ImageJ="))
+    return deep or others or stack
 
 
 def is_cut_tiff(image: Image.Image) -> bool:
@@ -264,7 +302,21 @@ def is_cut_tiff(image: Image.Image) -> bool:
     tags: Any = getattr(image, "tag_v2", {})
     plain = tags.get(PHOTOMETRIC) in PLAIN and set(tags.get(BITS_PER_SAMPLE, ())) == {8}
     large = image.format == "TIFF" and image.width * image.height > CUT_PIXELS
-    return large and plain and tags.get(ORIENTATION, 1) == 1 and find_spec("tifffile") is not None
+    return large and plain and find_spec("tifffile") is not None
+
+
+def refuse_lost_bits(image: Image.Image) -> None:
+    """Raise an error for an image of 16 bits a channel of which Pillow would keep eight.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    codec, _, _, arguments = (*getattr(image, "tile", ()), (None, None, None, ()))[0]
+    last = arguments[-1] if isinstance(arguments, tuple) and arguments else None
+    sgi = codec == "SGI16" or (codec == "sgi_rle" and last == 2)
+    ppm = image.format == "PPM" and image.mode == "RGB" and isinstance(last, int) and last > 255
+    if sgi or ppm:
+        raise ValueError(f"{image.format} of 16 bits a channel, of which 8 would be kept; save it as PNG or TIFF")
 
 
 Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
@@ -272,12 +324,34 @@ Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
 
 
 def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Part], channels: int) -> np.ndarray:
-    top, left, height, width, _ = choose(image.height, image.width)
+    turn = TURNS.get(image.orientation, Turn())
+    seen = turn.size(image.height, image.width)
+    top, left, height, width, _ = turn.stored(choose(*seen), seen)
     require_decodable(height, width)
-    return fit_channels(without_nodata(image.read((top, left, height, width)), reading), channels)
+    pixels = without_nodata(image.read((top, left, height, width)), reading, image.nodata)
+    return turn(fit_channels(pixels, channels, image.colours))
 
 
-def _open(file: IO[bytes]) -> Image.Image | Opened:
+class Slice(NamedTuple):
+    """A slice of a NIfTI volume."""
+
+    file: IO[bytes]
+    number: int
+
+
+class OpenImage(NamedTuple):
+    """An image that is open, not decoded."""
+
+    size: tuple[int, int]
+    """Height and width as a person sees it."""
+    bands: int
+    colours: bool
+    """Whether bands are gray or RGB, with an alpha channel or without."""
+    kind: torch.dtype
+    read: Read
+
+
+def _open_file(file: IO[bytes], reading: Reading) -> Image.Image | Opened:
     open_deep = find_reader(file)
     if open_deep is None:
         try:
@@ -289,7 +363,23 @@ def _open(file: IO[bytes]) -> Image.Image | Opened:
                 raise
         file.seek(0)
         open_deep = open_tiff
-    return open_deep(file)
+    return open_deep(file, reading)
+
+
+def _open(file: IO[bytes] | Image.Image | Slice, reading: Reading) -> OpenImage:
+    if isinstance(file, Slice):
+        opened = open_nifti(file.file, number=file.number)
+    elif isinstance(file, Image.Image):
+        opened = file
+    else:
+        opened = _open_file(file, reading)
+    if isinstance(opened, Opened):
+        size = TURNS.get(opened.orientation, Turn()).size(opened.height, opened.width)
+        read = functools.partial(_read_deep, opened, reading)
+        return OpenImage(size, opened.bands, opened.colours, opened.kind, read)
+    bands = 4 if opened.has_transparency_data else 1 if opened.mode.split(";")[0] in ("1", "L", "I", "F") else 3
+    read = functools.partial(decode_part, opened, reading)
+    return OpenImage(seen_size(opened), bands, True, pillow_kind(opened), read)
 
 
 def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dtype, Read]:
@@ -305,16 +395,12 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dt
     Raises:
         Exception: whatever libraries raise for a damaged one; ValueError names an extra that is missing.
     """
-    opened = _open(file)
-    if isinstance(opened, Image.Image):
-        return pillow_kind(opened), functools.partial(decode_part, opened)
-    return opened.kind, functools.partial(_read_deep, opened, reading)
+    return _open(file, reading)[-2:]
 
 
 def image_size(file: IO[bytes]) -> tuple[int, int]:
-    """Return height and width of an image file of any type, without decoding its pixels; raises as `open_pixels`."""
-    opened = _open(file)
-    return seen_size(opened, file) if isinstance(opened, Image.Image) else (opened.height, opened.width)
+    """Return height and width of an image file of any type without decoding it; raises as `open_pixels`."""
+    return _open(file, AS_STORED).size
 
 
 class Files(Protocol):
@@ -331,7 +417,7 @@ class Files(Protocol):
         """Return what a person would look for."""
         ...
 
-    def open(self, index: int, /) -> IO[bytes] | Image.Image:
+    def open(self, index: int, /) -> IO[bytes] | Image.Image | Slice:
         """Return an image's file, or what another library made of it."""
         ...
 
@@ -384,59 +470,118 @@ class DatasetFiles:
         return (self.dataset if self.reader is None else self.reader)[index][0]
 
 
+def _count_slices(files: Files, index: int) -> int:
+    if extension(files.name(index)) not in (".nii", ".nii.gz"):
+        return 1
+    try:
+        file = files.open(index)
+        if isinstance(file, Image.Image | Slice):
+            return 1
+        with file:
+            return count_slices(file)
+    except Exception:  # training names the images that do not decode
+        return 1
+
+
+class Volumes:
+    """Files of which volumes count as images, one for each of their slices.
+
+    Args:
+        files: some of them NIfTI.
+        counts: slices of each, one of an image.
+    """
+
+    def __init__(self, files: Files, counts: np.ndarray) -> None:
+        self.files = files
+        self.file_of = np.repeat(np.arange(len(files)), counts)
+        self.slices = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        """Number of each image in its file; -1 of what is no volume."""
+        self.slices[counts[self.file_of] == 1] = -1
+        self.labels = None if files.labels is None else files.labels[self.file_of]
+        self.class_names = files.class_names
+
+    @classmethod
+    def in_slices(cls, files: Files) -> Files:
+        """Return files whose volumes, if there are any, are slices."""
+        counts = np.array([_count_slices(files, index) for index in range(len(files))], np.int64)
+        return cls(files, counts) if counts.max(initial=1) > 1 else files
+
+    def __len__(self) -> int:
+        return len(self.file_of)
+
+    def name(self, index: int) -> str:
+        name, number = self.files.name(self.file_of[index]), self.slices[index]
+        return name if number < 0 else f"{name}[slice {number}]"
+
+    def open(self, index: int) -> IO[bytes] | Image.Image | Slice:
+        file, number = self.files.open(self.file_of[index]), int(self.slices[index])
+        return file if number < 0 or isinstance(file, Image.Image | Slice) else Slice(file, number)
+
+
 class ImageSource:
     """Images from files, each decoded when it is loaded, all as pixels of one kind.
 
     Args:
         files: that they are in.
-        channels: of what is loaded.
+        channels: of what is loaded; None for as many as the first of some images has bands, 3 of gray and colours.
         place: see `Source`.
         reading: what becomes of their pixels; without a kind, that of the deepest of some images.
+
+    Raises:
+        UserError: if none of the images looked at has bands that fit, or a library that they need is missing.
     """
 
-    def __init__(self, files: Files, channels: int, place: Path | None, reading: Reading = AS_STORED) -> None:
+    def __init__(
+        self, files: Files, channels: int | None, place: Path | None, reading: Reading = AS_STORED
+    ) -> None:
         self.files = files
-        self.channels = channels
         self.place = place
         self.labels, self.class_names = files.labels, files.class_names
         self.reading = reading
-        self.dtype = reading.kind(self._widest())
+        seen = dict(self._look())
+        first = next(iter(seen.values()), None)
+        self.channels = channels or (3 if first is None or first.colours else first.bands)
+        if first and not any(fits(image.bands, self.channels, image.colours) for image in seen.values()):
+            raise UserError(
+                f"{self.describe(next(iter(seen)))}: {first.bands} bands, but model.in_chans is {self.channels}; "
+                f"set model.in_chans={first.bands}, and data.mean and data.std with {first.bands} values, which "
+                "fcmae stats computes"
+            )
+        kinds = [image.kind for image in seen.values()]
+        self.dtype = reading.kind(max(kinds, key=[*FULL].index, default=torch.uint8))
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _widest(self) -> torch.dtype:
-        kinds: list[torch.dtype] = []
+    def _look(self) -> Iterator[tuple[int, OpenImage]]:
         for index in spread(len(self), LOOKED_AT):
             try:
-                with self._opened(index) as (kind, _):
-                    kinds.append(kind)
+                with self._opened(index) as image:
+                    yield index, image
+            except MissingLibrary as error:
+                raise UserError(f"{self.describe(index)}: {error}") from error
             except Exception:  # training names the images that do not decode
                 continue
-        return max(kinds, key=list(FULL).index, default=torch.uint8)
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[tuple[torch.dtype, Read]]:
+    def _opened(self, index: int) -> Iterator[OpenImage]:
         opened = self.files.open(index)
-        if isinstance(opened, Image.Image):
-            yield pillow_kind(opened), functools.partial(decode_part, opened)
-        else:
-            with opened:
-                yield open_pixels(opened, self.reading)
+        file = opened.file if isinstance(opened, Slice) else opened
+        with nullcontext() if isinstance(file, Image.Image) else file:
+            yield _open(opened, self.reading)
 
     def size(self, index: int) -> tuple[int, int]:
-        opened = self.files.open(index)
-        if isinstance(opened, Image.Image):
-            return seen_size(opened)
-        with opened:
-            return image_size(opened)
+        with self._opened(index) as image:
+            return image.size
 
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
 
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
-        with self._opened(index) as (_, read):
-            pixels = np.array(read(choose, self.channels), order="C")  # of its own, which can be written to
+        with self._opened(index) as image:
+            pixels = np.array(image.read(choose, self.channels), order="C")  # of its own, which can be written to
+        if self.reading.kind(self.dtype) == torch.float32 and not self.reading.dtype and pixels.dtype.kind != "f":
+            raise ValueError(f"{pixels.dtype} pixels among floats; set data.dtype=float32 to take them as 0 to 1")
         return as_kind(torch.from_numpy(pixels).permute(2, 0, 1), self.dtype)
 
     def describe(self, index: int) -> str:
@@ -456,7 +601,7 @@ def _open_files(name: str, root: str, split: str | None) -> Files:
 
 
 def open_images(
-    name: str, root: str, split: str | None, channels: int, what: str, reading: Reading = AS_STORED
+    name: str, root: str, split: str | None, channels: int | None, what: str, reading: Reading = AS_STORED
 ) -> ImageSource:
     """Open image files, or a map-style dataset of timm's `create_dataset`.
 
@@ -464,7 +609,7 @@ def open_images(
         name: "folder", "", or one that begins with "hfds/" or "torch/".
         root: the folder of the images, the tar file, or the cache folder of others.
         split: of the others; None where `root` is all images, in any arrangement.
-        channels: of what is loaded.
+        channels: see `ImageSource`.
         what: how messages name it, such as "data.root=pets".
         reading: see `ImageSource`.
 
@@ -472,7 +617,7 @@ def open_images(
         UserError: if it cannot be opened, or nothing in it is an image.
     """
     try:
-        files = _open_files(name, root, split)
+        files = Volumes.in_slices(_open_files(name, root, split))
         length = len(files)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error

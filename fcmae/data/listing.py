@@ -70,11 +70,17 @@ def walk(root: str) -> Iterator[tuple[str, list[str]]]:
         yield folder, names
 
 
+def extension(name: str) -> str:
+    """Return the end of a file's name that says what it is, in small letters: ".jpg", ".nii.gz"."""
+    stem, end = posixpath.splitext(name.lower())
+    return posixpath.splitext(stem)[1] + end if end == ".gz" else end
+
+
 def images_below(root: str, extensions: Collection[str]) -> Iterator[str]:
     """Yield the path of each image file, by its extension, at any depth below a folder."""
     for folder, names in walk(root):
         for name in names:
-            if os.path.splitext(name)[1].lower() in extensions and name not in ARRAYS:
+            if extension(name) in extensions and name not in ARRAYS:
                 yield os.path.join(folder, name)
 
 
@@ -133,16 +139,16 @@ def _members(file: IO[bytes], size: int, extensions: Collection[str], within: st
             if not sparse and not 0 <= member.size <= size - member.offset_data:
                 raise ValueError(f"damaged or cut off in {member.name!r}")
             folder, base = posixpath.split(member.name)
-            stem, extension = posixpath.splitext(base)
-            if extension.lower() in extensions:
+            end = extension(base)
+            if end in extensions:
                 label = posixpath.basename(posixpath.normpath(posixpath.join(within, folder)))
                 yield Member(
                     member.name, "" if label in (".", "/") else label, member.offset_data, member.size, sparse
                 )
-            elif extension.lower() == ".tar" and not (within or sparse):
+            elif end == ".tar" and not (within or sparse):
                 part = tar.extractfile(member)
                 assert part is not None
-                for inner in _members(part, member.size, extensions, stem):
+                for inner in _members(part, member.size, extensions, base[: -len(end)]):
                     yield inner._replace(start=member.offset_data + inner.start)
         file.seek(tar.offset)
         if any(file.read(tarfile.BLOCKSIZE)):  # after the last member there are zeros, or nothing
