@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image, ImageOps
 from test_sources import labelled, write_images
 from test_views import view_of
 
@@ -35,6 +36,7 @@ from fcmae.data import (
     RandomView,
     Reading,
     Source,
+    cut,
     derive_seed,
     fixed_images,
     load_batches,
@@ -45,9 +47,11 @@ from fcmae.data import (
     seeded,
     unreadable,
 )
+from fcmae.data.prepare import shrink
 from fcmae.data.sampling import PADDING
 from fcmae.data.shared_memory import Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.errors import UserError
+from fcmae.evaluation.inference import Picture, read_images
 
 
 def dataset_of(root: Path, *, seed: int = 0, resize_on_device: bool = False) -> PretrainDataset:
@@ -361,7 +365,7 @@ def pixels_of(root: Path, kind: str) -> Source:
     return open_source("arrays", str(root), "train", 2, reading=reading)
 
 
-def datasets(source: Source) -> dict[str, PretrainDataset | LabelledDataset | EvaluationDataset]:
+def datasets(source: Source) -> dict[str, Any]:
     assert source.labels is not None
     options: dict[str, Any] = {
         "view": RandomView((24, 32), (0.2, 1.0), 0.5),
@@ -371,11 +375,45 @@ def datasets(source: Source) -> dict[str, PretrainDataset | LabelledDataset | Ev
     return {
         "pretraining": PretrainDataset(source, **options),
         "crops": PretrainDataset(source, **options, resize_on_device=True),
-        "fine-tuning": LabelledDataset(source, view=view_of(2, auto_augment=None, crop_padding=4), seed=0),
+        "fine-tuning": LabelledDataset(source, view=view_of(source.channels, auto_augment=None), seed=0),
         "evaluation": EvaluationDataset(
-            source, source.labels, class_names="abc", view=Cover((24, 32)), shape=(2, 24, 32)
+            source, source.labels, class_names="abc", view=Cover((24, 32)), shape=(source.channels, 24, 32)
         ),
     }
+
+
+def first_pixels(root: Path) -> dict[str, torch.Tensor]:
+    """Return what sees images, with the pixels that it gets of the first in a folder."""
+    source = open_source("folder", str(root), "train", 3)
+    samples = datasets(source)
+    (picture,) = read_images([root], 3)
+    assert isinstance(picture, Picture)
+    return {
+        "pretraining": samples["pretraining"][0, 0].image,
+        "pretraining on a GPU": samples["crops"][0, 0].image,
+        "a tile": cut(source, 24, 0).load(3),
+        "preparation": shrink(source, 0, 30),
+        "fine-tuning": samples["fine-tuning"][0, 0].image,
+        "evaluation": samples["evaluation"][0].image,
+        "prediction": picture.pixels,
+    }
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6])
+def test_an_oriented_jpeg_gives_the_same_pixels_as_the_upright_image_wherever_it_is_seen(
+    tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("oriented", "upright"):
+        (tmp_path / name / "train" / "a").mkdir(parents=True)
+    path = tmp_path / "oriented" / "train" / "a" / "a.jpg"
+    Image.open(ROOT / "docs" / "photos" / "bird.jpg").resize((56, 40)).save(path, exif=exif)
+    with Image.open(path) as stored:
+        ImageOps.exif_transpose(stored).save(tmp_path / "upright" / "train" / "a" / "a.png", exif=b"")
+    oriented, upright = (first_pixels(tmp_path / name) for name in ("oriented", "upright"))
+    for what, pixels in upright.items():
+        assert torch.equal(oriented[what], pixels), what
 
 
 def content(batches: list[Any]) -> list[list[tuple[torch.dtype, tuple[int, ...], bytes]]]:

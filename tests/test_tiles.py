@@ -289,7 +289,7 @@ def test_a_tile_of_a_large_tiff_decodes_no_more_than_its_own_tiles(
     tiles = cut(open_source("folder", str(tmp_path), "train", 3), (32, 32), 0)
     decoded: list[int] = []
     decode = fcmae.data.deep._read_page
-    monkeypatch.setattr(fcmae.data.deep, "_read_page", lambda page, box: decode(counting(page, decoded), box))
+    monkeypatch.setattr(fcmae.data.deep, "_read_page", lambda page, *rest: decode(counting(page, decoded), *rest))
     assert torch.equal(tiles.load(1), torch.from_numpy(SCENE[:32, 32:64]).permute(2, 0, 1))
     assert len(decoded) == 4
 
