@@ -24,6 +24,7 @@ from fcmae.data import (
     PretrainDataset,
     RandomView,
     Reading,
+    cut,
     fixed_images,
     open_source,
     prefetch,
@@ -141,7 +142,10 @@ def train(
     )
     splits = None
     if config.eval.knn_every_epochs is not None:
-        splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)
+        splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)  # whole images
+    if config.data.tile is not None:
+        number, source = len(source), cut(source, config.data.tile, config.data.num_workers)
+        accelerator.print(f"tiles            {len(source):,} of {number:,} images")
     dataset = PretrainDataset(
         source,
         view=RandomView(config.data.size, config.data.crop_scale, config.data.hflip),

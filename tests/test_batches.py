@@ -1,5 +1,6 @@
 """Samples and batches: what is shown depends on (seed, epoch, index) alone; what does not decode is reported."""
 
+import functools
 import math
 import os
 import random
@@ -12,11 +13,13 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image, ImageOps
 from test_sources import labelled, write_images
 from test_views import view_of
 
@@ -31,18 +34,24 @@ from fcmae.data import (
     MaskedBatch,
     PretrainDataset,
     RandomView,
+    Reading,
+    Source,
+    cut,
     derive_seed,
     fixed_images,
     load_batches,
     one_pass,
     open_source,
     prefetch,
+    save_arrays,
     seeded,
     unreadable,
 )
+from fcmae.data.prepare import shrink
 from fcmae.data.sampling import PADDING
 from fcmae.data.shared_memory import Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.errors import UserError
+from fcmae.evaluation.inference import Picture, read_images
 
 
 def dataset_of(root: Path, *, seed: int = 0, resize_on_device: bool = False) -> PretrainDataset:
@@ -338,6 +347,113 @@ def test_a_real_dev_shm_of_any_size_ends_no_loader(folder: Path) -> None:
     assert "load here" in here
     expected = sum(int(batch.images.sum()) for batch in take(dataset_of(folder), 12))
     assert [int(total) for total in done.stdout.split()] == [expected] * 3
+
+
+# Kinds of pixels
+
+KINDS = ("uint8", "uint16", "float32")
+
+
+def pixels_of(root: Path, kind: str) -> Source:
+    """Return a dozen labelled images of two bands, floats with NaN among them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 50, 60, 2)).astype(kind)
+    pixels *= pixels.dtype.type(257 if kind == "uint16" else 1)
+    if kind == "float32":
+        pixels[:, 10:30, 20:25] = np.nan
+    save_arrays(root, pixels, np.arange(12) % 3)
+    reading = Reading(nodata=math.nan if kind == "float32" else None)
+    return open_source("arrays", str(root), "train", 2, reading=reading)
+
+
+def datasets(source: Source) -> dict[str, Any]:
+    assert source.labels is not None
+    options: dict[str, Any] = {
+        "view": RandomView((24, 32), (0.2, 1.0), 0.5),
+        "draw_ids": lambda: sample_visible_ids(1, 12, 0.6),
+        "seed": 0,
+    }
+    return {
+        "pretraining": PretrainDataset(source, **options),
+        "crops": PretrainDataset(source, **options, resize_on_device=True),
+        "fine-tuning": LabelledDataset(source, view=view_of(source.channels, auto_augment=None), seed=0),
+        "evaluation": EvaluationDataset(
+            source, source.labels, class_names="abc", view=Cover((24, 32)), shape=(source.channels, 24, 32)
+        ),
+    }
+
+
+def first_pixels(root: Path) -> dict[str, torch.Tensor]:
+    """Return what sees images, with the pixels that it gets of the first in a folder."""
+    source = open_source("folder", str(root), "train", 3)
+    samples = datasets(source)
+    (picture,) = read_images([root], 3)
+    assert isinstance(picture, Picture)
+    return {
+        "pretraining": samples["pretraining"][0, 0].image,
+        "pretraining on a GPU": samples["crops"][0, 0].image,
+        "a tile": cut(source, 24, 0).load(3),
+        "preparation": shrink(source, 0, 30),
+        "fine-tuning": samples["fine-tuning"][0, 0].image,
+        "evaluation": samples["evaluation"][0].image,
+        "prediction": picture.pixels,
+    }
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6])
+def test_an_oriented_jpeg_gives_the_same_pixels_as_the_upright_image_wherever_it_is_seen(
+    tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("oriented", "upright"):
+        (tmp_path / name / "train" / "a").mkdir(parents=True)
+    path = tmp_path / "oriented" / "train" / "a" / "a.jpg"
+    Image.open(ROOT / "docs" / "photos" / "bird.jpg").resize((56, 40)).save(path, exif=exif)
+    with Image.open(path) as stored:
+        ImageOps.exif_transpose(stored).save(tmp_path / "upright" / "train" / "a" / "a.png", exif=b"")
+    oriented, upright = (first_pixels(tmp_path / name) for name in ("oriented", "upright"))
+    for what, pixels in upright.items():
+        assert torch.equal(oriented[what], pixels), what
+
+
+def content(batches: list[Any]) -> list[list[tuple[torch.dtype, tuple[int, ...], bytes]]]:
+    """What tensors hold, bit by bit: NaN is not equal to itself."""
+    return [
+        [
+            (tensor.dtype, tuple(tensor.stride()), tensor.contiguous().numpy().tobytes())
+            for tensor in batch.tensors()
+        ]
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("what", ["pretraining", "crops", "fine-tuning", "evaluation"])
+def test_pixels_of_every_kind_come_bit_by_bit_the_same_from_any_number_of_workers_and_through_pipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, kind: str
+) -> None:
+    dataset = datasets(pixels_of(tmp_path, kind))[what]
+    keys = [[1, 2, 3, PADDING], [4, 5]] if what == "evaluation" else [[(0, 1), (0, 2), (1, 2), (0, 3)], [(2, 4)]]
+    load = functools.partial(load_batches, dataset, keys, pin_memory=False)
+    alone = list(load(num_workers=0))
+    assert all(batch.images.dtype == getattr(torch, kind) for batch in alone)
+    assert all(batch.images.isnan().any() for batch in alone) == (kind == "float32")
+    expected = content(alone)
+    assert content(list(load(num_workers=1))) == content(list(load(num_workers=3))) == expected
+    free_bytes(monkeypatch, 100_000)
+    assert content(list(load(num_workers=2))) == expected
+
+
+def test_bytes_of_samples_count_what_kind_their_pixels_are(tmp_path: Path) -> None:
+    sizes = {kind: datasets(pixels_of(tmp_path / kind, kind)) for kind in KINDS}
+    for what, dataset in sizes["uint8"].items():
+        pixels = dataset.sample_bytes
+        for kind, times in (("uint16", 2), ("float32", 4)):
+            other = sizes[kind][what]
+            assert times * (pixels - 200) < other.sample_bytes <= times * pixels
+            keys = [[0, 1]] if what == "evaluation" else [[(0, 0), (0, 1)]]
+            (batch,) = load_batches(other, keys, num_workers=0, pin_memory=False)
+            assert sum(tensor.nbytes for tensor in batch.tensors()) <= 2 * other.sample_bytes
 
 
 # Copying ahead

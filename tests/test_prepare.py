@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 import fcmae.data.prepare
 from fcmae import sample_visible_ids
 from fcmae.__main__ import run
-from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source, save_arrays
+from fcmae.data import IndexStream, PretrainDataset, RandomView, Reading, load_batches, open_source, save_arrays
 from fcmae.data.shards import PreparedSource
 from fcmae.data.shared_memory import say_once
 from fcmae.errors import UserError
@@ -203,6 +203,109 @@ def test_nothing_but_junk_is_refused_in_one_line(tmp_path: Path, capsys: pytest.
     line = error_line(run, capsys, "prepare", str(tmp_path), str(tmp_path / "out"), "--workers", "0")
     assert "none of 3 images decodes, the first" in line
     assert "0.jpg" in line
+
+
+# Other kinds of pixels
+
+
+def deep_images(root: Path, dtype: str) -> np.ndarray:
+    """Write 70 arrays of 5 bands as files, floats with NaN in them, and return them all."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (70, 20, 30, 5)).astype(dtype)
+    if dtype == "float32":
+        pixels[:, 3:7, 4:9, 1] = np.nan
+    root.mkdir()
+    for number, image in enumerate(pixels):
+        np.save(root / f"{number:03d}.npy", image)
+    return pixels
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_pixels_of_every_kind_are_prepared_as_they_are_and_found_intact(
+    tmp_path: Path, dtype: str, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = deep_images(tmp_path / "images", dtype)
+    arguments = (tmp_path / "images", tmp_path / "out", "--channels", 5, "--workers", workers, "--nodata", "nan")
+    arguments = arguments if dtype == "float32" else arguments[:-2]
+    assert prepare(*arguments) == 0
+    advice = capsys.readouterr().out.splitlines()[-1]
+    assert advice.endswith(" data.nodata=nan") == (dtype == "float32")
+    reading = Reading(nodata=float("nan") if dtype == "float32" else None)
+    source = open_source("arrays", str(tmp_path / "out"), "train", 5, reading=reading)
+    assert source.dtype == getattr(torch, dtype)
+    for index in range(70):
+        assert np.array_equal(source.load(index).permute(1, 2, 0).numpy(), pixels[index], equal_nan=True)
+    before = stamps(tmp_path / "out" / "train")
+    assert prepare(*arguments) == 0
+    assert "complete and intact" in capsys.readouterr().out
+    assert stamps(tmp_path / "out" / "train") == before
+
+
+def test_no_data_is_nan_in_prepared_images_which_are_refused_without_the_key(tmp_path: Path) -> None:
+    pixels = deep_images(tmp_path / "images", "uint16")
+    arguments = (tmp_path / "images", tmp_path / "out", "--channels", 5, "--workers", 0, "--nodata")
+    assert prepare(*arguments, pixels[0, 0, 0, 0]) == 0
+    source = open_source("arrays", str(tmp_path / "out"), "train", 5, reading=Reading(nodata=float("nan")))
+    expected = np.where(pixels == pixels[0, 0, 0, 0], np.nan, pixels / np.float32(65535))
+    for index in range(70):
+        found = source.load(index).permute(1, 2, 0).numpy()
+        assert np.allclose(found, expected[index], equal_nan=True)
+    with pytest.raises(ValueError, match=r"set data\.nodata=nan"):
+        open_source("arrays", str(tmp_path / "out"), "train", 5).load(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (("--dtype", "uint16"), "dtype uint8 -> uint16"),
+        (("--nodata", "0"), "dtype uint8 -> float32, nodata None -> 0.0"),
+        (("--window",), "window False -> True"),
+    ],
+)
+def test_images_read_in_another_way_do_not_mix_with_what_is_there(
+    images: Path, tmp_path: Path, options: tuple[str, ...], change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0
+    line = error_line(run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0", *options)
+    assert f"was prepared differently ({change}); name another folder" in line
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("shape", [(3, 20, 30), (3, 20, 30, 1), (3, 20, 30, 5)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_saved_arrays_are_read_as_they_were(tmp_path: Path, shape: tuple[int, ...], dtype: str, order: Any) -> None:
+    pixels = np.asarray(np.random.default_rng(0).integers(0, 4096, shape).astype(dtype), order=order)
+    save_arrays(tmp_path, pixels)
+    source = open_source("arrays", str(tmp_path), "train", None)
+    assert source.dtype == getattr(torch, dtype)
+    for index in range(3):
+        assert np.array_equal(source.load(index).permute(1, 2, 0).numpy(), pixels[index].reshape(20, 30, -1))
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 3), (20, 30), (2, 20, 30, 3, 1)])
+def test_what_may_be_a_single_image_is_not_saved_as_many(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"looks like one image; give|images must be"):
+        save_arrays(tmp_path, np.zeros(shape, np.uint8))
+
+
+def test_folders_of_older_versions_are_read_and_found_intact(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0
+    out = tmp_path / "out" / "train"
+    expected, before = open_source("arrays", str(tmp_path / "out"), "train", 3), stamps(out)
+    for name in ("prepare.json", "index.json"):  # which said nothing of this
+        said = json.loads((out / name).read_text())
+        old = {key: value for key, value in said.items() if key not in ("dtype", "tile", "nodata", "window")}
+        assert len(old) < len(said)
+        (out / name).write_text(json.dumps(old))
+    source = open_source("arrays", str(tmp_path / "out"), "train", 3)
+    assert source.dtype == torch.uint8
+    assert all(torch.equal(source.load(index), expected.load(index)) for index in range(77))
+    capsys.readouterr()
+    assert prepare(images, tmp_path / "out", "--workers", 0) == 0
+    assert "complete and intact" in capsys.readouterr().out
+    assert stamps(out) == before
 
 
 # Interruptions and damage

@@ -29,6 +29,7 @@ from fcmae.data.labels import labels_by
 from fcmae.data.pixels import Reading
 from fcmae.data.sampling import IndexStream, one_pass
 from fcmae.data.sources import Source, open_source, overlap, share_of_each_class
+from fcmae.data.tiles import cut
 from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
 from fcmae.seeding import derive_seed, reseed, seeded
 
@@ -49,6 +50,7 @@ __all__ = [
     "Reading",
     "Source",
     "cover",
+    "cut",
     "derive_seed",
     "fixed_images",
     "labels_by",

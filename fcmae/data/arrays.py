@@ -57,6 +57,9 @@ class ArraySource:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def size(self, index: int) -> tuple[int, int]:
+        return self.shape[1], self.shape[2]
+
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
 
@@ -84,17 +87,21 @@ def save_arrays(
     labels: np.ndarray | Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Path:
-    """Write images (n, h, w, c) as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
+    """Write images as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
 
-    They are uint8, uint16 or float32, and stay so.
+    They are (n, h, w, c), or gray (n, h, w), of uint8, uint16 or float32, and stay so; NaN where nothing is known.
 
     Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`.
 
     Raises:
         ValueError: if shapes, types or numbers do not fit.
     """
-    if not is_pixels(images.dtype) or images.ndim != 4:
-        raise ValueError(f"images must be uint8, uint16 or float32 (n, h, w, c), got {images.dtype} {images.shape}")
+    if not is_pixels(images.dtype) or images.ndim not in (3, 4):
+        raise ValueError(
+            f"images must be uint8, uint16 or float32 (n, h, w, c) or (n, h, w), got {images.dtype} {images.shape}"
+        )
+    if images.ndim == 3 and images.shape[2] <= 4:
+        raise ValueError(f"{images.shape} looks like one image; give (1, h, w, c), or gray as (n, h, w, 1)")
     if labels is not None:
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min(initial=0) < 0:
@@ -107,6 +114,6 @@ def save_arrays(
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in (LABELS, CLASSES):
         path.with_name(stale).unlink(missing_ok=True)
-    write_array(path, images)
+    write_array(path, np.ascontiguousarray(images))  # one image after the other
     write_labels(path.parent, labels, class_names)
     return path

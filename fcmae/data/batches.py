@@ -187,7 +187,7 @@ class TrainDataset(Dataset[Any]):
     @property
     def sample_bytes(self) -> int:
         """Of a sample's tensors, at most."""
-        return self.source.channels * math.prod(self.view.size) + 8
+        return self.source.channels * math.prod(self.view.size) * self.source.dtype.itemsize + 8
 
     def load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
         """Load the part of image `index` that the view draws, or of a random other where it does not decode."""
@@ -239,7 +239,8 @@ class PretrainDataset(TrainDataset):
     def sample_bytes(self) -> int:
         pixels = math.prod(self.random_view.size)
         ids = pixels // 8  # of 8 bytes, one for a patch of 64 pixels or more
-        return self.source.channels * pixels * (LARGEST_CROP**2 if self.resize_on_device else 1) + ids + 16
+        larger = LARGEST_CROP**2 if self.resize_on_device else 1
+        return self.source.channels * pixels * larger * self.source.dtype.itemsize + ids + 16
 
     def __getitem__(self, key: Key) -> MaskedSample:
         epoch, index = key
@@ -307,7 +308,7 @@ class EvaluationDataset(Dataset[LabelledSample]):
     @property
     def sample_bytes(self) -> int:
         """Of a sample's tensors."""
-        return math.prod(self.shape) + 8
+        return math.prod(self.shape) * self.source.dtype.itemsize + 8
 
     def __getitem__(self, index: int) -> LabelledSample:
         bad: tuple[BadImage, ...] = ()

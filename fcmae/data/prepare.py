@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -16,11 +15,12 @@ from tqdm import tqdm
 from fcmae.data.batches import BadImage
 from fcmae.data.labels import check_class_names, write_labels
 from fcmae.data.npy import write_array
-from fcmae.data.pixels import kind_name
+from fcmae.data.pixels import AS_STORED, Reading, kind_name
 from fcmae.data.sampling import spread
 from fcmae.data.shards import INDEX, PLAN, PREPARED, SIZES, shard_path
 from fcmae.data.shared_memory import choose_transport, free_shared_bytes, say_once
 from fcmae.data.sources import Source
+from fcmae.data.tiles import cut
 from fcmae.data.views import Part, resample
 from fcmae.errors import UserError, blame
 from fcmae.files import WRITING, atomic_file, free_bytes, sha256, write_text
@@ -33,6 +33,8 @@ OVERSAMPLING = 2
 """Pixels decoded for each that is kept, along a side, where decoding fewer is cheaper; as Pillow's thumbnails."""
 SAMPLED = 32
 """Images that the size of the rest is estimated from."""
+BEFORE = {"dtype": "uint8", "tile": None, "nodata": None, "window": False}
+"""What folders of 0.1.0 are, whose plan does not say so."""
 
 
 class Prepared(NamedTuple):
@@ -99,7 +101,7 @@ class _Shards(Dataset[Any]):
             record = Shard([(h, w) for h, w in sizes], [BadImage(*image) for image in bad], stored)
             left_out = {image.index for image in record.bad}
             complete = len(sizes) + len(bad) == len(self.indices(shard)) and left_out <= {*self.indices(shard)}
-            expected = sum(h * w for h, w in record.sizes) * self.source.channels
+            expected = sum(h * w for h, w in record.sizes) * self.source.channels * self.source.dtype.itemsize
             plausible = complete and len(left_out) == len(bad) and path.stat().st_size == expected
             whole = plausible and sha256(path) == stored
         except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -158,6 +160,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
             raise UserError(f"{folder}: {other.parent} holds these images already; give each split its own")
     if path.is_file():
         before = _read_plan(path)
+        before = before and BEFORE | before
         if not plan.keys() <= before.keys():
             raise UserError(f"{path}: not written by fcmae prepare; name another folder")
         changes = [f"{name} {before[name]} -> {value}" for name, value in plan.items() if before[name] != value]
@@ -195,7 +198,15 @@ def _require_disk(source: Source, folder: Path, short_side: int) -> None:
 
 
 def prepare(
-    source: Source, folder: Path, *, root: str, channels: int, short_side: int, num_workers: int
+    source: Source,
+    folder: Path,
+    *,
+    root: str,
+    channels: int,
+    short_side: int,
+    num_workers: int,
+    tile: tuple[int, int] | None = None,
+    reading: Reading = AS_STORED,
 ) -> Prepared:
     """Write the images of a source, shrunk, with labels and class names, to be read with `data.name=arrays`.
 
@@ -209,24 +220,29 @@ def prepare(
         channels: of the images.
         short_side: pixels to which the short side of larger images is reduced.
         num_workers: processes; 0 works in this one.
+        tile: height and width of the tiles that are written in the place of larger images, see `TiledSource`.
+        reading: how the source reads its files.
 
     Raises:
         UserError: if the folder is in other use, the disk too small, a class cannot be named, or no image decodes.
         OSError: as writing does.
     """
+    with blame(root):
+        check_class_names(source.class_names or ())
+    images, source = source, source if tile is None else cut(source, tile, num_workers)
     shard_images = min(SHARD_IMAGES, math.ceil(len(source) / MIN_SHARDS))
     plan: dict[str, Any] = {
         "format": PREPARED,
         "num_images": len(source),
         "short_side": short_side,
         "channels": channels,
+        "dtype": kind_name(source.dtype),
+        "tile": tile and list(tile),
+        "nodata": None if reading.nodata is None else str(reading.nodata),
+        "window": reading.window,
     }
-    if source.dtype != torch.uint8:  # folders of older versions say nothing of it
-        plan["dtype"] = kind_name(source.dtype)
-    with blame(root):
-        check_class_names(source.class_names or ())
     _require_disk(source, folder, short_side)
-    _claim(folder, plan | {"shard_images": shard_images, "source": _fingerprint(source, root)})
+    _claim(folder, plan | {"shard_images": shard_images, "source": _fingerprint(images, root)})
     work = _Shards(source, folder, short_side, shard_images)
     records: dict[int, Shard] = {}
     written = 0

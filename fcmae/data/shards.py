@@ -92,11 +92,15 @@ class PreparedSource:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def size(self, index: int) -> tuple[int, int]:
+        height, width = map(int, self.sizes[index])
+        return height, width
+
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
 
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
-        image_height, image_width = map(int, self.sizes[index])
+        image_height, image_width = self.size(index)
         top, left, height, width, _ = choose(image_height, image_width)
         row = image_width * self.channels * self.stored.itemsize
         path = shard_path(self.folder, int(self.firsts.searchsorted(index, "right")) - 1)
@@ -106,7 +110,8 @@ class PreparedSource:
         if len(content) != height * row:
             raise OSError(f"{path}: cut off; run the same fcmae prepare again, which fixes it")
         rows = np.frombuffer(content, self.stored).reshape(height, image_width, self.channels)
-        pixels = without_nodata(as_pixels(rows[:, left : left + width]), self.reading)
+        part = rows[:, left : left + width].copy()  # of its own, which can be written to
+        pixels = without_nodata(as_pixels(part), self.reading)
         return as_kind(torch.from_numpy(pixels), self.dtype).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:

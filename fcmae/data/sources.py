@@ -49,6 +49,10 @@ class Source(Labelled, Protocol):
 
     def __len__(self) -> int: ...
 
+    def size(self, index: int, /) -> tuple[int, int]:
+        """Return height and width of image `index` as it is loaded, decoding no pixels; raises as opening does."""
+        ...
+
     def load(self, index: int, /) -> Tensor:
         """Return image `index` as pixels (c, h, w); raises whatever decoding raises."""
         ...
@@ -84,6 +88,9 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self.source.size(int(self.indices[index]))
 
     def load(self, index: int) -> Tensor:
         return self.source.load(int(self.indices[index]))

@@ -17,8 +17,8 @@ GROWS_WITH = {"decoder": "decoder_dim", "head": "num_classes"}
 """Keys of section `model` by the part of a network that they make large; of others `variant`."""
 HOST = ("cpu", "mps")
 """Devices that compute in the memory of the computer."""
-PIXEL_BYTES = 5.0
-"""Of uint8 as loaded and float32 as normalised, which are there at the same time."""
+NORMALISED_BYTES = 4.0
+"""Of a pixel as the network sees it, beside which there is the loaded one."""
 
 Part = tuple[str, float, str]
 """A key, the bytes that it asks for beside those of the parts before it, and what to do."""
@@ -78,6 +78,11 @@ def _room(device: torch.device, processes: int) -> tuple[float, str]:
     return most_bytes() / processes, where
 
 
+def _loaded_bytes(data: DataSection) -> int:
+    """Return the bytes of a pixel as it is loaded, at least: what kind it is may not be known yet."""
+    return {"uint16": 2, "float32": 4}.get(data.dtype or "", 1 if data.nodata in (None, "auto") else 4)
+
+
 def _images(data: DataSection, bytes_each: float) -> list[Part]:
     fewer = "lower it, and raise optim.accumulate by the same factor"
     return [
@@ -121,9 +126,9 @@ def require_memory(config: RunConfig, model: nn.Module, device: torch.device) ->
     pixels = config.model.in_chans * data.size[0] * data.size[1]
     kept = 0.0 if frozen else 2 * _kept_values(config, model)  # of two bytes each, in half precision
     training: list[Part] = [(network, weights * (1 + ema + 3 * (not frozen)), "choose a smaller one")]
-    training += _images(data, PIXEL_BYTES * pixels + kept)
+    training += _images(data, (_loaded_bytes(data) + NORMALISED_BYTES) * pixels + kept)
     if device.type in HOST:
-        ready = pixels * data.batch_size * data.num_workers
+        ready = _loaded_bytes(data) * pixels * data.batch_size * data.num_workers
         training.append((f"data.num_workers={data.num_workers}", ready, "lower it"))
     else:  # where it is built before it is moved, perhaps by one process after the other
         _require([(network, weights, "choose a smaller one")], torch.device("cpu"))
@@ -136,4 +141,5 @@ def require_batch(data: DataSection, channels: int, device: torch.device) -> Non
     Raises:
         UserError: naming the key to lower.
     """
-    _require(_images(data, PIXEL_BYTES * channels * data.size[0] * data.size[1]), device)
+    pixel_bytes = _loaded_bytes(data) + NORMALISED_BYTES
+    _require(_images(data, pixel_bytes * channels * data.size[0] * data.size[1]), device)
