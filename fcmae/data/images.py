@@ -2,11 +2,12 @@
 
 import functools
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -158,6 +159,11 @@ def pillow_kind(image: Image.Image) -> torch.dtype:
     return torch.float32 if image.mode in ("I", "F") else torch.uint8
 
 
+def pillow_channels(image: Image.Image) -> int:
+    """Return how many channels an image opened by Pillow has in colours or gray, transparency not counted."""
+    return 3 if image.mode in ("P", "PA") or len(image.getbands()) > 2 else 1
+
+
 def decode(image: Image.Image, channels: int) -> np.ndarray:
     """Turn a PIL image into pixels (h, w, channels), as deep as they are.
 
@@ -225,15 +231,27 @@ def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Par
     return fit_channels(without_nodata(image.read((top, left, height, width)), reading), channels)
 
 
-def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dtype, Read]:
+class OpenPixels(NamedTuple):
+    """An image that is open, not decoded."""
+
+    kind: torch.dtype
+    """Of its pixels."""
+    channels: int
+    """Transparency not counted."""
+    read: Read
+
+
+def open_with_pillow(image: Image.Image) -> OpenPixels:
+    """Return what another library, or Pillow, has opened."""
+    return OpenPixels(pillow_kind(image), pillow_channels(image), functools.partial(decode_part, image))
+
+
+def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> OpenPixels:
     """Open an image file of any type, recognised by its content: all that is read of image files is read here.
 
     Args:
         file: as bytes.
         reading: what becomes of no-data and DICOM's window.
-
-    Returns:
-        The kind of its pixels, and what reads a part of it.
 
     Raises:
         Exception: whatever libraries raise for a damaged one; ValueError names an extra that is missing.
@@ -243,7 +261,7 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dt
         try:
             image = open_image(file)
             if not is_deep_tiff(image):
-                return pillow_kind(image), functools.partial(decode_part, image)
+                return open_with_pillow(image)
         except UnidentifiedImageError:
             if not is_tiff(file):
                 raise
@@ -252,7 +270,8 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dt
     opened = open_deep(file)
     if opened.height * opened.width > MAX_PIXELS:
         raise ValueError(f"{opened.width:,} x {opened.height:,} pixels, over {MAX_PIXELS:,}; cut it into tiles")
-    return opened.kind, functools.partial(_read_deep, opened, reading)
+    channels = opened.bands - opened.alpha
+    return OpenPixels(opened.kind, channels, functools.partial(_read_deep, opened, reading))
 
 
 class Files(Protocol):
@@ -333,37 +352,47 @@ class ImageSource:
 
     Args:
         files: that they are in.
-        channels: of what is loaded.
+        channels: of what is loaded; None for as many as most of some images have.
         place: see `Source`.
         reading: what becomes of their pixels; without a kind, that of the deepest of some images.
     """
 
-    def __init__(self, files: Files, channels: int, place: Path | None, reading: Reading = AS_STORED) -> None:
+    def __init__(
+        self, files: Files, channels: int | None, place: Path | None, reading: Reading = AS_STORED
+    ) -> None:
         self.files = files
-        self.channels = channels
         self.place = place
         self.labels, self.class_names = files.labels, files.class_names
         self.reading = reading
-        self.dtype = reading.kind(self._widest())
+        kinds, found = self._looked_at()
+        self.dtype = reading.kind(max(kinds, key=list(FULL).index, default=torch.uint8))
+        self.channels = channels or statistics.mode(found or [3])
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _widest(self) -> torch.dtype:
+    def _looked_at(self) -> tuple[list[torch.dtype], list[int]]:
         kinds: list[torch.dtype] = []
+        channels: list[int] = []
         for index in spread(len(self), LOOKED_AT):
             try:
-                with self._opened(index) as (kind, _):
-                    kinds.append(kind)
+                kind, number = self.stored(index)
             except Exception:  # training names the images that do not decode
                 continue
-        return max(kinds, key=list(FULL).index, default=torch.uint8)
+            kinds.append(kind)
+            channels.append(number)
+        return kinds, channels
+
+    def stored(self, index: int) -> tuple[torch.dtype, int]:
+        """Return the kind of an image's own pixels and how many channels it has; raises what opening raises."""
+        with self._opened(index) as opened:
+            return opened.kind, opened.channels
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[tuple[torch.dtype, Read]]:
+    def _opened(self, index: int) -> Iterator[OpenPixels]:
         opened = self.files.open(index)
         if isinstance(opened, Image.Image):
-            yield pillow_kind(opened), functools.partial(decode_part, opened)
+            yield open_with_pillow(opened)
         else:
             with opened:
                 yield open_pixels(opened, self.reading)
@@ -372,8 +401,8 @@ class ImageSource:
         return self.load_part(index, whole)
 
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
-        with self._opened(index) as (_, read):
-            pixels = np.array(read(choose, self.channels), order="C")  # of its own, which can be written to
+        with self._opened(index) as opened:
+            pixels = np.array(opened.read(choose, self.channels), order="C")  # of its own, which can be written to
         return as_kind(torch.from_numpy(pixels).permute(2, 0, 1), self.dtype)
 
     def describe(self, index: int) -> str:
@@ -393,7 +422,7 @@ def _open_files(name: str, root: str, split: str | None) -> Files:
 
 
 def open_images(
-    name: str, root: str, split: str | None, channels: int, what: str, reading: Reading = AS_STORED
+    name: str, root: str, split: str | None, channels: int | None, what: str, reading: Reading = AS_STORED
 ) -> ImageSource:
     """Open image files, or a map-style dataset of timm's `create_dataset`.
 
@@ -401,7 +430,7 @@ def open_images(
         name: "folder", "", or one that begins with "hfds/" or "torch/".
         root: the folder of the images, the tar file, or the cache folder of others.
         split: of the others; None where `root` is all images, in any arrangement.
-        channels: of what is loaded.
+        channels: of what is loaded, see `ImageSource`.
         what: how messages name it, such as "data.root=pets".
         reading: see `ImageSource`.
 

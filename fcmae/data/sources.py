@@ -118,6 +118,12 @@ def _holds_arrays(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in (IMAGES, INDEX, PLAN))
 
 
+def holds_arrays(root: str, split: str) -> bool:
+    """Whether the images of a split are arrays (of `fcmae prepare`, or images.npy) rather than image files."""
+    folders = (root, *(os.path.join(root, name) for name in (split, *SYNONYMS[0])))
+    return any(map(_holds_arrays, folders))
+
+
 def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
     """Return the folder of a split: ROOT/SPLIT, under any of its names, or else ROOT.
 
@@ -162,7 +168,7 @@ def open_source(
         name: "folder" (or a .tar as root), "arrays", or a map-style name of timm's `create_dataset`.
         root: the folder, tar file or cache folder.
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
-        in_chans: channels the model wants; None for as many as arrays have, and 3 of image files.
+        in_chans: channels the model wants; None for as many as there are.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
         reading: what becomes of the files' pixels.
         key: that names `root`, for messages.
@@ -187,14 +193,14 @@ def open_source(
                 f"{what}: no split {split!r} of {name} (known: {', '.join(known)}{_meant(split, known)})"
             )
     if prefix in ("hfds", "torch") and torch_name not in FOLDERS:
-        return open_images(name, root, split, in_chans or 3, what, reading)
+        return open_images(name, root, split, in_chans, what, reading)
     if name not in ("folder", "", "arrays") and torch_name not in FOLDERS:
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
     place = _find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
     if not arrays:
-        return open_images(name, place, None, in_chans or 3, what, reading)
+        return open_images(name, place, None, in_chans, what, reading)
     folder = Path(place)
     plain = (folder / IMAGES).is_file() and not (folder / INDEX).is_file()
     source = ArraySource(folder, reading) if plain else PreparedSource(folder, reading)
