@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.config import Complete, DataSection, PretrainConfig, PretrainRecipe, Recipe, parse_config
+from fcmae.config import Complete, DataSection, PretrainConfig, Recipe, parse_config
 from fcmae.data.stats import Statistics, read_statistics
 from fcmae.encoder.base import Network
 from fcmae.encoder.networks import is_other
@@ -174,8 +174,8 @@ def _require_same_reading(stats: Statistics, data: DataSection) -> None:
         its, ours = getattr(stats, key), getattr(data, key)
         if its != ours and (key, ours) != ("dtype", None):
             raise UserError(
-                f"data.stats={data.stats}: of images read with data.{key}={its}, but the run has data.{key}={ours}; "
-                "set it to that, or compute the statistics again"
+                f"data.stats={data.stats}: of images read with data.{key}={its}, but the run has {ours}; set it to "
+                "that, or compute the statistics again"
             )
 
 
@@ -204,7 +204,7 @@ def resolve_recipe(recipe: Recipe[Complete]) -> tuple[Complete, str]:
         rest = [key for key in keys if not any(key in values for values in found.values())]
         if recipe.init_from is not None and rest:
             found[recipe.init_from] = known_of(load_weights(recipe.init_from), rest)
-        if isinstance(recipe, PretrainRecipe) and not found:
+        if recipe.task == "pretrain" and not found:
             raise UserError(
                 f"{keys[0]}=auto: nothing says what it is; fcmae stats {data.root} --output STATS computes it, for "
                 "data.stats=STATS/stats.json"
@@ -217,7 +217,9 @@ def resolve_recipe(recipe: Recipe[Complete]) -> tuple[Complete, str]:
     values = config.model_dump(mode="json")
     taken: list[str] = []
     for source, its in found.items():
-        shown = [f"{key}={values[section][name]}" for key in its if key in known for section, name in [key.split(".")]]
+        shown = [
+            f"{key}={values[section][name]}" for key in its if key in known for section, name in [key.split(".")]
+        ]
         taken += [f"{', '.join(shown)} (from {source})"] if shown else []
     return config, ", ".join(taken)
 
