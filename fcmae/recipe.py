@@ -60,8 +60,12 @@ class Images(NamedTuple):
     channels: int
     """1 where all of a sample have no colours."""
     mean: tuple[float, ...]
-    """Of the sample, one for each channel, pixels being from 0 to 1; and the standard deviation."""
+    """Of the sample's known pixels, one for each channel, as in `data.mean`; and the standard deviation."""
     std: tuple[float, ...]
+    dtype: str = "uint8"
+    """Of the deepest of a sample."""
+    unknown: bool = False
+    """Whether some pixels of the sample are no-data."""
 
 
 class Choice(NamedTuple):

@@ -46,7 +46,7 @@ def draw_histograms(histograms: list[Histogram], found: Statistics, path: Path) 
         shares, edges = bars(histogram, getattr(torch, found.dtype), lows[channel], highs[channel])
         axes.stairs(100 * shares, edges, fill=True, color="#2a6f97")
         mean, std = found.mean[channel], found.std[channel]
-        axes.axvspan(mean - std, mean + std, color="#f2b134", alpha=0.3, lw=0)
+        axes.axvspan(mean - std, mean + std, color="#f2b134", alpha=0.3, lw=0, zorder=0)
         axes.axvline(mean, color="#c8553d", lw=1.2)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_title(f"channel {channel}: mean {mean:.4g}, std {std:.4g}", fontsize=8)
