@@ -27,8 +27,6 @@ class Opened(NamedTuple):
     kind: torch.dtype
     read: Callable[[Box], np.ndarray]
     """Returns the pixels of a box: uint8, uint16 or float32 (h, w, bands)."""
-    alpha: bool = False
-    """Whether the last band is transparency."""
 
 
 def _library(name: str, extra: str, what: str) -> Any:
@@ -60,8 +58,7 @@ def _of_array(pixels: np.ndarray) -> Opened:
 
 def open_png(file: IO[bytes]) -> Opened:
     """Open a PNG of 16 bits a channel in several channels, of which Pillow keeps eight."""
-    image = _of_array(_library("imagecodecs", "deep", "a PNG of 16 bits in colours").png_decode(file.read()))
-    return image._replace(alpha=image.bands in (2, 4))
+    return _of_array(_library("imagecodecs", "deep", "a PNG of 16 bits in colours").png_decode(file.read()))
 
 
 # TIFF
@@ -119,8 +116,7 @@ def open_tiff(file: IO[bytes]) -> Opened:
         return as_pixels(np.concatenate([_read_page(page, box) for page in pages], axis=2))
 
     bands = len(pages) * first.shaped[0] * first.shaped[4]
-    alpha = first.extrasamples in ((1,), (2,))  # associated with the colours, or not
-    return Opened(first.imagelength, first.imagewidth, bands, kind_of(first.dtype), read, alpha)
+    return Opened(first.imagelength, first.imagewidth, bands, kind_of(first.dtype), read)
 
 
 # Arrays

@@ -2,12 +2,11 @@
 
 import functools
 import os
-import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -159,11 +158,6 @@ def pillow_kind(image: Image.Image) -> torch.dtype:
     return torch.float32 if image.mode in ("I", "F") else torch.uint8
 
 
-def pillow_channels(image: Image.Image) -> int:
-    """Return how many channels an image opened by Pillow has in colours or gray, transparency not counted."""
-    return 3 if image.mode in ("P", "PA") or len(image.getbands()) > 2 else 1
-
-
 def decode(image: Image.Image, channels: int) -> np.ndarray:
     """Turn a PIL image into pixels (h, w, channels), as deep as they are.
 
@@ -231,27 +225,15 @@ def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Par
     return fit_channels(without_nodata(image.read((top, left, height, width)), reading), channels)
 
 
-class OpenPixels(NamedTuple):
-    """An image that is open, not decoded."""
-
-    kind: torch.dtype
-    """Of its pixels."""
-    channels: int
-    """Transparency not counted."""
-    read: Read
-
-
-def open_with_pillow(image: Image.Image) -> OpenPixels:
-    """Return what another library, or Pillow, has opened."""
-    return OpenPixels(pillow_kind(image), pillow_channels(image), functools.partial(decode_part, image))
-
-
-def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> OpenPixels:
+def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dtype, Read]:
     """Open an image file of any type, recognised by its content: all that is read of image files is read here.
 
     Args:
         file: as bytes.
         reading: what becomes of no-data and DICOM's window.
+
+    Returns:
+        The kind of its pixels, and what reads a part of it.
 
     Raises:
         Exception: whatever libraries raise for a damaged one; ValueError names an extra that is missing.
@@ -261,7 +243,7 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> OpenPixels:
         try:
             image = open_image(file)
             if not is_deep_tiff(image):
-                return open_with_pillow(image)
+                return pillow_kind(image), functools.partial(decode_part, image)
         except UnidentifiedImageError:
             if not is_tiff(file):
                 raise
@@ -270,8 +252,7 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> OpenPixels:
     opened = open_deep(file)
     if opened.height * opened.width > MAX_PIXELS:
         raise ValueError(f"{opened.width:,} x {opened.height:,} pixels, over {MAX_PIXELS:,}; cut it into tiles")
-    channels = opened.bands - opened.alpha
-    return OpenPixels(opened.kind, channels, functools.partial(_read_deep, opened, reading))
+    return opened.kind, functools.partial(_read_deep, opened, reading)
 
 
 class Files(Protocol):
@@ -352,47 +333,37 @@ class ImageSource:
 
     Args:
         files: that they are in.
-        channels: of what is loaded; None for as many as most of some images have.
+        channels: of what is loaded.
         place: see `Source`.
         reading: what becomes of their pixels; without a kind, that of the deepest of some images.
     """
 
-    def __init__(
-        self, files: Files, channels: int | None, place: Path | None, reading: Reading = AS_STORED
-    ) -> None:
+    def __init__(self, files: Files, channels: int, place: Path | None, reading: Reading = AS_STORED) -> None:
         self.files = files
+        self.channels = channels
         self.place = place
         self.labels, self.class_names = files.labels, files.class_names
         self.reading = reading
-        kinds, found = self._looked_at()
-        self.dtype = reading.kind(max(kinds, key=list(FULL).index, default=torch.uint8))
-        self.channels = channels or statistics.mode(found or [3])
+        self.dtype = reading.kind(self._widest())
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _looked_at(self) -> tuple[list[torch.dtype], list[int]]:
+    def _widest(self) -> torch.dtype:
         kinds: list[torch.dtype] = []
-        channels: list[int] = []
         for index in spread(len(self), LOOKED_AT):
             try:
-                kind, number = self.stored(index)
+                with self._opened(index) as (kind, _):
+                    kinds.append(kind)
             except Exception:  # training names the images that do not decode
                 continue
-            kinds.append(kind)
-            channels.append(number)
-        return kinds, channels
-
-    def stored(self, index: int) -> tuple[torch.dtype, int]:
-        """Return the kind of an image's own pixels and how many channels it has; raises what opening raises."""
-        with self._opened(index) as opened:
-            return opened.kind, opened.channels
+        return max(kinds, key=list(FULL).index, default=torch.uint8)
 
     @contextmanager
-    def _opened(self, index: int) -> Iterator[OpenPixels]:
+    def _opened(self, index: int) -> Iterator[tuple[torch.dtype, Read]]:
         opened = self.files.open(index)
         if isinstance(opened, Image.Image):
-            yield open_with_pillow(opened)
+            yield pillow_kind(opened), functools.partial(decode_part, opened)
         else:
             with opened:
                 yield open_pixels(opened, self.reading)
@@ -401,8 +372,8 @@ class ImageSource:
         return self.load_part(index, whole)
 
     def load_part(self, index: int, choose: Callable[[int, int], Part]) -> Tensor:
-        with self._opened(index) as opened:
-            pixels = np.array(opened.read(choose, self.channels), order="C")  # of its own, which can be written to
+        with self._opened(index) as (_, read):
+            pixels = np.array(read(choose, self.channels), order="C")  # of its own, which can be written to
         return as_kind(torch.from_numpy(pixels).permute(2, 0, 1), self.dtype)
 
     def describe(self, index: int) -> str:
@@ -422,7 +393,7 @@ def _open_files(name: str, root: str, split: str | None) -> Files:
 
 
 def open_images(
-    name: str, root: str, split: str | None, channels: int | None, what: str, reading: Reading = AS_STORED
+    name: str, root: str, split: str | None, channels: int, what: str, reading: Reading = AS_STORED
 ) -> ImageSource:
     """Open image files, or a map-style dataset of timm's `create_dataset`.
 
@@ -430,7 +401,7 @@ def open_images(
         name: "folder", "", or one that begins with "hfds/" or "torch/".
         root: the folder of the images, the tar file, or the cache folder of others.
         split: of the others; None where `root` is all images, in any arrangement.
-        channels: of what is loaded, see `ImageSource`.
+        channels: of what is loaded.
         what: how messages name it, such as "data.root=pets".
         reading: see `ImageSource`.
 

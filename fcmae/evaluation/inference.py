@@ -77,9 +77,9 @@ def read_images(
         for file in files:
             try:
                 with BoundedFile(file) as opened:
-                    image = open_pixels(opened, reading)
-                    pixels = np.array(image.read(whole, channels), order="C")
-                yield Picture(file, as_kind(torch.from_numpy(pixels), reading.kind(image.kind)).permute(2, 0, 1))
+                    found, read = open_pixels(opened, reading)
+                    pixels = np.array(read(whole, channels), order="C")
+                yield Picture(file, as_kind(torch.from_numpy(pixels), reading.kind(found)).permute(2, 0, 1))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
             except Exception as error:  # a broken file can make a decoder raise anything
