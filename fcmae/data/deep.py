@@ -4,6 +4,7 @@ Each reader opens a file without decoding all of it where the format allows, and
 """
 
 import math
+import struct
 from collections.abc import Callable
 from importlib import import_module
 from typing import IO, Any, NamedTuple
@@ -16,6 +17,10 @@ from fcmae.data.pixels import as_pixels, kind_of
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width."""
+
+
+MAX_PIXELS = 1 << 27
+"""Of an image, or a part of one, that is decoded, at most: that takes up to 2 GB and ten seconds."""
 
 
 class Opened(NamedTuple):
@@ -41,6 +46,35 @@ def _library(name: str, extra: str, what: str) -> Any:
         raise ValueError(f"{what} needs {name}: pip install 'fcmae[{extra}]'") from error
 
 
+class TooLarge(ValueError):
+    """An image, or the part of it that is decoded at once, has over `MAX_PIXELS`."""
+
+
+def require_decodable(height: int, width: int, what: str = "") -> None:
+    """Refuse to decode over `MAX_PIXELS` at once; `what` says of which part of an image they are.
+
+    Raises:
+        TooLarge: if they are more.
+    """
+    if height * width > MAX_PIXELS:
+        raise TooLarge(f"{width:,} x {height:,} pixels{what}, over {MAX_PIXELS:,}; cut it into tiles or shrink it")
+
+
+def _read_rows(file: Any, start: int, shape: tuple[int, int, int], dtype: np.dtype, box: Box) -> np.ndarray:
+    """Read a box out of uncompressed pixels (h, w, bands) that begin at byte `start`, and nothing else."""
+    top, left, height, width = box
+    _, row, bands = shape
+    out = np.empty((height, width, bands), dtype)
+    length = out[0].nbytes
+    for y in range(height):
+        file.seek(start + ((top + y) * row + left) * bands * dtype.itemsize)
+        content = file.read(length)
+        if len(content) != length:
+            raise ValueError("cut off")
+        out[y] = np.frombuffer(content, dtype).reshape(width, bands)
+    return out
+
+
 def _of_array(pixels: np.ndarray) -> Opened:
     """An image that had to be decoded to be opened, (h, w) or (h, w, bands)."""
     whole = pixels if pixels.ndim == 3 else pixels[..., None]
@@ -55,13 +89,28 @@ def _of_array(pixels: np.ndarray) -> Opened:
 
 # PNG of 16 bits
 
+PNG_BANDS = {2: 3, 4: 2, 6: 4}
+"""By colour type."""
+
 
 def open_png(file: IO[bytes]) -> Opened:
     """Open a PNG of 16 bits a channel in several channels, of which Pillow keeps eight."""
-    return _of_array(_library("imagecodecs", "deep", "a PNG of 16 bits in colours").png_decode(file.read()))
+    decode = _library("imagecodecs", "deep", "a PNG of 16 bits in colours").png_decode
+    content = file.read()
+    width, height, _, colours = struct.unpack(">IIBB", content[16:26])
+    require_decodable(height, width)
+
+    def read(box: Box) -> np.ndarray:
+        return _of_array(decode(content)).read(box)
+
+    return Opened(height, width, PNG_BANDS.get(colours, 3), torch.uint16, read)
 
 
 # TIFF
+
+
+PLAIN, YCBCR, JPEG = (1, 2), 6, 7
+"""What the channels of a TIFF may mean: gray, from black, or RGB; and what a decoder of JPEG makes RGB of."""
 
 
 def _band_pages(tiff: Any) -> list[Any]:
@@ -79,12 +128,17 @@ def _band_pages(tiff: Any) -> list[Any]:
 def _read_page(page: Any, box: Box) -> np.ndarray:
     """Decode the tiles or strips of a page that a box meets: (h, w, bands)."""
     top, left, height, width = box
-    separate, _, _, _, contiguous = page.shaped
-    out = np.zeros((separate, height, width, contiguous), page.dtype)
+    separate, _, full_height, full_width, contiguous = page.shaped
+    handle = page.parent.filehandle
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    if page.is_contiguous and not page.is_tiled and (page.predictor, page.fillorder) == (1, 1):
+        dtype, shape = page.dtype.newbyteorder(page.parent.byteorder), (full_height, full_width, contiguous)
+        starts = (page.dataoffsets[0] + band * math.prod(shape) * dtype.itemsize for band in range(separate))
+        return np.concatenate([_read_rows(handle, start, shape, dtype, box) for start in starts], axis=2)
+    require_decodable(min(tall, full_height), wide, f" in a {'tile' if page.is_tiled else 'strip'} of the file")
+    out = np.zeros((separate, height, width, contiguous), page.dtype)
     down, across = math.ceil(page.imagelength / tall), math.ceil(page.imagewidth / wide)
     tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.jpegtables else {}
-    handle = page.parent.filehandle
     for band in range(separate):
         for i in range(top // tall, math.ceil((top + height) / tall)):
             for j in range(left // wide, math.ceil((left + width) / wide)):
@@ -109,6 +163,9 @@ def open_tiff(file: IO[bytes]) -> Opened:
     first = pages[0]
     if first.imagedepth != 1:
         raise ValueError("a volume; save the slices that are wanted as files of their own")
+    if first.photometric not in PLAIN and not (first.photometric == YCBCR and first.compression == JPEG):
+        colours = getattr(first.photometric, "name", first.photometric)
+        raise ValueError(f"{colours} in a TIFF that is deep, or over {MAX_PIXELS:,} pixels; save it as gray or RGB")
     if any(page.shaped != first.shaped or page.dtype != first.dtype for page in pages):
         raise ValueError("pages of different sizes")
 
@@ -130,15 +187,9 @@ def open_npy(file: IO[bytes]) -> Opened:
     if dtype.kind not in "biuf" or len(shape) not in (2, 3) or min(shape) < 1 or fortran_order:
         raise ValueError(f"{dtype} {shape}; an image is numbers (h, w) or (h, w, bands) in C order")
     start, (height, width, bands) = file.tell(), (*shape, 1)[:3]
-    row = width * bands * dtype.itemsize
 
     def read(box: Box) -> np.ndarray:
-        top, left, tall, wide = box
-        file.seek(start + top * row)
-        content = file.read(tall * row)
-        if len(content) != tall * row:
-            raise ValueError("cut off")
-        return as_pixels(np.frombuffer(content, dtype).reshape(tall, width, bands)[:, left : left + wide])
+        return as_pixels(_read_rows(file, start, (height, width, bands), dtype, box))
 
     return Opened(height, width, bands, kind_of(dtype), read)
 
@@ -155,6 +206,7 @@ def open_dicom(file: IO[bytes]) -> Opened:
         raise ValueError("DICOM without an image")
     if int(dataset.get("NumberOfFrames", 1) or 1) > 1:
         raise ValueError(f"{dataset.NumberOfFrames} frames; save those that are wanted as files of their own")
+    require_decodable(dataset.Rows, dataset.Columns)
     pixels = dataset.pixel_array
     if pixels.ndim == 2:
         if dataset.PhotometricInterpretation == "MONOCHROME1":  # in which low values are bright

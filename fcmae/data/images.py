@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -14,7 +15,17 @@ from PIL import Image, UnidentifiedImageError
 from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 
-from fcmae.data.deep import EXTENSIONS, Opened, find_reader, is_tiff, open_tiff
+from fcmae.data.deep import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    PLAIN,
+    Opened,
+    TooLarge,
+    find_reader,
+    is_tiff,
+    open_tiff,
+    require_decodable,
+)
 from fcmae.data.labels import check_labels
 from fcmae.data.listing import FolderFiles, TarFiles, images_below
 from fcmae.data.pixels import (
@@ -52,14 +63,17 @@ FORMATS = (
 )
 """Pillow's names of what is read: images of pixels, one in a file. Of others, EPS would start a program."""
 
-MAX_PIXELS = 1 << 27
-"""Of an image that is decoded, at most: that takes up to 2 GB and ten seconds."""
+CUT_PIXELS = 1 << 24
+"""Of a TIFF of plain 8-bit channels above which tifffile, if it is there, decodes the tiles or strips that are seen."""
 
 LOOKED_AT = 16
 """Images, spread over all, that tell which kind of pixels there are."""
 
 BITS_PER_SAMPLE = 258
 """The tag of a TIFF's page that says how deep its channels are."""
+
+PHOTOMETRIC, ORIENTATION = 262, 274
+"""The tags of a TIFF's page that say what its channels mean, and how it is turned."""
 
 NEW_SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4
 """The tag of a TIFF's page that says what it is, and the bits for a smaller version and for a transparency mask."""
@@ -78,7 +92,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
     """Open an image, recognised by its content, without decoding it: all that is read of image files is read here.
 
     Raises:
-        ValueError: if it is none of `FORMATS`, or has over `MAX_PIXELS`.
+        ValueError: if it is none of `FORMATS`; `TooLarge` if it has over `MAX_PIXELS`.
         Exception: whatever Pillow raises for a damaged one.
     """
     try:
@@ -91,10 +105,8 @@ def open_image(file: IO[bytes]) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UnidentifiedImageError("not an image of a type that is read, or damaged") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"over {MAX_PIXELS:,} pixels; cut it into tiles or shrink it") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        image.close()
-        raise ValueError(f"{size[0]:,} x {size[1]:,} pixels, over {MAX_PIXELS:,}; cut it into tiles or shrink it")
+        raise TooLarge(f"over {MAX_PIXELS:,} pixels; cut it into tiles or shrink it") from error
+    require_decodable(size[1], size[0])
     return image
 
 
@@ -210,10 +222,49 @@ def decode_part(image: Image.Image, choose: Callable[[int, int], Part], channels
     return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
 
+def seen_size(image: Image.Image, file: IO[bytes] | None = None) -> tuple[int, int]:
+    """Return height and width of an image as a person sees it, without decoding it.
+
+    Args:
+        image: opened, not loaded.
+        file: that it was opened from.
+    """
+    if image.format == "TIFF":  # which Pillow turns itself
+        return image.height, image.width
+    if image.format == "PNG" and "exif" not in image.info and file is not None and ends_with_pixels(file):
+        exif = Image.Image.getexif(image)  # what came before the pixels; a PNG's own decodes them to look behind
+    else:
+        exif = image.getexif()
+    swapped = TURNS.get(exif.get(EXIF_ORIENTATION, 1), (False,))[0]
+    return (image.width, image.height) if swapped else (image.height, image.width)
+
+
+def ends_with_pixels(file: IO[bytes]) -> bool:
+    """Whether nothing but its end follows the pixels of a PNG."""
+    place, seen = 8, False
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            return True
+        if seen and head[4:] != b"IDAT":
+            return False
+        seen = head[4:] == b"IDAT"
+        place += 12 + int.from_bytes(head[:4], "big")
+
+
 def is_deep_tiff(image: Image.Image) -> bool:
     """Whether a TIFF has more bits a channel than Pillow keeps."""
     bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
     return image.format == "TIFF" and max(bits) > 8
+
+
+def is_cut_tiff(image: Image.Image) -> bool:
+    """Whether tifffile gives the same pixels of a TIFF as Pillow, and parts of it far sooner."""
+    tags: Any = getattr(image, "tag_v2", {})
+    plain = tags.get(PHOTOMETRIC) in PLAIN and set(tags.get(BITS_PER_SAMPLE, ())) == {8}
+    large = image.format == "TIFF" and image.width * image.height > CUT_PIXELS
+    return large and plain and tags.get(ORIENTATION, 1) == 1 and find_spec("tifffile") is not None
 
 
 Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
@@ -222,7 +273,23 @@ Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
 
 def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Part], channels: int) -> np.ndarray:
     top, left, height, width, _ = choose(image.height, image.width)
+    require_decodable(height, width)
     return fit_channels(without_nodata(image.read((top, left, height, width)), reading), channels)
+
+
+def _open(file: IO[bytes]) -> Image.Image | Opened:
+    open_deep = find_reader(file)
+    if open_deep is None:
+        try:
+            image = open_image(file)
+            if not (is_deep_tiff(image) or is_cut_tiff(image)):
+                return image
+        except (UnidentifiedImageError, TooLarge):
+            if not is_tiff(file):
+                raise
+        file.seek(0)
+        open_deep = open_tiff
+    return open_deep(file)
 
 
 def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dtype, Read]:
@@ -238,21 +305,16 @@ def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dt
     Raises:
         Exception: whatever libraries raise for a damaged one; ValueError names an extra that is missing.
     """
-    open_deep = find_reader(file)
-    if open_deep is None:
-        try:
-            image = open_image(file)
-            if not is_deep_tiff(image):
-                return pillow_kind(image), functools.partial(decode_part, image)
-        except UnidentifiedImageError:
-            if not is_tiff(file):
-                raise
-        file.seek(0)
-        open_deep = open_tiff
-    opened = open_deep(file)
-    if opened.height * opened.width > MAX_PIXELS:
-        raise ValueError(f"{opened.width:,} x {opened.height:,} pixels, over {MAX_PIXELS:,}; cut it into tiles")
+    opened = _open(file)
+    if isinstance(opened, Image.Image):
+        return pillow_kind(opened), functools.partial(decode_part, opened)
     return opened.kind, functools.partial(_read_deep, opened, reading)
+
+
+def image_size(file: IO[bytes]) -> tuple[int, int]:
+    """Return height and width of an image file of any type, without decoding its pixels; raises as `open_pixels`."""
+    opened = _open(file)
+    return seen_size(opened, file) if isinstance(opened, Image.Image) else (opened.height, opened.width)
 
 
 class Files(Protocol):
@@ -294,12 +356,6 @@ def _labels_of(dataset: Any) -> tuple[np.ndarray | None, tuple[str, ...] | None]
     return labels.astype(np.int64), names
 
 
-def load_as_torchvision(path: str | Path) -> Image.Image:
-    """Load an image file as torchvision's datasets do, if it is one of `FORMATS`."""
-    with BoundedFile(path) as file, open_image(file) as image:
-        return image.convert("RGB")
-
-
 class DatasetFiles:
     """The rows of a dataset that timm or torchvision opens, called `name`."""
 
@@ -308,7 +364,7 @@ class DatasetFiles:
         self.reader = getattr(dataset, "reader", None)
         self.dataset_name = name
         if hasattr(dataset, "loader"):
-            dataset.loader = load_as_torchvision
+            dataset.loader = BoundedFile  # decoded here, like other files
         self.labels, self.class_names = _labels_of(dataset)
         if self.labels is not None and len(self.labels):
             check_labels(self.labels, name)
@@ -367,6 +423,13 @@ class ImageSource:
         else:
             with opened:
                 yield open_pixels(opened, self.reading)
+
+    def size(self, index: int) -> tuple[int, int]:
+        opened = self.files.open(index)
+        if isinstance(opened, Image.Image):
+            return seen_size(opened)
+        with opened:
+            return image_size(opened)
 
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
