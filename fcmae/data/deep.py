@@ -32,6 +32,8 @@ class Opened(NamedTuple):
     kind: torch.dtype
     read: Callable[[Box], np.ndarray]
     """Returns the pixels of a box: uint8, uint16 or float32 (h, w, bands)."""
+    alpha: bool = False
+    """Whether the last band is transparency."""
 
 
 def _library(name: str, extra: str, what: str) -> Any:
@@ -103,7 +105,7 @@ def open_png(file: IO[bytes]) -> Opened:
     def read(box: Box) -> np.ndarray:
         return _of_array(decode(content)).read(box)
 
-    return Opened(height, width, PNG_BANDS.get(colours, 3), torch.uint16, read)
+    return Opened(height, width, PNG_BANDS.get(colours, 3), torch.uint16, read, alpha=colours in (4, 6))
 
 
 # TIFF
@@ -173,7 +175,8 @@ def open_tiff(file: IO[bytes]) -> Opened:
         return as_pixels(np.concatenate([_read_page(page, box) for page in pages], axis=2))
 
     bands = len(pages) * first.shaped[0] * first.shaped[4]
-    return Opened(first.imagelength, first.imagewidth, bands, kind_of(first.dtype), read)
+    alpha = first.extrasamples in ((1,), (2,))  # associated with the colours, or not
+    return Opened(first.imagelength, first.imagewidth, bands, kind_of(first.dtype), read, alpha)
 
 
 # Arrays

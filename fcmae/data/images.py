@@ -2,9 +2,10 @@
 
 import functools
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -317,6 +318,14 @@ def image_size(file: IO[bytes]) -> tuple[int, int]:
     return seen_size(opened, file) if isinstance(opened, Image.Image) else (opened.height, opened.width)
 
 
+def stored_pixels(opened: Image.Image | Opened) -> tuple[torch.dtype, int]:
+    """Return the kind of an image's own pixels, and how many channels it has, transparency not counted."""
+    if isinstance(opened, Image.Image):
+        coloured = opened.mode in ("P", "PA") or len(opened.getbands()) > 2
+        return pillow_kind(opened), 3 if coloured else 1
+    return opened.kind, opened.bands - opened.alpha
+
+
 class Files(Protocol):
     """What images are read from, by index."""
 
@@ -389,31 +398,37 @@ class ImageSource:
 
     Args:
         files: that they are in.
-        channels: of what is loaded.
+        channels: of what is loaded; None for as many as most of some images have.
         place: see `Source`.
         reading: what becomes of their pixels; without a kind, that of the deepest of some images.
     """
 
-    def __init__(self, files: Files, channels: int, place: Path | None, reading: Reading = AS_STORED) -> None:
+    def __init__(
+        self, files: Files, channels: int | None, place: Path | None, reading: Reading = AS_STORED
+    ) -> None:
         self.files = files
-        self.channels = channels
         self.place = place
         self.labels, self.class_names = files.labels, files.class_names
         self.reading = reading
-        self.dtype = reading.kind(self._widest())
+        found = list(self._looked_at())
+        self.dtype = reading.kind(max((kind for kind, _ in found), key=list(FULL).index, default=torch.uint8))
+        self.channels = channels or statistics.mode([number for _, number in found] or [3])
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _widest(self) -> torch.dtype:
-        kinds: list[torch.dtype] = []
+    def _looked_at(self) -> Iterator[tuple[torch.dtype, int]]:
         for index in spread(len(self), LOOKED_AT):
-            try:
-                with self._opened(index) as (kind, _):
-                    kinds.append(kind)
-            except Exception:  # training names the images that do not decode
-                continue
-        return max(kinds, key=list(FULL).index, default=torch.uint8)
+            with suppress(Exception):  # training names the images that do not decode
+                yield self.stored(index)
+
+    def stored(self, index: int) -> tuple[torch.dtype, int]:
+        """Return the kind of an image's own pixels, and its channels, see `stored_pixels`."""
+        opened = self.files.open(index)
+        if isinstance(opened, Image.Image):
+            return stored_pixels(opened)
+        with opened:
+            return stored_pixels(_open(opened))
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[tuple[torch.dtype, Read]]:
@@ -456,7 +471,7 @@ def _open_files(name: str, root: str, split: str | None) -> Files:
 
 
 def open_images(
-    name: str, root: str, split: str | None, channels: int, what: str, reading: Reading = AS_STORED
+    name: str, root: str, split: str | None, channels: int | None, what: str, reading: Reading = AS_STORED
 ) -> ImageSource:
     """Open image files, or a map-style dataset of timm's `create_dataset`.
 
@@ -464,7 +479,7 @@ def open_images(
         name: "folder", "", or one that begins with "hfds/" or "torch/".
         root: the folder of the images, the tar file, or the cache folder of others.
         split: of the others; None where `root` is all images, in any arrangement.
-        channels: of what is loaded.
+        channels: of what is loaded, see `ImageSource`.
         what: how messages name it, such as "data.root=pets".
         reading: see `ImageSource`.
 
