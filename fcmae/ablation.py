@@ -34,7 +34,7 @@ from fcmae.config import (
     parse_config,
 )
 from fcmae.errors import UserError, blame, shown
-from fcmae.files import atomic_path, write_text
+from fcmae.files import write_text
 from fcmae.plain_yaml import write_value
 from fcmae.training.run_folder import RunFolder
 
@@ -543,8 +543,9 @@ def table(grid: Grid, scores: Scores) -> str:
 
 def plot(grid: Grid, scores: Scores, picture: Path) -> None:
     """Draw an arm a row: a dot for each seed and a line at their mean, and beside them the paper's figures."""
-    from matplotlib.figure import Figure  # here: it takes a second to import
-    from matplotlib.text import Text
+    from matplotlib.figure import Figure  # here: they take seconds to import
+
+    from fcmae.visualize import write_figure
 
     name = grid.measure[0]
     measure = MEASURES[name]
@@ -565,8 +566,5 @@ def plot(grid: Grid, scores: Scores, picture: Path) -> None:
         one.set_xlabel(label)
         one.grid(axis="x", alpha=0.3)
     figure.suptitle(grid.title)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a dollar in a name is a dollar
     picture.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(picture) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    write_figure(figure, picture)

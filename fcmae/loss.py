@@ -56,7 +56,7 @@ def known_mean_error(pred: Tensor, target: Tensor, least: int = 1) -> Tensor:
     """
     known = ~target.isnan()
     number = known.sum(-1)
-    difference = torch.where(known, pred.to(target.dtype) - target, 0)
+    difference = torch.where(known, pred - target, 0)
     errors = difference.square().sum(-1) / number.clamp(min=1)  # (b, m)
     counts = number >= least
     return (errors * counts).sum() / counts.sum().clamp(min=1)
@@ -103,9 +103,9 @@ class PixelTarget:
             return hidden_patch_loss(pred, images, hidden, patch, norm_pix_loss=self.norm_pix_loss)
         target = pick_patches(images, hidden, patch).to(torch.promote_types(pred.dtype, torch.float32))
         if not self.norm_pix_loss:
-            return known_mean_error(pred, target)
+            return known_mean_error(pred.to(target.dtype), target)
         mean, std = patch_statistics(target)
-        return known_mean_error(pred, (target - mean) / std, least=2)
+        return known_mean_error(pred.to(target.dtype), (target - mean) / std, least=2)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class HOGTarget:
     def loss(self, pred: Tensor, images: Tensor, hidden: Tensor, patch: int) -> Tensor:
         cell = self.cell(patch)
         target = pick_patches(hog(images, cell), hidden, self.side(patch))
-        return (known_mean_error if self.nodata else F.mse_loss)(pred.to(target.dtype), target)
+        error = known_mean_error if self.nodata else F.mse_loss
+        return error(pred.to(target.dtype), target)
 
 
 TARGETS: dict[str, Callable[[bool, bool], Target]] = {

@@ -224,8 +224,9 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
         for key in ("data.mean", "data.std", "data.clip"):
             pick(key, AUTO, "of data.stats")
     elif channels != 3 or images.unknown or images.dtype != "uint8":
-        pick("data.mean", images.mean, "of a sample; fcmae stats computes them of all")
-        pick("data.std", images.std, "of a sample")
+        alike = channels // images.channels  # of gray images as several channels
+        pick("data.mean", images.mean * alike, "of a sample; fcmae stats computes them of all")
+        pick("data.std", images.std * alike, "of a sample")
     if small_set:
         pick("data.crop_scale", (0.05, 1.0), "smaller crops show more of few images")
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ PERCENTILES = (0.02, 0.98)
 
 HIDDEN_GRAY = 0.5
 """Of hidden patches in the masked picture, in [0, 1]."""
+HATCH, HATCH_WIDTH = (0.65, 0.85), 3
+"""Grays of the stripes, so many pixels wide, where pixels are not known."""
 SMALLEST_SHOWN = 128
 """Pixels; smaller images are enlarged by a whole factor to at least this side."""
 CELL_SHOWN = 16
@@ -35,6 +38,16 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     """Write an uint8 picture (h, w, 3) as PNG, so that under its name there is never a part of it."""
     with atomic_path(path) as temporary:
         Image.fromarray(picture).save(temporary, format="png")
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, like `write_picture`; a dollar in its texts is a dollar."""
+    from matplotlib.text import Text  # here: it takes a second to import
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def paste(maps: Tensor, pred: Tensor, hidden_ids: Tensor, patch: int) -> Tensor:
@@ -53,7 +66,7 @@ def reconstruct(
     each hidden patch gets back its own from the original.
 
     Args:
-        images: (b, c, H, W), normalised as the model saw them.
+        images: (b, c, H, W), normalised as the model saw them, NaN where they are not known.
         pred: of the hidden patches (b, m, patch * patch * c).
         hidden_ids: int64 (b, m).
     """
@@ -98,13 +111,14 @@ def as_rgb(images: Tensor, bands: Sequence[int] | None = None) -> Tensor:
 def display_range(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is shown as black and as white of pixels (b, c, H, W), each (b, c, 1, 1), in full ranges.
 
-    Those of 8 bits are shown as they are; of others the 2nd and 98th percentiles of each image and band.
+    Those of 8 bits are shown as they are; of others the 2nd and 98th percentiles of what is known, not NaN, of each
+    image and band.
     """
     values = pixels.flatten(2).float() / FULL[pixels.dtype]
     if pixels.dtype == torch.uint8:
         low, high = torch.zeros_like(values[..., 0]), torch.ones_like(values[..., 0])
     else:
-        low, high = (values.nanquantile(share, -1) for share in PERCENTILES)
+        low, high = (values.nanquantile(share, -1).nan_to_num(nan=0.0) for share in PERCENTILES)
     return low[..., None, None], torch.maximum(high, low + 1e-12)[..., None, None]
 
 
@@ -113,13 +127,21 @@ def enlarge(images: Tensor, factor: int) -> Tensor:
     return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
 
 
+def hatch(images: Tensor) -> Tensor:
+    """Draw stripes in two grays, from the lower left to the upper right, where images (b, c, H, W) are NaN."""
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+    stripes = torch.where((y[:, None] + x) // HATCH_WIDTH % 2 == 0, *HATCH)
+    return torch.where(images.isnan(), stripes, images)
+
+
 def draw_panels(
     columns: Mapping[str, Tensor], labels: Sequence[str] = (), bands: Sequence[int] | None = None
 ) -> np.ndarray:
     """Draw one row per image, its columns side by side under a line of titles: uint8 (h, w, 3).
 
     Args:
-        columns: by title, images (b, c, H, W) in [0, 1]; the largest is a multiple of each other in size.
+        columns: by title, images (b, c, H, W) in [0, 1], NaN to be hatched; the largest is a multiple of each other
+            in size.
         labels: of the rows, drawn on their left; none for no labels.
         bands: see `as_rgb`.
     """
@@ -127,7 +149,7 @@ def draw_panels(
     smallest_side = min(min(images.shape[-2:]) * largest // images.shape[-1] for images in columns.values())
     factor = max(1, -(-SMALLEST_SHOWN // smallest_side))
     panels = [enlarge(as_rgb(x, bands), largest // x.shape[-1] * factor) for x in columns.values()]
-    rows = torch.stack(panels, dim=1).flatten(0, 1)  # row by row
+    rows = hatch(torch.stack(panels, dim=1).flatten(0, 1))  # row by row
     padding = 4
     grid = make_grid(rows, nrow=len(columns), padding=padding, pad_value=1.0)
     body = rearrange((grid * 255).round().to(torch.uint8), "c h w -> h w c").cpu().numpy()
@@ -150,15 +172,16 @@ def draw_panels(
 def _prediction_columns(
     target: Target, images: Tensor, out: FCMAEOutput, patch: int, show: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Return the columns that show what was predicted, by title."""
+    """Return the columns that show what was predicted, by title; what is not known is NaN whatever was predicted."""
     match target:
         case PixelTarget(norm_pix_loss=norm_pix_loss):
             whole, _ = reconstruct(images, out.pred, out.hidden_ids, patch, norm_pix_loss=norm_pix_loss)
-            return {"reconstruction": show(whole)}
+            return {"reconstruction": show(whole.masked_fill(images.isnan(), torch.nan))}
         case HOGTarget():
             cell = target.cell(patch)
             histograms = hog(images, cell)
             whole = paste(histograms, out.pred.float(), out.hidden_ids, patch // cell)
+            whole = whole.masked_fill(histograms.isnan(), torch.nan)
             size = max(cell, CELL_SHOWN)
             return {"HOG": draw_segments(histograms, size), "HOG predicted": draw_segments(whole, size)}
         case _:
@@ -167,7 +190,7 @@ def _prediction_columns(
 
 def _columns(model: FCMAE, normalize: PixelNormalizer, pixels: Tensor, visible_ids: Tensor) -> dict[str, Tensor]:
     """Return original | masked | what is predicted of pixels (b, c, H, W), by title, on the CPU."""
-    images = normalize(pixels)
+    images = normalize(pixels, unknown=torch.nan)
     low, high = display_range(pixels)
 
     def show(images: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fcmae.data import (
 )
 from fcmae.data.batches import LARGEST_CROP
 from fcmae.data.images import decode, decode_part
-from fcmae.data.views import Part
+from fcmae.data.views import Part, resample
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 32), (1, 1), (1, 90), (70, 1), (7, 300), (64, 64), (129, 65)]
@@ -193,6 +193,101 @@ def test_crops_far_larger_than_the_view_are_resized_before_they_travel(tmp_path:
     assert torch.equal(crops.to(CPU).images, done.images)
 
 
+# Pixels that are not known
+
+
+def with_holes(*shape: int) -> torch.Tensor:
+    """Random float32 (*, h, w) far from zero, NaN in a corner, in single pixels and in some of a channel's rows."""
+    pixels = 100 + torch.randn(shape)
+    height, width = shape[-2:]
+    pixels[..., : height // 2, : width // 3] = torch.nan
+    pixels[torch.rand(shape) < 0.05] = torch.nan
+    pixels[..., 0, -(height // 4 + 1) :, :] = torch.nan
+    return pixels
+
+
+def bicubic_weights(length: int, size: int) -> np.ndarray:
+    """What each of `size` pixels takes of each of `length`, one by one: (size, length)."""
+    weights = np.zeros((size, length))
+    scale = length / size
+    for i in range(size):
+        for j in range(length):
+            x = abs(j + 0.5 - (i + 0.5) * scale) / max(scale, 1.0)
+            if x < 1:
+                weights[i, j] = 1.5 * x**3 - 2.5 * x**2 + 1
+            elif x < 2:
+                weights[i, j] = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights[i] /= weights[i].sum()
+    return weights
+
+
+def resized_by_loops(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The weighted mean of the pixels (c, h, w) that are known, pixel by pixel; NaN of those with under a half."""
+    down, across = bicubic_weights(image.shape[1], size[0]), bicubic_weights(image.shape[2], size[1])
+    found = np.full((len(image), *size), np.nan)
+    for channel, y, x in np.ndindex(*found.shape):
+        weights = np.outer(down[y], across[x])
+        known = ~np.isnan(image[channel])
+        weight = weights[known].sum()
+        if weight > 0.5 - 1e-3:
+            found[channel, y, x] = (weights[known] * image[channel][known]).sum() / weight
+    return found
+
+
+@pytest.mark.parametrize("size", [(12, 12), (33, 20), (40, 64)])
+def test_unknown_pixels_leave_their_weight_to_the_others(size: tuple[int, int]) -> None:
+    image = with_holes(2, 24, 36)
+    expected = torch.from_numpy(resized_by_loops(image.double().numpy(), size)).float()
+    assert 0 < expected.isnan().float().mean() < 1
+    assert torch.allclose(resample(image, size), expected, rtol=2e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 10)])
+def test_a_batch_with_unknown_pixels_is_resized_as_each_crop_is_alone(size: tuple[int, int]) -> None:
+    shapes = [(24, 20), (5, 30), (16, 10), (1, 1), (31, 7)] * 15  # more than a chunk
+    crops = torch.full((len(shapes), 2, 31, 30), torch.nan)  # beyond the crops, too
+    flipped = torch.arange(len(shapes)) % 3 == 0
+    expected = []
+    for crop, (height, width), flip in zip(crops, shapes, flipped, strict=True):
+        image = with_holes(2, height, width)
+        crop[:, :height, :width] = image
+        view = torch.from_numpy(resized_by_loops(image.double().numpy(), size)).float()
+        expected.append(view.flip(-1) if flip else view)
+    found = resize_crops(crops, torch.tensor(shapes, dtype=torch.int32), flipped, size)
+    assert torch.allclose(found, torch.stack(expected), rtol=2e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_evaluation_view_leaves_unknown_pixels_out_too(interpolation: str) -> None:
+    image = torch.full((2, 40, 60), 7.0)
+    image[0, :20] = torch.nan
+    found = cover(image, (20, 20), 1.0, interpolation)
+    assert found[0, :9].isnan().all()
+    assert torch.allclose(found[0, 10:], torch.tensor(7.0))
+    assert torch.allclose(found[1], torch.tensor(7.0))
+
+
+def test_where_all_is_known_resizing_gives_the_numbers_that_it_gives_without_unknown_pixels_elsewhere() -> None:
+    image = torch.randn(1, 30, 40)
+    holed = image.clone()
+    holed[:, :5, :5] = torch.nan
+    for change in (lambda pixels: resample(pixels, (15, 20)), lambda pixels: cover(pixels, (15, 15))):
+        assert torch.equal(change(holed)[:, 8:, 8:], change(image)[:, 8:, 8:])
+    extents, flipped = torch.tensor([[30, 40]], dtype=torch.int32), torch.tensor([False])
+    plain, holed = (resize_crops(pixels[None], extents, flipped, (15, 20))[0] for pixels in (image, holed))
+    assert torch.equal(holed[:, 8:, 8:], plain[:, 8:, 8:])
+    assert torch.allclose(plain, resample(image, (15, 20)), atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", [-1e30, 0.0, 3.0])
+def test_what_is_written_to_unknown_pixels_before_they_are_marked_never_matters(fill: float) -> None:
+    image = torch.full((1, 30, 40), fill)
+    image[:, :, 10:] = torch.randn(1, 30, 30, generator=torch.Generator().manual_seed(0))
+    image[:, :, :10] = torch.nan
+    expected = resized_by_loops(image.double().numpy(), (15, 20))
+    assert np.allclose(resample(image, (15, 20)).numpy(), expected, atol=1e-5, equal_nan=True)
+
+
 # Resizing and normalisation
 
 
@@ -228,6 +323,34 @@ def test_pixel_normalisation_inverts() -> None:
     expected = (pixels[:, 2].double() / 255 - 0.9) / 0.1
     assert torch.allclose(images[:, 2].double(), expected, atol=1e-5)
     assert torch.allclose(normalize.invert(images) * 255, pixels.float(), atol=1e-3)
+
+
+def test_a_network_sees_the_mean_where_pixels_are_not_known() -> None:
+    pixels = torch.tensor([0.1, torch.nan, 0.9]).expand(2, 1, 3)
+    normalize = PixelNormalizer((0.1, 0.5), (0.2, 0.4))
+    assert torch.allclose(normalize(pixels)[1], torch.tensor([-1.0, 0.0, 1.0]))
+    marked = normalize(pixels, unknown=torch.nan)
+    assert torch.equal(marked.isnan(), pixels.isnan())
+    assert torch.equal(marked.nan_to_num(0.0), normalize(pixels))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+@pytest.mark.parametrize("clip", [(0.25, 0.75), ((0.25, 0.25), (0.75, 0.75)), (0.25, (0.75, 0.75)), (0, 1)])
+def test_clipping_comes_before_normalisation_in_the_units_of_the_mean(clip: Any, dtype: torch.dtype) -> None:
+    full = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1.0}[dtype]
+    pixels = (torch.rand(3, 2, 8, 8) * full).to(dtype)
+    expected = PixelNormalizer((0.5, 0.1), (0.2, 0.3))(pixels)
+    if clip != (0, 1):
+        values = (pixels.float() / full).clamp(0.25, 0.75)
+        expected = PixelNormalizer((0.5, 0.1), (0.2, 0.3))(values)
+    assert torch.allclose(PixelNormalizer((0.5, 0.1), (0.2, 0.3), clip)(pixels), expected)
+
+
+def test_each_channel_may_be_clipped_to_limits_of_its_own_and_unknown_pixels_stay_so() -> None:
+    normalize = PixelNormalizer((0.0, 0.0), (1.0, 1.0), ((-1.0, 0.0), (1.0, 10.0)))
+    pixels = torch.tensor([-5.0, 5.0, torch.nan]).expand(2, 1, 3)
+    expected = torch.tensor([[[-1.0, 1.0, torch.nan]], [[0.0, 5.0, torch.nan]]])
+    assert torch.allclose(normalize(pixels, unknown=torch.nan), expected, equal_nan=True)
 
 
 # The augmentation of fine-tuning

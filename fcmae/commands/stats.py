@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
     if out is None:
         print(section_of(found), end="")
         return 0
-    from fcmae.data.stats_picture import draw_histograms
+    from fcmae.evaluation.stats_picture import draw_histograms
 
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / STATISTICS, found.model_dump_json(indent=1))

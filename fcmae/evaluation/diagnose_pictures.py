@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fcmae.evaluation.diagnose import LayerFigures
-from fcmae.files import atomic_path
+from fcmae.visualize import write_figure
 
 CHANNELS_SHOWN = 64
 """Of each layer's feature maps: its first ones, in a square."""
@@ -25,15 +25,6 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # here: it takes a second to import
 
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a dollar in a name is a dollar
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _wrapped(title: str, width: float) -> str:
@@ -56,7 +47,7 @@ def draw_collapse(models: Models, title: str, path: Path) -> None:
     axes.set_title(_wrapped(title, 7.5), fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def draw_channels(models: Models, title: str, path: Path) -> None:
@@ -84,7 +75,7 @@ def draw_channels(models: Models, title: str, path: Path) -> None:
         axes.grid(axis="y", alpha=0.3)
     handles, labels = all_axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def montage(maps: Tensor) -> Tensor:
@@ -122,4 +113,4 @@ def draw_maps(
         )
     for axes in (first, *others):
         axes.axis("off")
-    _save(figure, path)
+    write_figure(figure, path)

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from fcmae.data.pixels import FULL
 from fcmae.data.stats import Histogram, Statistics, values_of
-from fcmae.files import atomic_path
+from fcmae.visualize import write_figure
 
 BARS = 128
 """Of a histogram, at most about so many."""
@@ -62,7 +61,4 @@ def draw_histograms(histograms: list[Histogram], found: Statistics, path: Path) 
     )
     figure.supxlabel(f"value ({found.unit})", fontsize=8)
     figure.supylabel("% of pixels in each bin", fontsize=8)
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a dollar in a name is a dollar
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    write_figure(figure, path)
