@@ -46,8 +46,8 @@ def hidden_patch_loss(pred: Tensor, images: Tensor, hidden: Tensor, patch: int, 
 def known_mean_error(pred: Tensor, target: Tensor, least: int = 1) -> Tensor:
     """Mean over patches of the mean squared error of a patch's known values: `F.mse_loss` where all are known.
 
-    A patch counts the same however much of it is known, and not at all with fewer than `least` known values; without
-    any that counts the error is 0, and so is its gradient. Each process and micro-batch has a mean of its own.
+    A patch counts the same however much of it is known, and not at all with fewer than `least` known values. Where
+    none counts, the error and its gradient are 0. Each process and micro-batch has a mean of its own.
 
     Args:
         pred: (b, m, n).
@@ -113,8 +113,8 @@ class HOGTarget:
     """Histograms of oriented gradients of the patch's cells (MaskFeat, 2112.09133): no brightness, no contrast.
 
     A cell has 8 x 8 pixels, or as many as give a small patch four cells. Gradients at a patch's border reach one
-    pixel into its neighbours. With `nodata` a channel's histogram of a cell that has, or reaches, a pixel that is not
-    known is left out.
+    pixel into its neighbours. With `nodata` a cell's histogram of a channel is left out where it depends on a pixel
+    that is not known.
     """
 
     nodata: bool = False

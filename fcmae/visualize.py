@@ -172,7 +172,7 @@ def draw_panels(
 def _prediction_columns(
     target: Target, images: Tensor, out: FCMAEOutput, patch: int, show: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Return the columns that show what was predicted, by title; what is not known is NaN whatever was predicted."""
+    """Return the columns that show what was predicted, by title; NaN where the truth is not known."""
     match target:
         case PixelTarget(norm_pix_loss=norm_pix_loss):
             whole, _ = reconstruct(images, out.pred, out.hidden_ids, patch, norm_pix_loss=norm_pix_loss)

@@ -106,6 +106,41 @@ def test_patches_that_touch_no_hidden_one_never_reach_the_loss() -> None:
     assert torch.equal(HOGTarget().loss(pred, changed, hidden, 16), loss)
 
 
+def test_cells_that_have_or_reach_an_unknown_pixel_are_left_out_of_the_loss() -> None:
+    model = small_model(in_chans=2, nodata=True).double()
+    images = smooth_images(2, 2, 48, 64)
+    images[0, 0, 5, 4] = images[1, 1, 17, 24] = torch.nan  # inside a cell; at a cell's left border
+    images[1, 0, 7, :30] = torch.nan  # at the lower border of a row of cells
+    images[1, :, 32:, 48:] = torch.nan  # a patch
+    ids = torch.tensor([[5, 6, 7], [1, 6, 7]])
+    out = model(images, ids)
+    errors = []
+    for i in range(2):
+        channels = np.stack([hog_of_the_papers(channel, 8) for channel in images[i].nan_to_num(9).numpy()], 2)
+        for j, k in enumerate(out.hidden_ids[i].tolist()):
+            y, x = divmod(k, 4)
+            pred = out.pred[i, j].detach().reshape(2, 2, 2, 9).numpy()
+            known = []
+            for v, u, c in np.ndindex(2, 2, 2):
+                top, left = y * 16 + v * 8, x * 16 + u * 8
+                reach = images[i, c, max(top - 1, 0) : top + 9, max(left - 1, 0) : left + 9].clone()
+                for row, column in (
+                    (top - 1, left - 1),
+                    (top - 1, left + 8),
+                    (top + 8, left - 1),
+                    (top + 8, left + 8),
+                ):
+                    if 0 <= row < 48 and 0 <= column < 64:  # corners are beside no pixel of the cell
+                        reach[row - max(top - 1, 0), column - max(left - 1, 0)] = 0
+                if not reach.isnan().any():
+                    known.append((pred[v, u, c] - channels[2 * y + v, 2 * x + u, c]) ** 2)
+            if known:
+                errors.append(np.mean(known))
+    assert len(errors) == 2 * 9 - 1
+    assert out.loss.item() == pytest.approx(float(np.mean(errors)), rel=1e-10)
+    assert all(grad.isfinite().all() for grad in gradients(out.loss, model).values())
+
+
 def test_pixels_remain_as_they_were() -> None:
     pred, images, hidden = torch.randn(2, 5, 768), torch.randn(2, 3, 48, 48), hidden_ids(some_ids(2, 9, 4), 9)
     for norm_pix_loss in (True, False):

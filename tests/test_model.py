@@ -10,6 +10,8 @@ import torch
 from conftest import TINY, assert_same, gradients, randomise, relative_error, smooth_images, some_ids
 from torch import Tensor, nn
 
+from fcmae.data import PixelNormalizer, Reading
+from fcmae.data.pixels import without_nodata
 from fcmae.encoder.convnext import Block, Layout, set_fused
 from fcmae.encoder.packed import PackedSites
 from fcmae.loss import hidden_patch_loss
@@ -204,6 +206,140 @@ def test_visible_patches_never_reach_the_loss(norm_pix_loss: bool) -> None:
     loss = hidden_patch_loss(pred, images, hidden, 4, norm_pix_loss=norm_pix_loss)
     changed = torch.where(visible, torch.nan, images)
     assert torch.equal(hidden_patch_loss(pred, changed, hidden, 4, norm_pix_loss=norm_pix_loss), loss)
+
+
+# Pixels that are not known
+
+
+def with_holes(b: int, c: int, height: int, width: int, patch: int = 16) -> Tensor:
+    """Images with unknown pixels here and there, with patches of one known value, of two and of none."""
+    images = smooth_images(b, c, height, width) + 1
+    images[torch.rand(images.shape) < 0.2] = torch.nan
+    for i, few in enumerate((0, 1, 2)):
+        corner = images[..., :patch, i * patch : (i + 1) * patch]  # a view
+        corner.fill_(torch.nan)
+        corner[:, 0].flatten(1)[:, :few] = 0
+        corner[:, 0, 3, :few] = torch.arange(1.0, few + 1, dtype=images.dtype)
+    return images
+
+
+def loss_of_what_is_known(
+    pred: np.ndarray, images: np.ndarray, ids: np.ndarray, patch: int, normalise: bool
+) -> float:
+    """As `loss_of_the_paper`, of known values alone, value by value."""
+    errors = []
+    for i in range(len(images)):
+        hidden = [k for k in range(images.shape[2] // patch * (images.shape[3] // patch)) if k not in ids[i]]
+        for j, k in enumerate(hidden):
+            y, x = divmod(k, images.shape[3] // patch)
+            target = images[i, :, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch]
+            predicted = pred[i, j].reshape(patch, patch, -1).transpose(2, 0, 1)
+            known = [place for place in np.ndindex(target.shape) if not np.isnan(target[place])]
+            if len(known) < (2 if normalise else 1):
+                continue
+            values = np.array([target[place] for place in known])
+            if normalise:
+                values = (values - values.mean()) / np.sqrt(values.var(ddof=1) + 1e-6)
+            errors.append(np.mean([(predicted[place] - v) ** 2 for place, v in zip(known, values, strict=True)]))
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+@pytest.mark.parametrize("in_chans", [1, 5])
+def test_the_loss_is_that_of_what_is_known(in_chans: int, norm_pix_loss: bool) -> None:
+    model = small_model(in_chans=in_chans, norm_pix_loss=norm_pix_loss, nodata=True).double()
+    images, ids = with_holes(3, in_chans, 48, 80), torch.tensor([[5, 6, 9, 14]] * 3)
+    out = model(images, ids)
+    expected = loss_of_what_is_known(out.pred.detach().numpy(), images.numpy(), ids.numpy(), 16, norm_pix_loss)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-10)
+    (grad,) = torch.autograd.grad(out.loss, out.pred, retain_graph=True)
+    unknown = patchify(images, 16)[torch.arange(3)[:, None], out.hidden_ids].isnan()
+    assert not grad[unknown].any()
+    assert (grad[:, 3:][~unknown[:, 3:]] != 0).all()
+    assert all(grad.isfinite().all() for grad in gradients(out.loss, model).values())
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_where_all_is_known_the_loss_is_the_one_without_nodata(norm_pix_loss: bool) -> None:
+    model = small_model(norm_pix_loss=norm_pix_loss, nodata=True).double()
+    plain = small_model(norm_pix_loss=norm_pix_loss).double()
+    plain.load_state_dict(model.state_dict())
+    images, ids = smooth_images(2, 3, 48, 64), some_ids(2, 12, 5)
+    results = []
+    for network in (plain, model):
+        out = network(images, ids)
+        results.append({"loss": out.loss, "pred": out.pred} | gradients(out.loss, network))
+    assert_same(results[1], results[0])
+
+
+def test_without_nodata_the_loss_is_bit_for_bit_that_of_the_fused_operation() -> None:
+    images, ids = smooth_images(2, 3, 48, 64, torch.float32), some_ids(2, 12, 5)
+    out = small_model()(images, ids)
+    assert torch.equal(out.loss, hidden_patch_loss(out.pred, images, out.hidden_ids, 16, norm_pix_loss=True))
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_what_pixels_were_before_they_were_unknown_never_matters(sparse: bool, target: str) -> None:
+    model = small_model(target=target, sparse=sparse, nodata=True)
+    normalize = PixelNormalizer((0.5,) * 3, (0.2,) * 3)
+    unknown, ids = torch.rand(2, 3, 48, 64) < 0.01, some_ids(2, 12, 5)
+    pixels = torch.rand(2, 3, 48, 64)
+    results = []
+    for fill in (0.0, 1e9, torch.inf):
+        read = without_nodata(torch.where(unknown, fill, pixels).numpy(), Reading(nodata=fill))
+        out = model(normalize(torch.from_numpy(read), unknown=math.nan), ids)
+        results.append({"loss": out.loss, "pred": out.pred} | gradients(out.loss, model))
+    for result in results[1:]:
+        assert all(torch.equal(result[name], tensor) for name, tensor in results[0].items())
+    assert results[0]["loss"] > 0
+
+
+def test_the_encoder_sees_zeros_where_pixels_are_unknown() -> None:
+    model = small_model(nodata=True)
+    images, ids = smooth_images(2, 3, 48, 64, torch.float32), some_ids(2, 12, 5)
+    images[:, 1:, :20, ::3] = torch.nan
+    assert torch.equal(model(images, ids).pred, model(images.nan_to_num(0.0), ids).pred)
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_images_of_which_nothing_is_known_have_no_loss_and_no_gradient(norm_pix_loss: bool, target: str) -> None:
+    model = small_model(norm_pix_loss=norm_pix_loss, target=target, nodata=True)
+    out = model(torch.full((2, 3, 48, 48), torch.nan))
+    assert out.loss == 0
+    assert all((grad == 0).all() for grad in gradients(out.loss, model).values())
+
+
+def test_an_image_of_which_nothing_is_known_changes_nothing_for_the_others() -> None:
+    model = small_model(nodata=True).double()
+    images, ids = smooth_images(3, 3, 48, 64), some_ids(3, 12, 5)
+    images[1] = torch.nan
+    losses = [model(images[chosen], ids[chosen]).loss for chosen in ([0, 1, 2], [0, 2])]
+    assert relative_error(*losses) < 1e-12
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_compile_traces_the_model_with_unknown_pixels_whatever_is_known(norm_pix_loss: bool, target: str) -> None:
+    torch.compiler.reset()
+    model = small_model(
+        variant=((1, 1, 1, 1), (8, 16, 24, 32)), norm_pix_loss=norm_pix_loss, target=target, nodata=True
+    ).double()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = some_ids(2, 15, 5)
+    some, all_known, nothing = (
+        with_holes(2, 3, 48, 80),
+        smooth_images(2, 3, 48, 80),
+        torch.full((2, 3, 48, 80), math.nan),
+    )
+    for images, stance in ((some, "default"), (all_known, "fail_on_recompile"), (nothing, "fail_on_recompile")):
+        results = []
+        with torch.compiler.set_stance(stance):
+            for run in (model, compiled):
+                out = run(images.double(), ids)
+                results.append({"loss": out.loss, "pred": out.pred} | gradients(out.loss, model))
+        assert_same(results[1], results[0])
 
 
 def test_picked_patches_are_those_of_patchify() -> None:

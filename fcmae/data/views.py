@@ -49,16 +49,16 @@ def _split_unknown(pixels: Tensor) -> Tensor:
 
 
 def _reweigh(resized: Tensor) -> Tensor:
-    """Return what `_split_unknown` gave, since resized, as the weighted mean of known pixels, NaN where they are few.
+    """Turn what `_split_unknown` gave, resized, into the weighted mean of known pixels; NaN where they are few.
 
-    Where all are known nothing changes.
+    Where all are known the values stay as they are.
     """
     values, unknown = resized.chunk(2, dim=-3)
     return torch.where(unknown > MOST_UNKNOWN, torch.nan, values / (1 - unknown))
 
 
 def _resize_known(pixels: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
-    """Resize pixels (c, h, w) by a linear filter; float ones that are not known leave their weight to the others."""
+    """Resize pixels (c, h, w) by a linear filter; unknown ones, NaN, leave their weight to the others."""
     if pixels.dtype != torch.float32 or not pixels.isnan().any():
         exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # of 8 bits it takes whole numbers
         return rounded(resize(exact), pixels.dtype)
@@ -336,7 +336,7 @@ class PixelNormalizer(nn.Module):
     Args:
         mean: of each channel.
         std: of each channel.
-        clip: least and most that pixels are clipped to before, in the units of `mean`: a number, or one per channel.
+        clip: least and most that pixels are clipped to before, in units of the mean; numbers, or one per channel.
     """
 
     mean: Tensor
@@ -353,7 +353,7 @@ class PixelNormalizer(nn.Module):
         self.register_buffer("clip", None if limits is None else limits[..., None, None], persistent=False)
 
     def forward(self, pixels: Tensor, unknown: float = 0.0) -> Tensor:
-        """Turn pixels (..., c, h, w) into float32, with `unknown` where they are NaN: 0, the mean, for a network."""
+        """Turn pixels (..., c, h, w) into float32; unknown ones, NaN, into `unknown`: 0, the mean, for networks."""
         values = pixels.float() / FULL[pixels.dtype]
         if self.clip is not None:
             values = values.clamp(*self.clip)
