@@ -140,7 +140,8 @@ def describe(found: "Statistics") -> str:
         ("channels", ", ".join(f"{number} ({count(n, 'image')})" for number, n in found.channels.items())),
     ]
     if found.gray:
-        lines.append(("gray", f"{found.gray:,} of {decoded:,} images have the same values in all channels"))
+        remedy = "; --channels 1 reads one" if found.gray == decoded else ""
+        lines.append(("gray", f"{found.gray:,} of {decoded:,} images have the same values in all channels{remedy}"))
     lines.append(("no-data", f"{found.unknown:.3%} of pixels" if found.unknown else "none"))
     if found.constant:
         lines.append(("constant", f"{count(len(found.constant), 'image')}: {some(found.constant)}"))
@@ -198,6 +199,10 @@ def main(argv: list[str]) -> int:
         **summarise(source, looked, clip=options.clip),
     )
     print(f"{describe(found)}\n")
+    try:
+        parse_config(DataSection, {"root": data.root, **found.section()}, "no configuration takes these")
+    except UserError as error:
+        print(f"{error}; divide the values, or name what is no-data with --nodata\n", file=sys.stderr)
     out: Path | None = options.output
     if out is None:
         print(section_of(found), end="")

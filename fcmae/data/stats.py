@@ -384,9 +384,9 @@ class Statistics(_Record):
     @property
     def unit(self) -> str:
         """What pixels are in units of."""
-        if self.dtype == "float32":
-            return "as in the files" if self.nodata is None else "1.0 is the full range of whole numbers"
-        return f"1.0 is {FULL[getattr(torch, self.dtype)]:.0f}"
+        if self.dtype != "float32":
+            return f"1.0 is {FULL[getattr(torch, self.dtype)]:.0f}"
+        return "as in the files" if set(self.kinds) == {"float32"} else "1.0 is the full range of whole numbers"
 
     def section(self) -> dict[str, Any]:
         """Return what of a configuration's section `data` these statistics decide."""
@@ -433,17 +433,22 @@ def summarise(
     mean = (numbers * means).sum(0) / known
     std = np.sqrt((squares + numbers * np.square(means - mean)).sum(0) / known)
     least, most = facts.extremes[:, 0].min(0), facts.extremes[:, 1].max(0)
-    channels = [(values_of(histogram, source.dtype), histogram.counts) for histogram in found.histograms]
-    for (values, _), *ends in zip(channels, least, most, strict=True):
-        values[0], values[-1] = ends
+    ends: dict[float, np.ndarray] = {0: least, 100: most}
+    channels = [
+        (values_of(histogram, source.dtype).clip(low, high), histogram.counts)
+        for histogram, low, high in zip(found.histograms, least, most, strict=True)
+    ]
 
     def by_channel(percent: float) -> tuple[float, ...]:
-        return tuple(percentile(*channel, percent) for channel in channels)
+        exact = ends.get(percent)
+        return tuple(percentile(*channel, percent) for channel in channels) if exact is None else (*exact.tolist(),)
 
     limits = None
     if clip is not None:
         limits = by_channel(clip[0]), by_channel(clip[1])
-        mean, std = np.transpose([clipped_moments(*c, *ends) for c, *ends in zip(channels, *limits, strict=True)])
+        mean, std = np.transpose(
+            [clipped_moments(*c, *between) for c, *between in zip(channels, *limits, strict=True)]
+        )
     constant = np.all(facts.extremes[:, 0] >= facts.extremes[:, 1], axis=1)
     same, alike = find_doubles(facts, constant)
 
