@@ -8,6 +8,7 @@ from fcmae import __version__
 from fcmae.errors import run_script
 
 COMMANDS = {
+    "stats": "what images are like: sizes, mean and std, histograms, broken files, doubles",
     "prepare": "decode and shrink images once, for data.name=arrays",
     "pretrain": "pretrain FCMAE on images without labels",
     "evaluate": "k-NN and linear probe accuracy of an encoder's frozen features",

@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fcmae.config import (
     FinetuneRecipe,
     Place,
-    PretrainConfig,
+    PretrainRecipe,
     RunConfig,
     Section,
     Seed,
@@ -39,7 +39,7 @@ from fcmae.plain_yaml import write_value
 from fcmae.training.run_folder import RunFolder
 
 Kind = Literal["pretrain", "finetune"]
-KINDS: dict[Kind, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneRecipe}
+KINDS: dict[Kind, type[RunConfig]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
 PLACES = (
     "output",
     "resume",

@@ -17,7 +17,7 @@ from fcmae import __version__
 from fcmae.config import (
     MOST_CHANNELS,
     FinetuneRecipe,
-    PretrainConfig,
+    PretrainRecipe,
     RunConfig,
     load_config,
     override,
@@ -187,7 +187,7 @@ def read_given(overrides: Sequence[str]) -> dict[str, Any]:
     channels = model.get("in_chans") if isinstance(model, dict) else None
     if isinstance(channels, int) and 1 <= channels <= MOST_CHANNELS:
         rest["data"] |= {"mean": [0.5] * channels, "std": [0.5] * channels}
-    config = override_config(PretrainConfig, rest, overrides, "fcmae pretrain")
+    config = override_config(PretrainRecipe, rest, overrides, "fcmae pretrain")
 
     def value(key: str) -> Any:
         found: Any = config
@@ -229,7 +229,7 @@ def pretrain(argv: list[str], *, prog: str | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     overrides = read_words(options.words)
     if options.config is not None:
-        config = load_config(PretrainConfig, options.config, overrides)
+        config = load_config(PretrainRecipe, options.config, overrides)
         if not options.print_config:
             announce_run(config, "pretraining", options.config)
     else:

@@ -6,7 +6,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -359,7 +359,7 @@ class RunConfig(Section):
             if known and len(getattr(self.data, key)) != self.model.in_chans:
                 raise ValueError(
                     f"data.{key} has {len(getattr(self.data, key))} values, but model.in_chans is "
-                    f"{self.model.in_chans}: give one value per channel"
+                    f"{self.model.in_chans}: give one value per channel, as fcmae stats prints them"
                 )
         return self
 
@@ -419,40 +419,24 @@ class FinetuneConfig(RunConfig):
         return self
 
 
-class ClassifierRecipe(ClassifierSection):
-    """As `ClassifierSection`; `auto` is what `init_from` has."""
-
-    variant: Variant = AUTO
-    version: Literal[1, 2] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    grn: GRNSection | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    in_chans: Channel | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    stem_stride: Literal[1, 2, 4] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+Complete = TypeVar("Complete", bound=RunConfig)
 
 
-class LabelledDataRecipe(LabelledDataSection):
-    """As `LabelledDataSection`; `auto` is what `init_from` was trained on."""
+class Recipe(RunConfig, Generic[Complete]):
+    """What users give a story: a configuration in which `auto` is what `data.stats` or `init_from` says."""
 
-    image_size: Side | Sizes | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    std: Deviations | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    clip: tuple[Limits, Limits] | Auto | None = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    nodata: FiniteFloat | Literal["nan"] | Auto | None = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-    window: bool | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
-
-
-class FinetuneRecipe(FinetuneConfig):
-    """What users give `finetune.py`: a `FinetuneConfig` in which `auto` (or nothing) is what `init_from` has."""
-
-    model: ClassifierRecipe = ClassifierRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
-    data: LabelledDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    complete: ClassVar[type[RunConfig]] = RunConfig
+    """What it becomes."""
+    open_sections: ClassVar[tuple[str, ...]] = ("data",)
+    """Where `auto` means that."""
 
     @property
     def automatic(self) -> list[str]:
         """The dotted keys that are `auto`."""
-        sections = (("model", self.model), ("data", self.data))
+        sections = ((name, getattr(self, name)) for name in self.open_sections)
         return [f"{name}.{key}" for name, section in sections for key, value in section if value == AUTO]
 
-    def resolve(self, known: Mapping[str, Any], source: str) -> FinetuneConfig:
+    def resolve(self, known: Mapping[str, Any], source: str) -> Complete:
         """Return the configuration with the values of `known`, by dotted key, in place of `auto`.
 
         What is not known takes its default.
@@ -471,7 +455,52 @@ class FinetuneRecipe(FinetuneConfig):
                 "model.variant=auto: takes the network of init_from, which is null; "
                 "set model.variant, such as model.variant=atto"
             )
-        return parse_config(FinetuneConfig, values, source)
+        return cast(Complete, parse_config(self.complete, values, source))
+
+
+class PretrainDataRecipe(PretrainDataSection):
+    """As `PretrainDataSection`, in which statistics may be `auto`."""
+
+    mean: Channels | Auto = DataSection.model_fields["mean"].default  # pyright: ignore[reportIncompatibleVariableOverride]
+    std: Deviations | Auto = DataSection.model_fields["std"].default  # pyright: ignore[reportIncompatibleVariableOverride]
+    clip: tuple[Limits, Limits] | Auto | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class PretrainRecipe(PretrainConfig, Recipe[PretrainConfig]):
+    """What users give `pretrain.py`: a `PretrainConfig` in which the images' statistics may be `auto`."""
+
+    complete: ClassVar[type[RunConfig]] = PretrainConfig
+    data: PretrainDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class ClassifierRecipe(ClassifierSection):
+    """As `ClassifierSection`; `auto` is what `init_from` has."""
+
+    variant: Variant = AUTO
+    version: Literal[1, 2] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    grn: GRNSection | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    in_chans: Channel | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    stem_stride: Literal[1, 2, 4] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class LabelledDataRecipe(LabelledDataSection):
+    """As `LabelledDataSection`; `auto` is what `data.stats` says, or else what `init_from` was trained on."""
+
+    image_size: Side | Sizes | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    std: Deviations | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    clip: tuple[Limits, Limits] | Auto | None = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    nodata: FiniteFloat | Literal["nan"] | Auto | None = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+    window: bool | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class FinetuneRecipe(FinetuneConfig, Recipe[FinetuneConfig]):
+    """What users give `finetune.py`: a `FinetuneConfig` in which `auto` (or nothing) is what `init_from` has."""
+
+    complete: ClassVar[type[RunConfig]] = FinetuneConfig
+    open_sections: ClassVar[tuple[str, ...]] = ("model", "data")
+    model: ClassifierRecipe = ClassifierRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: LabelledDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EvaluateConfig(Section):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, parse_config
+from fcmae.config import Complete, DataSection, PretrainConfig, Recipe, parse_config
+from fcmae.data.stats import Statistics, read_statistics
 from fcmae.encoder.base import Network
 from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
@@ -163,31 +164,64 @@ def known_of(weights: Weights, keys: Collection[str]) -> dict[str, Any]:
     return {key: known[key] for key in keys if key in known}
 
 
-def resolve_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneConfig, str]:
-    """Replace `auto` by what the run that is to be resumed has, or else `init_from`.
+def _require_same_reading(stats: Statistics, data: DataSection) -> None:
+    """Check that statistics are of pixels as a run reads them.
+
+    Raises:
+        UserError: naming the key that differs.
+    """
+    for key in ("dtype", "nodata", "window"):
+        its, ours = getattr(stats, key), getattr(data, key)
+        if its != ours and (key, ours) != ("dtype", None):
+            raise UserError(
+                f"data.stats={data.stats}: of images read with data.{key}={its}, but the run has {ours}; set it to "
+                "that, or compute the statistics again"
+            )
+
+
+def resolve_recipe(recipe: Recipe[Complete]) -> tuple[Complete, str]:
+    """Replace `auto` by what the run that is to be resumed has, or else `data.stats`, or else `init_from`.
 
     Returns:
-        The configuration, and a line that names the values and their source: empty where nothing was `auto`.
+        The configuration, and a line that names the values and their sources: empty where nothing was `auto`.
 
     Raises:
         UserError: if there is nothing to take it from, or it does not fit.
     """
-    keys, source, known = recipe.automatic, "the configuration", {}
+    keys, data, stats = recipe.automatic, recipe.data, None
+    found: dict[str, dict[str, Any]] = {}  # by source
     stored = newest_state(RunFolder(recipe.output)) if keys and recipe.resume == "auto" else None
     if stored is not None:
-        source = recipe.output
-        with report_damage(Path(source)):
+        with report_damage(Path(recipe.output)):
             sections = stored.config
             split = [(key, *key.split(".")) for key in keys]
-            known = {key: sections[section][name] for key, section, name in split if name in sections[section]}
-    elif keys and recipe.init_from is not None:
-        source = recipe.init_from
-        known = known_of(load_weights(source), keys)
+            found[recipe.output] = {k: sections[part][name] for k, part, name in split if name in sections[part]}
+    elif keys:
+        if data.stats is not None:
+            stats = read_statistics(Path(data.stats))
+            says = {f"data.{key}": value for key, value in stats.section().items()}
+            found[data.stats] = {key: says[key] for key in keys if key in says}
+        rest = [key for key in keys if not any(key in values for values in found.values())]
+        if recipe.init_from is not None and rest:
+            found[recipe.init_from] = known_of(load_weights(recipe.init_from), rest)
+        if recipe.task == "pretrain" and not found:
+            raise UserError(
+                f"{keys[0]}=auto: nothing says what it is; fcmae stats {data.root} --output STATS computes it, for "
+                "data.stats=STATS/stats.json"
+            )
+    known = {key: value for values in found.values() for key, value in values.items()}
     known = {key: value for key, value in known.items() if value not in ({}, OWN_PARTS)}
-    config = recipe.resolve(known, source)
+    config = recipe.resolve(known, " and ".join(found) or "the configuration")
+    if stats is not None:
+        _require_same_reading(stats, config.data)
     values = config.model_dump(mode="json")
-    taken = (f"{key}={values[section][name]}" for key in known for section, name in [key.split(".")])
-    return config, f"{', '.join(taken)} (from {source})" if known else ""
+    taken: list[str] = []
+    for source, its in found.items():
+        shown = [
+            f"{key}={values[section][name]}" for key in its if key in known for section, name in [key.split(".")]
+        ]
+        taken += [f"{', '.join(shown)} (from {source})"] if shown else []
+    return config, ", ".join(taken)
 
 
 def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:

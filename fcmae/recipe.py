@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.config import PretrainConfig, load_config, override_config
-from fcmae.data import Source, open_source
-from fcmae.data.arrays import IMAGES
-from fcmae.data.batches import spread
+from fcmae.config import AUTO, DataSection, PretrainConfig, PretrainRecipe, load_config, override_config
+from fcmae.data import Reading, Source, open_source
 from fcmae.data.images import ImageSource
-from fcmae.data.shards import INDEX
-from fcmae.data.sources import SYNONYMS
+from fcmae.data.pixels import FULL, kind_name
+from fcmae.data.sampling import spread
+from fcmae.data.sources import holds_arrays
+from fcmae.data.stats import rounded
 from fcmae.data.views import Part
 from fcmae.encoder import VARIANTS
 from fcmae.encoder.networks import is_other
@@ -28,8 +28,6 @@ from fcmae.training.schedule import peak_rate
 
 SAMPLED = 32
 """Images that are looked at."""
-GRAY = (0.449,), (0.226,)
-"""Mean and standard deviation of ImageNet's images in gray."""
 KEPT = 16
 """Values that a block keeps for its gradient, for each channel of each visible site."""
 
@@ -60,8 +58,12 @@ class Images(NamedTuple):
     channels: int
     """1 where all of a sample have no colours."""
     mean: tuple[float, ...]
-    """Of the sample, one for each channel, pixels being from 0 to 1; and the standard deviation."""
+    """Of the sample's known pixels, one for each channel, as in `data.mean`; and the standard deviation."""
     std: tuple[float, ...]
+    dtype: str = "uint8"
+    """Of the deepest of a sample."""
+    unknown: bool = False
+    """Whether some pixels of the sample are no-data."""
 
 
 class Choice(NamedTuple):
@@ -99,9 +101,8 @@ def look_at(source: Source) -> Images:
         UserError: if none of them decodes.
     """
     sides: list[int] = []
-    moments: list[Tensor] = []  # (2, c): means of an image's channels and of their squares
-    gray = True
-    reason = ""
+    moments: list[Tensor] = []  # (3, c): known pixels of an image, their sum and that of their squares
+    gray, unknown, reason = True, False, ""
 
     def small(height: int, width: int) -> Part:
         sides.append(min(height, width))
@@ -116,23 +117,49 @@ def look_at(source: Source) -> Images:
             del sides[seen:]
             reason = f"{source.describe(index)}: {error}"
             continue
-        gray = gray and bool((pixels == pixels[:1]).all())
-        values = pixels.flatten(1) / 255
-        moments.append(torch.stack([values.mean(1), values.square().mean(1)]))
+        values = pixels.flatten(1).double() / FULL[pixels.dtype]
+        known = ~values.isnan()
+        values = values.nan_to_num()
+        gray = gray and bool((values == values[:1]).all())
+        unknown = unknown or not bool(known.all())
+        moments.append(torch.stack([known.sum(1), values.sum(1), values.square().sum(1)]))
     if not sides:
         raise UserError(f"none of {len(indices)} images tried can be read, such as {reason}")
-    mean, square = torch.stack(moments).mean(0)
+    number, total, squares = torch.stack(moments).sum(0)
+    mean = total / number.clamp_min(1)
+    std = (squares / number.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
     if gray and isinstance(source, ImageSource):  # which files are decoded to; arrays stay as they are
-        mean, square = mean[:1], square[:1]
-    std = (square - mean.square()).clamp_min(1e-4).sqrt()
-    rounded = (tuple(round(x, 3) for x in values.tolist()) for values in (mean, std))
-    return Images(len(source), sorted(sides)[len(sides) // 2], len(mean), *rounded)
+        mean, std = mean[:1], std[:1]
+    pairs = list(zip(mean.tolist(), std.tolist(), strict=True))
+    return Images(
+        len(source),
+        sorted(sides)[len(sides) // 2],
+        len(pairs),
+        tuple(rounded(mean, std, digits=3) for mean, std in pairs),
+        tuple(rounded(std, std, digits=3) or 1.0 for _, std in pairs),
+        kind_name(source.dtype),
+        unknown,
+    )
 
 
-def holds_arrays(root: Path, split: str) -> bool:
-    """Whether a folder holds arrays (of `fcmae prepare`, or images.npy) rather than image files."""
-    places = (root, *(root / name for name in (split, *SYNONYMS[0])))
-    return any((place / name).is_file() for place in places for name in (INDEX, IMAGES))
+def look_below(name: str, root: Path, split: str, given: Mapping[str, Any]) -> Images:
+    """Look at some of the images that are there, read as is given; no-data among them is found, not refused.
+
+    Raises:
+        UserError: if there are none.
+    """
+    asked = {key: given[f"data.{key}"] for key in ("dtype", "nodata", "window") if f"data.{key}" in given}
+    reading = Reading.of(DataSection(root=str(root), **asked))
+
+    def opened(reading: Reading) -> Source:
+        return open_source(name, str(root), split, given.get("model.in_chans"), reading=reading)
+
+    if "nodata" in asked:
+        return look_at(opened(reading))
+    images = look_at(
+        opened(reading._replace(nodata=math.nan))
+    )  # without, images of which a part is no-data are bad
+    return images if images.unknown else images._replace(dtype=kind_name(opened(reading).dtype))
 
 
 # What suits it
@@ -186,15 +213,20 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
         + ("" if machine.gpu or side <= most else "; a CPU is quick with small ones"),
     )
     sides = (size, size) if isinstance(size, int) else size
+    if images.unknown:
+        pick("data.nodata", "nan", "some pixels are no-data: neither loss nor statistics count them")
+    elif images.dtype != "uint8":
+        pick("data.dtype", images.dtype, "the deepest of them")
     channels = given.get("model.in_chans", images.channels)
     if channels != 3 or "model.in_chans" in given:
-        pick("model.in_chans", channels, "the images are gray" if channels == 1 else "as the arrays have")
-    if channels != 3:
-        mean, std, whose = (
-            (*GRAY, "of gray photographs") if channels == 1 else (images.mean, images.std, "of a sample")
-        )
-        pick("data.mean", mean, whose)
-        pick("data.std", std, whose)
+        pick("model.in_chans", channels, "the images are gray" if channels == 1 else "as the images have")
+    if "data.stats" in given:
+        for key in ("data.mean", "data.std", "data.clip"):
+            pick(key, AUTO, "of data.stats")
+    elif channels != 3 or images.unknown or images.dtype != "uint8":
+        alike = channels // images.channels  # of gray images as several channels
+        pick("data.mean", images.mean * alike, "of a sample; fcmae stats computes them of all")
+        pick("data.std", images.std * alike, "of a sample")
     if small_set:
         pick("data.crop_scale", (0.05, 1.0), "smaller crops show more of few images")
 
@@ -288,7 +320,7 @@ def suitable_output(root: Path, split: str, runs: Path = Path("runs")) -> Path:
         number += 1
 
 
-def recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainConfig, str]:
+def recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainRecipe, str]:
     """Choose a complete configuration for `data.root` and this machine, the same in all processes; and say why.
 
     The same command again goes on with its run, as it was chosen then.
@@ -303,16 +335,16 @@ def recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Pretr
     return decide_once(lambda: _recommend(given, overrides))
 
 
-def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainConfig, str]:
+def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainRecipe, str]:
     root, split = Path(given["data.root"]), given.get("data.split", "train")
     output = Path(given["output"]) if "output" in given else suitable_output(root, split)
     stored = run_on(output, root, split)
     if stored is not None and RunFolder(output).newest is not None:
         values = stored.model_dump(mode="json") | {"resume": "auto"}
-        config = override_config(PretrainConfig, values, overrides, str(RunFolder(output).config))
+        config = override_config(PretrainRecipe, values, overrides, str(RunFolder(output).config))
         return config, f"going on with {output}, as chosen then; to begin anew, delete it or give output=FOLDER"
-    name = given.get("data.name", "arrays" if holds_arrays(root, split) else "folder")
-    images = look_at(open_source(name, str(root), split, given.get("model.in_chans")))
+    name = given.get("data.name", "arrays" if holds_arrays(str(root), split) else "folder")
+    images = look_below(name, root, split, given)
     machine = this_machine()
     choices = [
         Choice("output", str(output), "the run's folder" if "output" not in given else "as given"),
@@ -322,7 +354,7 @@ def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Pret
     choices += choose(images, machine, rest)
     fixed = [("data.root", str(root)), ("resume", "never" if output.exists() and stored is None else "auto")]
     values = assignments([(key, value) for key, value, _ in choices] + fixed)
-    config = override_config(PretrainConfig, values, overrides, "fcmae pretrain")
+    config = override_config(PretrainRecipe, values, overrides, "fcmae pretrain")
     what = f"{images.number:,} image{'s' * (images.number > 1)}"
     processes = f" x {machine.processes} processes" if machine.processes > 1 else ""
     return config, (

@@ -6,8 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fcmae.config import OptimSection
-from fcmae.data import IndexStream, LabelledDataset, PretrainDataset, Source, load_batches, unreadable
+from fcmae.data import (
+    IndexStream,
+    LabelledDataset,
+    PixelNormalizer,
+    PretrainDataset,
+    Source,
+    load_batches,
+    unreadable,
+)
 from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.data.sampling import spread
+from fcmae.data.views import Part
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
 from fcmae.training.dry_run import rehearse
@@ -42,9 +52,42 @@ def cores_per_process() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+LOOKED_AT, LOOKED_INTO = 8, 512
+"""Images that a run looks at before it starts, and the side of the middle of each, in pixels."""
+FAR = 20
+"""Standard deviations from the mean beyond which no pixel lies, if both are of these images."""
+
+
+def warn_of_units(trainer: Trainer, source: Source) -> None:
+    """Say where pixels of some images, normalised, lie so far out that mean and std must be of another unit."""
+    data = trainer.config.data
+    normalize = PixelNormalizer(data.mean, data.std, data.clip)
+
+    def middle(height: int, width: int) -> Part:
+        tall, wide = min(height, LOOKED_INTO), min(width, LOOKED_INTO)
+        return Part((height - tall) // 2, (width - wide) // 2, tall, wide, (tall, wide))
+
+    for index in spread(len(source), LOOKED_AT):
+        try:
+            furthest = normalize(source.load_part(index, middle)).abs().max()
+        except Exception:  # training names the images that do not decode
+            continue
+        if furthest > FAR:
+            trainer.say(
+                f"data.mean, data.std: {source.describe(index)} has pixels {furthest:.3g} standard deviations from "
+                f"the mean: they are of other images, or in another unit; fcmae stats {data.root} computes them"
+            )
+            return
+
+
 def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDataset) -> Callable[..., Iterator[Any]]:
-    """Return a function of `num_workers=` that gives this process's batches, from where the run stands on."""
+    """Return a function of `num_workers=` that gives this process's batches, from where the run stands on.
+
+    Says what of the settings is odd for these images and this machine.
+    """
     accelerator, config = trainer.accelerator, trainer.config
+    if accelerator.is_main_process:
+        warn_of_units(trainer, dataset.source)
     cores = cores_per_process()
     if config.data.num_workers > cores:
         trainer.say(f"data.num_workers={config.data.num_workers}: more than the {cores} cores of each process here")

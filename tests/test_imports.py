@@ -77,7 +77,7 @@ ONLY_IN = {
         "evaluation.subjects",
         "finetune",
     },
-    "matplotlib": {"evaluation.diagnose_pictures", "ablation", "visualize"},
+    "matplotlib": {"evaluation.diagnose_pictures", "evaluation.stats_picture", "ablation", "visualize"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},

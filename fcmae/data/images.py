@@ -351,6 +351,11 @@ class OpenImage(NamedTuple):
     kind: torch.dtype
     read: Read
 
+    @property
+    def channels(self) -> int:
+        """How many bands there are, transparency not counted."""
+        return {2: 1, 4: 3}.get(self.bands, self.bands) if self.colours else self.bands
+
 
 def _open_file(file: IO[bytes], reading: Reading) -> Image.Image | Opened:
     open_deep = find_reader(file)
@@ -524,7 +529,7 @@ class ImageSource:
 
     Args:
         files: that they are in.
-        channels: of what is loaded; None for as many as the first of some images has bands, 3 of gray and colours.
+        channels: of what is loaded; None for as many as there are in some images, transparency not counted.
         place: see `Source`.
         reading: what becomes of their pixels; without a kind, that of the deepest of some images.
 
@@ -541,7 +546,7 @@ class ImageSource:
         self.reading = reading
         seen = dict(self._look())
         first = next(iter(seen.values()), None)
-        self.channels = channels or (3 if first is None or first.colours else first.bands)
+        self.channels = channels or max((image.channels for image in seen.values()), default=3)
         if first and not any(fits(image.bands, self.channels, image.colours) for image in seen.values()):
             raise UserError(
                 f"{self.describe(next(iter(seen)))}: {first.bands} bands, but model.in_chans is {self.channels}; "
@@ -563,6 +568,11 @@ class ImageSource:
                 raise UserError(f"{self.describe(index)}: {error}") from error
             except Exception:  # training names the images that do not decode
                 continue
+
+    def stored(self, index: int) -> tuple[torch.dtype, int]:
+        """Return the kind of an image's own pixels and its channels; raises whatever opening raises."""
+        with self._opened(index) as image:
+            return image.kind, image.channels
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[OpenImage]:

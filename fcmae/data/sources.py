@@ -169,7 +169,7 @@ def open_source(
         name: "folder" (or a .tar as root), "arrays", or a map-style name of timm's `create_dataset`.
         root: the folder, tar file or cache folder.
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
-        in_chans: channels the model wants; None for as many as there are, and 3 of gray image files.
+        in_chans: channels the model wants; None for as many as there are.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
         reading: what becomes of the files' pixels.
         key: that names `root`, for messages.
