@@ -29,8 +29,9 @@ import fcmae.__main__
 import fcmae.training.checkpoint
 from fcmae import pretrain
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data import save_arrays
+from fcmae.data import PixelNormalizer, save_arrays
 from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.load import load_fcmae
 from fcmae.training import dry_run
 from fcmae.training.checkpoint import State, save_checkpoint
 from fcmae.training.dry_run import loading_rate, name_bottleneck
@@ -158,6 +159,12 @@ def test_images_with_pixels_that_are_not_known_are_trained_on(
         with Image.open(path) as picture:
             grays = {round(255 * gray) for gray in HATCH}
             assert grays <= {value for value, *others in np.asarray(picture).reshape(-1, 3) if {value} == {*others}}
+    model, config = load_fcmae(tmp_path / "run")
+    out = model(
+        PixelNormalizer(config.data.mean, config.data.std)(torch.full((1, 5, 32, 32), torch.nan), torch.nan)
+    )
+    assert out.loss.item() == 0
+    assert out.pred.isfinite().all()
 
 
 def summary(out: str) -> tuple[dict[str, str], list[str]]:
