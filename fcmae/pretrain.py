@@ -21,6 +21,7 @@ from fcmae.data import (
     PixelNormalizer,
     PretrainDataset,
     RandomView,
+    Reading,
     fixed_images,
     open_source,
     prefetch,
@@ -125,7 +126,11 @@ def train(
     # The images: cropped, flipped and masked by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
     source = open_source(
-        config.data.name, config.data.root, config.data.split, config.model.in_chans, dtype=config.data.dtype
+        config.data.name,
+        config.data.root,
+        config.data.split,
+        config.model.in_chans,
+        reading=Reading.of(config.data),
     )
     splits = None
     if config.eval.knn_every_epochs is not None:

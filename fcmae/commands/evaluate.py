@@ -113,7 +113,7 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
 
-    from fcmae.data import open_source, seeded
+    from fcmae.data import Reading, open_source, seeded
     from fcmae.encoder.networks import build_network
     from fcmae.evaluation.inference import best_device
     from fcmae.evaluation.probes import labelled_splits
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
                 f"give data.{key} one value for each"
             )
     require_batch(data, encoder.in_chans, best_device())
-    source = open_source(data.name, data.root, data.split, encoder.in_chans, dtype=data.dtype)
+    source = open_source(data.name, data.root, data.split, encoder.in_chans, reading=Reading.of(data))
     splits = labelled_splits(source, data, config.eval, encoder.in_chans)
     everything = not (options.knn or options.linear)
     wanted = {"knn": options.knn or everything, "linear": options.linear or everything}

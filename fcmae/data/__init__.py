@@ -26,6 +26,7 @@ from fcmae.data.batches import (
     unreadable,
 )
 from fcmae.data.labels import labels_by
+from fcmae.data.pixels import Reading
 from fcmae.data.sampling import IndexStream, one_pass
 from fcmae.data.sources import Source, open_source, overlap, share_of_each_class
 from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
@@ -45,6 +46,7 @@ __all__ = [
     "PixelNormalizer",
     "PretrainDataset",
     "RandomView",
+    "Reading",
     "Source",
     "cover",
     "derive_seed",

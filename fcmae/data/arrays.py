@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fcmae.data.labels import CLASSES, LABELS, check_class_names, read_labels, write_labels
 from fcmae.data.npy import read_header, write_array
-from fcmae.data.pixels import is_pixels, kind_of, native
+from fcmae.data.pixels import Reading, as_kind, is_pixels, kind_of, native, without_nodata
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 from fcmae.files import SharedFile
@@ -27,7 +27,7 @@ class ArraySource:
     the end of the process.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reading: Reading) -> None:
         path = folder / IMAGES
         header = read_header(path)
         if not is_pixels(header.dtype) or len(header.shape) not in (3, 4) or 0 in header.shape:
@@ -36,7 +36,7 @@ class ArraySource:
                 f"{header.shape}; fcmae.data.save_arrays writes them"
             )
         self.stored = header.dtype
-        self.dtype = kind_of(header.dtype)
+        self.reading, self.dtype = reading, reading.kind(kind_of(header.dtype))
         if header.fortran_order:
             raise UserError(
                 f"{path}: in Fortran order, which has each image all over the file; "
@@ -51,8 +51,8 @@ class ArraySource:
         self.channels = self.shape[3]
         self.labels, self.class_names = read_labels(folder, len(self))
 
-    def __reduce__(self) -> tuple[type["ArraySource"], tuple[Path]]:
-        return ArraySource, (self.folder,)  # workers open the file again
+    def __reduce__(self) -> tuple[type["ArraySource"], tuple[Path, Reading]]:
+        return ArraySource, (self.folder, self.reading)  # workers open the file again
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -71,7 +71,8 @@ class ArraySource:
             number = min(at_once, height - first)
             rows = np.frombuffer(self.file.read(start + first * row, number * row), self.stored)
             part[first : first + number] = rows.reshape(number, image_width, channels)[:, left : left + width]
-        return torch.from_numpy(native(part)).permute(2, 0, 1)
+        pixels = torch.from_numpy(without_nodata(native(part), self.reading))
+        return as_kind(pixels, self.dtype).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder / IMAGES}[{index}]"

@@ -17,7 +17,15 @@ from torch import Tensor
 from fcmae.data.deep import EXTENSIONS, Opened, find_reader, is_tiff, open_tiff
 from fcmae.data.labels import check_labels
 from fcmae.data.listing import FolderFiles, TarFiles, images_below
-from fcmae.data.pixels import FULL, as_kind, as_pixels, kind_of
+from fcmae.data.pixels import (
+    AS_STORED,
+    FULL,
+    Reading,
+    as_kind,
+    as_pixels,
+    kind_of,
+    without_nodata,
+)
 from fcmae.data.sampling import spread
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError, brief
@@ -212,13 +220,17 @@ Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
 """Takes what chooses a part, and channels; returns the part's pixels (h, w, channels)."""
 
 
-def _read_deep(image: Opened, choose: Callable[[int, int], Part], channels: int) -> np.ndarray:
+def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Part], channels: int) -> np.ndarray:
     top, left, height, width, _ = choose(image.height, image.width)
-    return fit_channels(image.read((top, left, height, width)), channels)
+    return fit_channels(without_nodata(image.read((top, left, height, width)), reading), channels)
 
 
-def open_pixels(file: IO[bytes]) -> tuple[torch.dtype, Read]:
+def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dtype, Read]:
     """Open an image file of any type, recognised by its content: all that is read of image files is read here.
+
+    Args:
+        file: as bytes.
+        reading: what becomes of no-data and DICOM's window.
 
     Returns:
         The kind of its pixels, and what reads a part of it.
@@ -240,7 +252,7 @@ def open_pixels(file: IO[bytes]) -> tuple[torch.dtype, Read]:
     opened = open_deep(file)
     if opened.height * opened.width > MAX_PIXELS:
         raise ValueError(f"{opened.width:,} x {opened.height:,} pixels, over {MAX_PIXELS:,}; cut it into tiles")
-    return opened.kind, functools.partial(_read_deep, opened)
+    return opened.kind, functools.partial(_read_deep, opened, reading)
 
 
 class Files(Protocol):
@@ -323,15 +335,16 @@ class ImageSource:
         files: that they are in.
         channels: of what is loaded.
         place: see `Source`.
-        dtype: uint8, uint16 or float32; None for what most pixels of the first images need.
+        reading: what becomes of their pixels; without a kind, that of the deepest of some images.
     """
 
-    def __init__(self, files: Files, channels: int, place: Path | None, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, files: Files, channels: int, place: Path | None, reading: Reading = AS_STORED) -> None:
         self.files = files
         self.channels = channels
         self.place = place
         self.labels, self.class_names = files.labels, files.class_names
-        self.dtype = dtype or self._widest()
+        self.reading = reading
+        self.dtype = reading.kind(self._widest())
 
     def __len__(self) -> int:
         return len(self.files)
@@ -353,7 +366,7 @@ class ImageSource:
             yield pillow_kind(opened), functools.partial(decode_part, opened)
         else:
             with opened:
-                yield open_pixels(opened)
+                yield open_pixels(opened, self.reading)
 
     def load(self, index: int) -> Tensor:
         return self.load_part(index, whole)
@@ -380,7 +393,7 @@ def _open_files(name: str, root: str, split: str | None) -> Files:
 
 
 def open_images(
-    name: str, root: str, split: str | None, channels: int, what: str, dtype: torch.dtype | None = None
+    name: str, root: str, split: str | None, channels: int, what: str, reading: Reading = AS_STORED
 ) -> ImageSource:
     """Open image files, or a map-style dataset of timm's `create_dataset`.
 
@@ -390,7 +403,7 @@ def open_images(
         split: of the others; None where `root` is all images, in any arrangement.
         channels: of what is loaded.
         what: how messages name it, such as "data.root=pets".
-        dtype: of the pixels, see `ImageSource`.
+        reading: see `ImageSource`.
 
     Raises:
         UserError: if it cannot be opened, or nothing in it is an image.
@@ -410,4 +423,4 @@ def open_images(
         hint = f"such as {array}: data.name=arrays reads what fcmae prepare or fcmae.data.save_arrays wrote"
         looked = f"(looked for {', '.join(FORMATS)} files)"
         raise UserError(f"{what}: no images in it " + (f"but arrays, {hint}" if array else looked))
-    return ImageSource(files, channels, Path(root).resolve() if split is None else None, dtype)
+    return ImageSource(files, channels, Path(root).resolve() if split is None else None, reading)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fcmae.data.labels import read_labels
 from fcmae.data.npy import read_array
-from fcmae.data.pixels import as_pixels, is_pixels, kind_of
+from fcmae.data.pixels import Reading, as_kind, as_pixels, is_pixels, kind_of, without_nodata
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
 
@@ -34,7 +34,7 @@ class PreparedSource:
     while it is read is an error, not a crash.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, reading: Reading) -> None:
         path = folder / INDEX
         if not path.is_file():
             raise UserError(f"{folder}: unfinished; the same fcmae prepare again goes on where it stopped")
@@ -49,7 +49,7 @@ class PreparedSource:
             self.stored = np.dtype(index.get("dtype", "uint8")).newbyteorder("<")
             if not is_pixels(self.stored):
                 raise ValueError(f"pixels of {self.stored}")
-            self.dtype = kind_of(self.stored)
+            self.reading, self.dtype = reading, reading.kind(kind_of(self.stored))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"[:300]
             raise UserError(f"{path}: no index of prepared images ({reason}); run fcmae prepare again") from error
@@ -86,8 +86,8 @@ class PreparedSource:
                 )
         self.labels, self.class_names = read_labels(folder, len(self.sizes))
 
-    def __reduce__(self) -> tuple[type["PreparedSource"], tuple[Path]]:
-        return PreparedSource, (self.folder,)
+    def __reduce__(self) -> tuple[type["PreparedSource"], tuple[Path, Reading]]:
+        return PreparedSource, (self.folder, self.reading)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -106,7 +106,8 @@ class PreparedSource:
         if len(content) != height * row:
             raise OSError(f"{path}: cut off; run the same fcmae prepare again, which fixes it")
         rows = np.frombuffer(content, self.stored).reshape(height, image_width, self.channels)
-        return torch.from_numpy(as_pixels(rows[:, left : left + width])).permute(2, 0, 1)
+        pixels = without_nodata(as_pixels(rows[:, left : left + width]), self.reading)
+        return as_kind(torch.from_numpy(pixels), self.dtype).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
         return f"{self.folder}[{index}]"

@@ -13,7 +13,7 @@ from torch import Tensor
 from fcmae.data.arrays import IMAGES, ArraySource
 from fcmae.data.images import find_image, open_images
 from fcmae.data.labels import Labelled
-from fcmae.data.pixels import kind_name
+from fcmae.data.pixels import AS_STORED, Reading, holds, kind_name, kind_of
 from fcmae.data.shards import INDEX, PLAN, PreparedSource
 from fcmae.data.views import Part
 from fcmae.errors import UserError
@@ -152,7 +152,7 @@ def open_source(
     in_chans: int | None,
     *,
     whole_root: bool = False,
-    dtype: str | None = None,
+    reading: Reading = AS_STORED,
     key: str = "data.root",
     remedy: str = "name one that is there with data.split=NAME, or all there is with data.split=.",
 ) -> Source:
@@ -164,14 +164,14 @@ def open_source(
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
         in_chans: channels the model wants; None for as many as arrays have, and 3 of image files.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
-        dtype: of the pixels, "uint8", "uint16" or "float32"; None for what arrays, or some images, have.
+        reading: what becomes of the files' pixels.
         key: that names `root`, for messages.
         remedy: for the message where the split is not there.
 
     Raises:
         UserError: if nothing is there, the split is not, nothing in it is an image, or the channels do not fit.
     """
-    what, kind = f"{key}={root}", None if dtype is None else getattr(torch, dtype)
+    what = f"{key}={root}"
     arrays = name == "arrays"
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix in STREAMED:
@@ -187,19 +187,22 @@ def open_source(
                 f"{what}: no split {split!r} of {name} (known: {', '.join(known)}{_meant(split, known)})"
             )
     if prefix in ("hfds", "torch") and torch_name not in FOLDERS:
-        return open_images(name, root, split, in_chans or 3, what, kind)
+        return open_images(name, root, split, in_chans or 3, what, reading)
     if name not in ("folder", "", "arrays") and torch_name not in FOLDERS:
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
     place = _find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
     if not arrays:
-        return open_images(name, place, None, in_chans or 3, what, kind)
+        return open_images(name, place, None, in_chans or 3, what, reading)
     folder = Path(place)
     plain = (folder / IMAGES).is_file() and not (folder / INDEX).is_file()
-    source = ArraySource(folder) if plain else PreparedSource(folder)
+    source = ArraySource(folder, reading) if plain else PreparedSource(folder, reading)
     if in_chans is not None and source.channels != in_chans:
         raise UserError(f"{folder}: images have {source.channels} channels, but model.in_chans is {in_chans}")
-    if kind is not None and source.dtype != kind:
-        raise UserError(f"{folder}: images are {kind_name(source.dtype)}, but data.dtype is {dtype}; take null")
+    stored = kind_of(source.stored)
+    if not holds(source.dtype, stored):
+        raise UserError(
+            f"{folder}: images are {kind_name(stored)}, but data.dtype is {kind_name(source.dtype)}; take null"
+        )
     return source

@@ -13,6 +13,7 @@ from torch import Tensor
 from fcmae.config import PretrainConfig
 from fcmae.data.images import extensions, open_pixels
 from fcmae.data.listing import images_below
+from fcmae.data.pixels import AS_STORED, Reading, as_kind
 from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
 from fcmae.errors import brief
@@ -65,7 +66,9 @@ def image_files(path: Path) -> list[Path]:
     return sorted(map(Path, images_below(str(path), extensions()))) if path.is_dir() else [path]
 
 
-def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture | Unreadable]:
+def read_images(
+    paths: Iterable[str | Path], channels: int, reading: Reading = AS_STORED
+) -> Iterator[Picture | Unreadable]:
     """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says)."""
     for path in map(Path, paths):
         files = image_files(path)
@@ -74,9 +77,9 @@ def read_images(paths: Iterable[str | Path], channels: int) -> Iterator[Picture 
         for file in files:
             try:
                 with BoundedFile(file) as opened:
-                    _, read = open_pixels(opened)
+                    found, read = open_pixels(opened, reading)
                     pixels = np.array(read(whole, channels), order="C")
-                yield Picture(file, torch.from_numpy(pixels).permute(2, 0, 1))
+                yield Picture(file, as_kind(torch.from_numpy(pixels), reading.kind(found)).permute(2, 0, 1))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
             except Exception as error:  # a broken file can make a decoder raise anything

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fcmae.config import DataSection, ProbeSection
 from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
 from fcmae.data.labels import labels_by
+from fcmae.data.pixels import Reading
 from fcmae.data.sampling import one_pass
 from fcmae.data.sources import Source, Subset, open_source, overlap
 from fcmae.data.views import Cover
@@ -82,7 +83,7 @@ def labelled_splits(source: Source, data: DataSection, settings: ProbeSection, i
             settings.val_split,
             in_chans,
             whole_root=bool(settings.val_root),
-            dtype=data.dtype,
+            reading=Reading.of(data),
             key="eval.val_root" if settings.val_root else "data.root",
             remedy=remedy,
         )

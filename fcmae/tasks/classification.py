@@ -20,6 +20,7 @@ from fcmae.data import (
     Cover,
     EvaluationDataset,
     LabelledDataset,
+    Reading,
     Source,
     labels_by,
     load_batches,
@@ -65,7 +66,7 @@ def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
         UserError: if they have no labels, or not `model.num_classes` classes.
     """
     data = config.data
-    source = open_source(data.name, data.root, data.split, config.model.in_chans, dtype=data.dtype)
+    source = open_source(data.name, data.root, data.split, config.model.in_chans, reading=Reading.of(data))
     if data.auto_augment is not None and source.dtype != torch.uint8:
         raise UserError(
             f"data.auto_augment={data.auto_augment}: is for pixels of 8 bits, and data.root={data.root} has "
@@ -127,7 +128,7 @@ def validation_set(
         data.val_split,
         in_chans,
         whole_root=whole_root,
-        dtype=data.dtype,
+        reading=Reading.of(data),
         key=key,
         remedy=remedy,
     )
