@@ -83,7 +83,7 @@ def evaluate(
     Raises:
         UserError: if none of them could be read.
     """
-    normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
+    normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
     training = model.training
     model.eval()
     with accelerator.autocast(), blame(f"data.val_split={config.data.val_split}"):
@@ -183,7 +183,7 @@ def train(
     validation = None
     if config.data.val_split is not None:
         validation = classification.validation_set(config, class_names, config.model.in_chans, training=source)
-    normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
+    normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
 
     # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
     with torch.device("meta"):

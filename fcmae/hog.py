@@ -19,7 +19,8 @@ def hog(images: Tensor, cell: int) -> Tensor:
     Gradients are centred differences, [-1, 0, 1], and zero across the image's border. Each pixel votes, weighted by
     its gradient's magnitude, for the two orientations nearest to its gradient's in proportion; that of bin k is
     k / 9 of half a turn, 0 for a gradient along x. Each channel has histograms of its own, divided by their L2 norm
-    (MaskFeat, 2112.09133); they are near zero where there is next to no gradient.
+    (MaskFeat, 2112.09133); they are near zero where there is next to no gradient. Pixels that are NaN make those NaN
+    of the channel's cells that have them, or have one beside them.
 
     Args:
         images: (b, c, h, w), of about unit variance; h and w multiples of `cell`.

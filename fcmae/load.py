@@ -209,7 +209,8 @@ def load_fcmae(path: str | Path) -> tuple[FCMAE, PretrainConfig]:
     with blame(str(state)):
         if blocks > len(tensors):
             raise ValueError(f"its network has {blocks} blocks, but {file.name} beside it {len(tensors)} tensors")
-        settings: dict[str, Any] = {**config.model.model_dump(), "layout": "auto"}  # training's may need a package
+        settings: dict[str, Any] = {**config.model.model_dump(), "nodata": config.data.nodata is not None}
+        settings["layout"] = "auto"  # training's may need a package
         with torch.device("meta"):
             require_fit(FCMAE(**settings), tensors, file)  # before it takes the memory that the configuration asks
         model = FCMAE(**settings)

@@ -53,6 +53,7 @@ class FCMAE(nn.Module):
         mask_group: side of the squares of patches that are hidden or shown together.
         norm_pix_loss: reconstruct patch-normalised pixels; of the target pixels alone.
         target: a name of `fcmae.loss.TARGETS`: what is predicted of hidden patches, pixels or hog.
+        nodata: whether images may have pixels that are not known, NaN: zeros to the encoder, left out of the loss.
         layout: how the encoder computes; all layouts give the same numbers. "auto" is packed.
         drop_path: stochastic depth of the encoder's last block.
 
@@ -78,6 +79,7 @@ class FCMAE(nn.Module):
         mask_group: int = 1,
         norm_pix_loss: bool = True,
         target: str = "pixels",
+        nodata: bool = False,
         layout: Layout = "auto",
         drop_path: float = 0.0,
     ) -> None:
@@ -92,7 +94,8 @@ class FCMAE(nn.Module):
             raise ValueError(f"unknown decoder {decoder!r}: choose from {', '.join(DECODERS)}")
         if target not in TARGETS:
             raise ValueError(f"unknown target {target!r}: choose from {', '.join(TARGETS)}")
-        self.target: Target = TARGETS[target](norm_pix_loss)
+        self.target: Target = TARGETS[target](norm_pix_loss, nodata)
+        self.nodata = nodata
         encoder = build_network(
             variant,
             version=version,
@@ -130,6 +133,8 @@ class FCMAE(nn.Module):
         return MaskSampler(grid, ratio, self.mask_shape, self.mask_group)
 
     def _encode(self, images: Tensor, visible_ids: Tensor) -> list[Tensor]:
+        if self.nodata:
+            images = images.masked_fill(images.isnan(), 0)
         layout, ids = self.layout, visible_ids
         if not self.sparse:
             layout, ids = "dense", None
@@ -150,7 +155,8 @@ class FCMAE(nn.Module):
         """Hide patches, reconstruct them, and measure the error on them.
 
         Args:
-            images: (b, in_chans, H, W), normalised, sides multiples of the patch size.
+            images: (b, in_chans, H, W), normalised, sides multiples of the patch size; with `nodata` NaN where
+                not known.
             visible_ids: int64 (b, p), without repeats, 1 <= p < L; drawn by `mask_sampler` when None.
             generator: source of the sampling when `visible_ids` is None.
 

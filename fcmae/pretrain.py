@@ -4,6 +4,8 @@ fcmae pretrain --config atto data.root=IMAGES output=runs/atto
 accelerate launch -m fcmae.pretrain --config atto data.root=IMAGES output=runs/atto
 """
 
+import functools
+import math
 import shlex
 
 from fcmae import arguments
@@ -110,12 +112,13 @@ def train(
 ) -> None:
     """Do the work of a run that has begun."""
     # The network: a sparse ConvNeXt encoder and a light decoder
+    build = functools.partial(FCMAE, **config.model.model_dump(), nodata=config.data.nodata is not None)
     with blame("model"), torch.device("meta"):
-        outline = FCMAE(**config.model.model_dump())
+        outline = build()
     require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     with blame("model"):
-        model = FCMAE(**config.model.model_dump())
+        model = build()
     with blame("data.image_size"):
         draw_ids = model.mask_sampler(grid_shape(config.data.size, model.patch_size))
     with blame("train.gradient_checkpointing"):
@@ -142,11 +145,11 @@ def train(
         seed=config.train.seed,
         resize_on_device=accelerator.device.type == "cuda",
     )
-    normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
+    normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
 
-    # The training: AdamW, warm-up, half a cosine; the loss is the error on hidden patches
+    # The training: AdamW, warm-up, half a cosine; the loss is the error on hidden patches, where they are known
     def compute_loss(model: nn.Module, batch: MaskedBatch) -> Tensor:
-        return model(normalize(batch.images), batch.visible_ids).loss
+        return model(normalize(batch.images, unknown=math.nan), batch.visible_ids).loss
 
     plan = Plan.of(config, len(source), accelerator.num_processes)
     trainer = Trainer(

@@ -109,14 +109,14 @@ def test_patches_that_touch_no_hidden_one_never_reach_the_loss() -> None:
 def test_pixels_remain_as_they_were() -> None:
     pred, images, hidden = torch.randn(2, 5, 768), torch.randn(2, 3, 48, 48), hidden_ids(some_ids(2, 9, 4), 9)
     for norm_pix_loss in (True, False):
-        target = TARGETS["pixels"](norm_pix_loss)
+        target = TARGETS["pixels"](norm_pix_loss, False)
         expected = hidden_patch_loss(pred, images, hidden, 16, norm_pix_loss=norm_pix_loss)
         assert torch.equal(target.loss(pred, images, hidden, 16), expected)
         assert target.num_values(16, 3) == 768
 
 
 def test_norm_pix_loss_is_of_pixels_alone() -> None:
-    assert TARGETS["hog"](True) == TARGETS["hog"](False) == HOGTarget()
+    assert TARGETS["hog"](True, False) == TARGETS["hog"](False, False) == HOGTarget()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

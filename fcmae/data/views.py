@@ -1,10 +1,13 @@
-"""Crops, flips, augmentation and normalisation of pixels (c, h, w) of any kind, mostly of any channel count."""
+"""Crops, flips, augmentation and normalisation of pixels (c, h, w) of any kind, mostly of any channel count.
+
+Pixels that are not known are NaN, of float32 alone: they take no part in what is resized, and are 0 to a network.
+"""
 
 import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,11 +38,39 @@ def whole(height: int, width: int) -> Part:
     return Part(0, 0, height, width, (height, width))
 
 
+MOST_UNKNOWN = 0.501
+"""Share of a resized pixel's weight up to which the rest makes it up: a half, however that is rounded."""
+
+
+def _split_unknown(pixels: Tensor) -> Tensor:
+    """Return pixels (..., c, h, w) with 0 for what is not known, and then whether it is not: (..., 2 c, h, w)."""
+    unknown = pixels.isnan()
+    return torch.cat([pixels.masked_fill(unknown, 0), unknown.to(pixels.dtype)], dim=-3)
+
+
+def _reweigh(resized: Tensor) -> Tensor:
+    """Return what `_split_unknown` gave, since resized, as the weighted mean of known pixels, NaN where they are few.
+
+    Where all are known nothing changes.
+    """
+    values, unknown = resized.chunk(2, dim=-3)
+    return torch.where(unknown > MOST_UNKNOWN, torch.nan, values / (1 - unknown))
+
+
+def _resize_known(pixels: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
+    """Resize pixels (c, h, w) by a linear filter; float ones that are not known leave their weight to the others."""
+    if pixels.dtype != torch.float32 or not pixels.isnan().any():
+        exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # of 8 bits it takes whole numbers
+        return rounded(resize(exact), pixels.dtype)
+    return _reweigh(resize(_split_unknown(pixels)))
+
+
 def resample(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize pixels (c, h, w) to `size` (height, width) by torch's antialiased bicubic filter."""
-    exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # of 8 bits it takes whole numbers
-    resized = v2.functional.resize(exact, list(size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return rounded(resized, pixels.dtype)
+    """Resize pixels (c, h, w) to `size` (height, width) by torch's antialiased bicubic filter; NaN as unknown."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    return _resize_known(
+        pixels, lambda exact: v2.functional.resize(exact, list(size), interpolation=bicubic, antialias=True)
+    )
 
 
 class View(ABC):
@@ -120,7 +151,7 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[in
 
     The same antialiased bicubic filter as `RandomView` applies one by one, as two batched matrix products. Nearly
     all pixels are the same; some differ by a level of 255, one in 10,000 at most by two, as torch's CPU kernel
-    rounds its weights.
+    rounds its weights. Without a wait for the device, whether there are unknown pixels or not.
 
     Args:
         crops: pixels (b, c, h, w), each crop in the upper left corner.
@@ -136,10 +167,12 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[in
         heights, widths = extent.unbind(1)
         across = _cubic_weights(widths, some.shape[3], size[1], flip)
         down = _cubic_weights(heights, some.shape[2], size[0])
-        narrow = torch.einsum("bchw,bjw->bchj", some.float(), across)
+        exact = _split_unknown(some) if crops.dtype == torch.float32 else some.float()
+        narrow = torch.einsum("bchw,bjw->bchj", exact, across)
         if crops.dtype == torch.uint8:
             narrow = narrow.round_().clamp_(0, 255)
-        done.append(rounded(torch.einsum("bih,bchj->bcij", down, narrow), crops.dtype))
+        resized = torch.einsum("bih,bchj->bcij", down, narrow)
+        done.append(_reweigh(resized) if crops.dtype == torch.float32 else rounded(resized, crops.dtype))
     return torch.cat(done)
 
 
@@ -158,12 +191,18 @@ def covering_size(image: tuple[int, int], around: tuple[int, int]) -> tuple[int,
 
 
 def resize(image: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """Resize pixels (c, h, w) by Pillow, antialiased, channel by channel: the numbers are those of whole images."""
+    """Resize pixels (c, h, w) by Pillow, antialiased, channel by channel: the numbers are those of whole images.
+
+    NaN is unknown, as in `resample`.
+    """
     resample = Image.Resampling[interpolation.upper()]
     height, width = size
-    exact = image if image.dtype == torch.uint8 else image.float()
-    channels = [Image.fromarray(channel).resize((width, height), resample) for channel in exact.numpy()]
-    return rounded(torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])), image.dtype)
+
+    def by_pillow(exact: Tensor) -> Tensor:
+        channels = [Image.fromarray(channel).resize((width, height), resample) for channel in exact.numpy()]
+        return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+
+    return _resize_known(image, by_pillow)
 
 
 def cover(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0, interpolation: str = "bicubic") -> Tensor:
@@ -223,7 +262,10 @@ class AutoAugment(v2.Transform):
 
 
 class ErasePixels(v2.Transform):
-    """timm's random erasing before normalisation: normal values, as pixels, in one rectangle of some images."""
+    """timm's random erasing before normalisation: normal values, as pixels, in one rectangle of some images.
+
+    Unknown pixels in it are erased, too.
+    """
 
     def __init__(self, probability: float, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -282,23 +324,43 @@ class AugmentedView(View):
         return pixels
 
 
+Limits = float | tuple[float, ...]
+"""A number for all channels, or one for each."""
+
+
 class PixelNormalizer(nn.Module):
     """Normalise pixels by mean and std per channel, (pixel / 255 - mean) / std, and back; on any device.
 
     65535 in place of 255 for uint16; float32 is as it is.
+
+    Args:
+        mean: of each channel.
+        std: of each channel.
+        clip: least and most that pixels are clipped to before, in the units of `mean`: a number, or one per channel.
     """
 
     mean: Tensor
     std: Tensor
+    clip: Tensor | None
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], clip: tuple[Limits, Limits] | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        limits = clip and torch.stack([torch.tensor(limit).expand(len(mean)) for limit in clip])  # (2, c)
+        self.register_buffer("clip", None if limits is None else limits[..., None, None], persistent=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Turn pixels (..., c, h, w) into float32."""
-        return (pixels.float() / FULL[pixels.dtype] - self.mean) / self.std
+    def forward(self, pixels: Tensor, unknown: float = 0.0) -> Tensor:
+        """Turn pixels (..., c, h, w) into float32, with `unknown` where they are NaN: 0, the mean, for a network."""
+        values = pixels.float() / FULL[pixels.dtype]
+        if self.clip is not None:
+            values = values.clamp(*self.clip)
+        images = (values - self.mean) / self.std
+        if pixels.dtype != torch.float32 or math.isnan(unknown):
+            return images
+        return images.masked_fill(images.isnan(), unknown)
 
     def invert(self, images: Tensor) -> Tensor:
         """Turn normalised images (..., c, h, w) back into pixels, 1.0 for 255 or 65535."""
