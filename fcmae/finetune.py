@@ -262,8 +262,7 @@ def train(
         final = stored_model(folder.path)
         assert final is not None
         load_network(model, final.read(), final.file)
-        data = config.data
-        preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
+        preprocessing = Preprocessing.of(dict(config.data) | {"class_names": class_names})
         write_folder(model, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:

@@ -246,8 +246,7 @@ def train(
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
         folder = trainer.run
-        preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
-        write_folder(model.encoder, preprocessing, folder.encoder)
+        write_folder(model.encoder, Preprocessing.of(dict(config.data)), folder.encoder)
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

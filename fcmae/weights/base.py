@@ -201,6 +201,8 @@ class Preprocessing(NamedTuple):
                 raise ValueError(f"clip has {len(lows)} and {len(highs)} values for {encoder.in_chans} channels")
             if any(least >= most for least, most in zip(lows, highs, strict=True)):
                 raise ValueError(f"clip from {lows} to {highs}, which leaves nothing")
+        if self.nodata is not None and self.dtype not in (None, "float32"):
+            raise ValueError(f"{self.dtype} pixels with no-data, which makes them float32")
         if self.class_names is not None and len(self.class_names) != encoder.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {encoder.num_classes} classes")
         return self._replace(
@@ -211,6 +213,20 @@ class Preprocessing(NamedTuple):
             interpolation=interpolation,
             value_range=IMAGENET.value_range,
         )
+
+
+PIXELS = "pixels"
+"""Where formats of others, which ignore it, have what is ours alone in `Preprocessing`."""
+
+
+def describe_pixels(use: Preprocessing) -> dict[str, Any]:
+    """Return what formats of others have no place for, to be put at the top of a description of theirs."""
+    return {PIXELS: {key: getattr(use, key) for key in ("dtype", "nodata", "window", "clip")}}
+
+
+def full_range(use: Preprocessing) -> float:
+    """Return what stands for 1.0 in `mean`, `std` and `clip` of pixels of `use.dtype`."""
+    return 1.0 if use.dtype == "float32" else torch.iinfo(getattr(torch, use.dtype or "uint8")).max
 
 
 IMAGENET = Preprocessing(
@@ -587,12 +603,12 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
         yield values if isinstance(values, dict) else {}
 
 
-def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    """Write our `config.json`, for formats that have no place for preprocessing and class names."""
+def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path, **facts: object) -> None:
+    """Write our `config.json`, for formats that have no place for preprocessing and class names, and other facts."""
     network = encoder.arguments | {"num_classes": encoder.num_classes}
     if isinstance(encoder, ConvNeXt):
         network |= {"depths": encoder.depths, "dims": encoder.dims}
-    write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
+    write_json(folder / CONFIG, {"network": network, **preprocessing._asdict(), **facts}, indent=2)
 
 
 def read_description(folder: Path | None) -> Preprocessing:
