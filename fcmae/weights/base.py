@@ -176,8 +176,8 @@ class Preprocessing(NamedTuple):
         Only class names, and what files hold (from `dtype` on), may stay unknown.
 
         Raises:
-            ValueError: if mean, std, clip or class names do not fit `encoder`, or mean and std are unknown for other
-                than 3 channels, or Pillow has no such interpolation.
+            ValueError: if mean, std, clip or class names do not fit `encoder`, mean and std are unknown for other
+                than 3 channels, no-data is of pixels that hold none, or Pillow has no such interpolation.
         """
         low, high = self.value_range or IMAGENET.value_range
         mean, std, size = IMAGENET.mean, IMAGENET.std, self.image_size or IMAGENET.image_size
@@ -604,7 +604,7 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
 
 
 def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path, **facts: object) -> None:
-    """Write our `config.json`, for formats that have no place for preprocessing and class names, and other facts."""
+    """Write our `config.json`, for formats that have no place for preprocessing and class names, and more facts."""
     network = encoder.arguments | {"num_classes": encoder.num_classes}
     if isinstance(encoder, ConvNeXt):
         network |= {"depths": encoder.depths, "dims": encoder.dims}

@@ -28,7 +28,7 @@ def spell_pixels(use: Preprocessing) -> str:
 
 
 def spell_preparing(use: Preprocessing) -> str:
-    """Return Python that runs `model` on pixels; none for those of 8 bits in gray or RGB, which libraries prepare."""
+    """Return Python that runs `model` on pixels; empty for 8 bits in gray or RGB, which libraries prepare."""
     if use.dtype in (None, "uint8") and use.clip is None and len(use.mean) in (1, 3):
         return ""
     full = full_range(use)
@@ -79,7 +79,7 @@ def write_card(
 |---|---|
 | images | {encoder.in_chans} channels, {height} x {width} pixels |
 | pixels | {spell_pixels(use)} |
-| mean, std | {list(use.mean)}, {list(use.std)}, of pixels {'so' if use.dtype == 'float32' else 'in [0, 1]'} |
+| mean, std | {list(use.mean)}, {list(use.std)}, of pixels {"so" if use.dtype == "float32" else "in [0, 1]"} |
 | resizing | {use.interpolation}, the centre {use.crop_pct:g} of the side cropped out |
 | total stride | {stride or encoder.patch_size} |
 

@@ -29,7 +29,7 @@ def _example(encoder: Network) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any]
 def _interface(encoder: Network) -> dict[str, str]:
     """Say what the program takes and gives."""
     return {
-        "input": f"float32 (batch, {encoder.in_chans}, height, width): resized, clipped and normalised by the caller",
+        "input": f"float32 (batch, {encoder.in_chans}, height, width): the caller resizes, clips and normalises",
         "output": "logits" if encoder.num_classes else "features",
     }
 
@@ -191,7 +191,9 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
         helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
     onnx.save_model(model, folder / ONNX_FILE)
     unit = ", 1.0 for 65535" if use.dtype == "uint16" else ""
-    taken = f"{kind} (batch, height, width, {encoder.in_chans}){unit}: resized, clipped and normalised by the program"
+    taken = (
+        f"{kind} (batch, height, width, {encoder.in_chans}){unit}: resized, clipped and normalised by the program"
+    )
     write_description(encoder, use, folder, input=taken, output="probabilities")
 
     # images that need no resizing, whose preprocessing is exact

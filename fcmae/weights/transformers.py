@@ -19,6 +19,7 @@ from fcmae.weights.base import (
     describe_pixels,
     description,
     encoder_shape,
+    full_range,
     idle_norm,
     response_of,
     without_idle_norm,
