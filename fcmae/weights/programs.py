@@ -182,18 +182,15 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
         del part[:]  # the names of sizes are the network's
     graph.node.extend([*_preparing(use), *network])
     sides = ["batch", "image_height", "image_width", encoder.in_chans]
-    kind = "uint8" if is_eight_bit(use) else "float32"
-    elements = TensorProto.UINT8 if is_eight_bit(use) else TensorProto.FLOAT
+    kind, elements = ("uint8", TensorProto.UINT8) if is_eight_bit(use) else ("float32", TensorProto.FLOAT)
     graph.input.append(helper.make_tensor_value_info("images", elements, sides))
     classes = ["batch", encoder.num_classes]
     graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, classes))
     if use.class_names is not None:
         helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
     onnx.save_model(model, folder / ONNX_FILE)
-    unit = ", 1.0 for 65535" if use.dtype == "uint16" else ""
-    taken = (
-        f"{kind} (batch, height, width, {encoder.in_chans}){unit}: resized, clipped and normalised by the program"
-    )
+    kind += " / 65535" if use.dtype == "uint16" else ""
+    taken = f"{kind} (batch, height, width, {encoder.in_chans}): the program resizes, clips and normalises"
     write_description(encoder, use, folder, input=taken, output="probabilities")
 
     # images that need no resizing, whose preprocessing is exact
