@@ -26,7 +26,7 @@ from fcmae.errors import UserError, blame
 from fcmae.files import require_folder, require_free, write_json
 from fcmae.load import adapt_channels, known_of, load_weights, require_network, resolve_recipe
 from fcmae.patches import grid_shape
-from fcmae.story import layer_rates, training_batches, try_run
+from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tasks import classification
 from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
 from fcmae.training.checkpoint import Checkpoint
@@ -179,6 +179,7 @@ def train(
     # The images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
     source, class_names = training_source(config)
+    config = with_kind(config, source)
     dataset = training_set(config, source)
     validation = None
     if config.data.val_split is not None:
@@ -262,8 +263,7 @@ def train(
         final = stored_model(folder.path)
         assert final is not None
         load_network(model, final.read(), final.file)
-        data = config.data
-        preprocessing = Preprocessing(data.mean, data.std, data.size, data.crop_pct, class_names=class_names)
+        preprocessing = Preprocessing.of(dict(config.data) | {"class_names": class_names})
         write_folder(model, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:

@@ -37,7 +37,7 @@ from fcmae.load import adapt_channels, load_tensors, load_weights, require_netwo
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
-from fcmae.story import layer_rates, training_batches, try_run
+from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tensors import misfits
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_run
@@ -140,6 +140,7 @@ def train(
         config.model.in_chans,
         reading=Reading.of(config.data),
     )
+    config = with_kind(config, source)
     splits = None
     if config.eval.knn_every_epochs is not None:
         splits = labelled_splits(source, config.data, config.eval, config.model.in_chans)  # whole images
@@ -254,8 +255,7 @@ def train(
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
         folder = trainer.run
-        preprocessing = Preprocessing(config.data.mean, config.data.std, config.data.size)
-        write_folder(model.encoder, preprocessing, folder.encoder)
+        write_folder(model.encoder, Preprocessing.of(dict(config.data)), folder.encoder)
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

@@ -3,9 +3,9 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from fcmae.config import OptimSection
+from fcmae.config import OptimSection, RunConfig
 from fcmae.data import (
     IndexStream,
     LabelledDataset,
@@ -16,6 +16,7 @@ from fcmae.data import (
     unreadable,
 )
 from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.data.pixels import kind_name
 from fcmae.data.sampling import spread
 from fcmae.data.views import Part
 from fcmae.encoder.base import Network
@@ -40,6 +41,15 @@ def layer_rates(network: Network, optim: OptimSection) -> dict[str, float]:
         )
     names = (name for name, _ in network.named_parameters())
     return layer_scales(names, network.layer_depths, decay=optim.layer_decay, decay_type=optim.layer_decay_type)
+
+
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def with_kind(config: Run, source: Source) -> Run:
+    """Put the kind of pixels that the images turned out to have into the configuration, which outlives them."""
+    data = config.data.model_copy(update={"dtype": kind_name(source.dtype)})
+    return config.model_copy(update={"data": data})
 
 
 TRIED = 64

@@ -228,7 +228,7 @@ def test_images_that_do_not_decode_are_left_out(root: Path) -> None:
 def test_nothing_but_broken_images_ends_in_one_line(root: Path) -> None:
     for path in (root / "val").rglob("*.png"):
         path.write_bytes(b"junk")
-    with pytest.raises(UserError, match="does not decode, nor do the other 4"):
+    with pytest.raises(UserError, match=r"does not decode \(not an image .*\), nor do the other 4"):
         extract(splits_of(root).val)
 
 

@@ -139,7 +139,8 @@ def test_other_networks_are_refused_with_a_glimpse_of_their_names() -> None:
 def test_what_is_unknown_is_completed_as_the_released_weights_have_it() -> None:
     encoder = small_encoder(num_classes=3)
     assert Preprocessing().completed(encoder) == IMAGENET
-    assert IMAGENET == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), 0.875, "bicubic", (0, 1), None)
+    mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert (*mean_std, (224, 224), 0.875, "bicubic", (0, 1), None, None, None, False, None) == IMAGENET
     assert Preprocessing(image_size=(32, 64)).completed(encoder).crop_pct == 1.0
     known = Preprocessing(MEAN, STD, (64, 96), 0.9, "bilinear", (0.0, 1.0), NAMES)
     assert known.completed(encoder) == known

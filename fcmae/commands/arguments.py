@@ -10,8 +10,9 @@ from fcmae import arguments
 from fcmae.errors import one_line
 
 if TYPE_CHECKING:
+    from fcmae.config import DataSection
     from fcmae.evaluation.inference import Picture, Unreadable
-    from fcmae.weights.base import Weights
+    from fcmae.weights.base import Preprocessing, Weights
 
 
 def command_parser(name: str, description: str, *, examples: str, notes: str = "") -> argparse.ArgumentParser:
@@ -66,17 +67,25 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_images(options: argparse.Namespace, channels: int) -> tuple[Iterator["Picture"], list["Unreadable"]]:
+def open_images(
+    options: argparse.Namespace, channels: int, use: "Preprocessing | DataSection"
+) -> tuple[Iterator["Picture"], list["Unreadable"]]:
     """Return the images that can be read, one after the other, and a list that fills with those that cannot.
 
     Each of the latter is also printed as an error when its turn comes.
+
+    Args:
+        options: with the arguments of `add_images`.
+        channels: that the network wants.
+        use: says how the images were read that it was trained on.
     """
+    from fcmae.data.pixels import Reading
     from fcmae.evaluation.inference import Unreadable, read_images
 
     unreadable: list[Unreadable] = []
 
     def readable() -> Iterator["Picture"]:
-        for image in read_images(options.images, channels):
+        for image in read_images(options.images, channels, Reading.of(use)):
             if isinstance(image, Unreadable):
                 unreadable.append(image)
                 print(f"error: {one_line(f'{image.path}: {image.reason}')}", file=sys.stderr)

@@ -49,13 +49,15 @@ def images_of(weights: "Weights") -> dict[str, Any]:
     from fcmae.training.run_folder import stored_model
 
     stored = stored_model(weights.path)
+    data = stored.state.config["data"] if stored else weights.preprocessing._asdict()
+    known = {key: data[key] for key in DataSection.model_fields if data.get(key) is not None}
+    if known.get("dtype") == "uint8":
+        del known["dtype"]  # deeper ones keep their depth
     if stored is None:
-        known = {key: getattr(weights.preprocessing, key) for key in ("mean", "std", "image_size")}
-        return {"data": {key: value for key, value in known.items() if value is not None}}
-    data = stored.state.config["data"]
+        return {"data": known}
     validation = data | stored.state.config.get("eval", {})  # named in `data` by fine-tuning, else in `eval`
     return {
-        "data": {key: value for key, value in data.items() if key in DataSection.model_fields},
+        "data": known,
         "eval": {key: validation[key] for key in ("val_split", "val_root") if key in validation},
     }
 
@@ -70,7 +72,7 @@ def measure(
 
     device = best_device()
     encoder = encoder.to(device).eval()
-    normalize = PixelNormalizer(data.mean, data.std).to(device)
+    normalize = PixelNormalizer(data.mean, data.std, data.clip).to(device)
     train, val = (
         extract_features(
             lambda pixels: encoder(normalize(pixels)),
@@ -115,7 +117,7 @@ def main(argv: list[str]) -> int:
 
     from fcmae.data import Reading, open_source, seeded
     from fcmae.encoder.networks import build_network
-    from fcmae.evaluation.inference import best_device
+    from fcmae.evaluation.inference import best_device, kind_for
     from fcmae.evaluation.probes import labelled_splits
     from fcmae.patches import grid_shape
     from fcmae.training.memory import require_batch
@@ -138,6 +140,9 @@ def main(argv: list[str]) -> int:
     require_batch(data, encoder.in_chans, best_device())
     source = open_source(data.name, data.root, data.split, encoder.in_chans, reading=Reading.of(data))
     splits = labelled_splits(source, data, config.eval, encoder.in_chans)
+    for split in (splits.train, splits.val):
+        with blame(split.source.describe(0)):
+            kind_for(Reading.of(data), split.source.dtype)
     everything = not (options.knn or options.linear)
     wanted = {"knn": options.knn or everything, "linear": options.linear or everything}
     result: dict[str, Any] = {

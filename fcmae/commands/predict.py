@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     report_source(weights)
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(network)
-    images, unreadable = open_images(options, network.in_chans)
+    images, unreadable = open_images(options, network.in_chans, preprocessing)
     results: list[dict[str, Any]] = []
     for prediction in classify(
         network.to(best_device()),

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     if stored := stored_model(options.source):
         print(f"{stored.file}: FCMAE run, {stored.description}", file=sys.stderr)
     model = model.to(best_device())
-    images, unreadable = open_images(options, config.model.in_chans)
+    images, unreadable = open_images(options, config.model.in_chans, config.data)
     places = zip(options.images, pictures, strict=True)
     with blame("--mask-ratios"):
         for outcome in reconstruct_images(model, images, config=config, mask_ratios=options.mask_ratios):

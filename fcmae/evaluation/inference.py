@@ -13,7 +13,7 @@ from torch import Tensor
 from fcmae.config import PretrainConfig
 from fcmae.data.images import extensions, open_pixels
 from fcmae.data.listing import images_below
-from fcmae.data.pixels import AS_STORED, Reading, as_kind
+from fcmae.data.pixels import AS_STORED, FULL, Reading, as_kind, holds, kind_name
 from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
 from fcmae.errors import brief
@@ -66,10 +66,42 @@ def image_files(path: Path) -> list[Path]:
     return sorted(map(Path, images_below(str(path), extensions()))) if path.is_dir() else [path]
 
 
+def kind_for(trained: Reading, found: torch.dtype) -> torch.dtype:
+    """Return the kind as which a network sees pixels: that of its training, or deeper whole numbers as they are.
+
+    Args:
+        trained: how the images were read that it was trained on; without a kind, as those of 8 bits.
+        found: the kind of the pixels now.
+
+    Raises:
+        ValueError: for floats where it was trained on whole numbers.
+    """
+    kind = trained.kind(torch.uint8)
+    if holds(kind, found):
+        return kind
+    if found == torch.float32:
+        raise ValueError(
+            f"float32 pixels for a network trained on {kind_name(kind)}, of which {FULL[kind]:.0f} is the most; "
+            "save them as uint8 or uint16"
+        )
+    return found
+
+
+def as_deep(trained: Reading) -> Reading:
+    """Return how a source is read for a network, so that whole numbers deeper than 8 bits keep their depth."""
+    return trained._replace(dtype=None) if trained.dtype == torch.uint8 else trained
+
+
 def read_images(
     paths: Iterable[str | Path], channels: int, reading: Reading = AS_STORED
 ) -> Iterator[Picture | Unreadable]:
-    """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says)."""
+    """Read image files, and those in folders at any depth, as a person sees them (turned as EXIF says).
+
+    Args:
+        paths: of files and folders.
+        channels: that the network wants.
+        reading: as the images were read that it was trained on, see `kind_for`.
+    """
     for path in map(Path, paths):
         files = image_files(path)
         if not files:
@@ -78,8 +110,9 @@ def read_images(
             try:
                 with BoundedFile(file) as opened:
                     found, read = open_pixels(opened, reading)
+                    kind = kind_for(reading, found)
                     pixels = np.array(read(whole, channels), order="C")
-                yield Picture(file, as_kind(torch.from_numpy(pixels), reading.kind(found)).permute(2, 0, 1))
+                yield Picture(file, as_kind(torch.from_numpy(pixels), kind).permute(2, 0, 1))
             except FileNotFoundError:
                 yield Unreadable(file, "no such file")
             except Exception as error:  # a broken file can make a decoder raise anything
@@ -106,13 +139,13 @@ def classify(
         top: k, at most all classes are yielded.
     """
     device = next(network.parameters()).device
-    normalize = PixelNormalizer(preprocessing.mean, preprocessing.std).to(device)
+    normalize = PixelNormalizer(preprocessing.mean, preprocessing.std, preprocessing.clip).to(device)
     names = preprocessing.class_names or tuple(str(i) for i in range(network.num_classes))
     use = preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation
     views = (image._replace(pixels=cover(image.pixels, *use)) for image in images)
     while batch := list(islice(views, BATCH)):
-        pixels = torch.stack([view.pixels for view in batch])
-        topk = network(normalize(pixels.to(device))).softmax(1).topk(min(top, network.num_classes))
+        normalised = torch.stack([normalize(view.pixels.to(device)) for view in batch])
+        topk = network(normalised).softmax(1).topk(min(top, network.num_classes))
         for view, values, indices in zip(batch, topk.values.tolist(), topk.indices.tolist(), strict=True):
             top_classes = (TopClass(names[int(i)], i, value) for i, value in zip(indices, values, strict=True))
             yield Prediction(view.path, tuple(top_classes))
@@ -155,7 +188,8 @@ def reconstruct_images(
     Raises:
         ValueError: if a mask ratio is not inside (0, 1).
     """
-    normalize = PixelNormalizer(config.data.mean, config.data.std).to(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(device)
     for image in images:
         before = image.pixels.shape[1], image.pixels.shape[2]
         masked_together = model.patch_size * model.mask_group

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassStatScores
 from tqdm import tqdm
 
 from fcmae.config import DataSection, ProbeSection
-from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches
+from fcmae.data.batches import NOT_COUNTED, BadImage, EvaluationDataset, load_batches
 from fcmae.data.labels import labels_by
 from fcmae.data.pixels import Reading
 from fcmae.data.sampling import one_pass
@@ -123,7 +123,7 @@ def extract_features(
     """Compute the features of all images of a set, on `device`; images that do not decode are left out.
 
     Args:
-        encode: uint8 pixels (b, c, h, w) on `device` -> features (b, d).
+        encode: pixels (b, c, h, w) on `device` -> features (b, d).
         rank: of this process, which computes its share.
         world_size: number of processes.
         gather: the rows of all processes from those of this one.
@@ -136,16 +136,19 @@ def extract_features(
     batches = load_batches(dataset, keys, num_workers=num_workers, pin_memory=device.type == "cuda")
     values: list[Tensor] = []
     labels: list[Tensor] = []
+    bad: list[BadImage] = []
     with torch.no_grad(), seeded(0):  # a loader draws a seed for its workers from the generator of training
         for batch in tqdm(batches, progress, total=len(keys), unit="batches", disable=progress is None):
             batch = batch.to(device)
+            bad += batch.bad
             values.append(encode(batch.images).float())
             labels.append(batch.labels)
     features = Features(gather(torch.cat(values)), gather(torch.cat(labels)))
     counted = features.labels != NOT_COUNTED
     if not bool(counted.any()):
+        why = f" ({bad[0].reason})" if bad else ""
         raise UserError(
-            f"{dataset.source.describe(0)}: does not decode, nor do the other {len(dataset.labels) - 1}"
+            f"{dataset.source.describe(0)}: does not decode{why}, nor do the other {len(dataset.labels) - 1}"
         )
     features = Features(*(rows[counted] for rows in features))
     if not bool(features.values.isfinite().all()):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fcmae.data.arrays import IMAGES
 from fcmae.data.batches import NOT_COUNTED, EvaluationDataset, load_batches, spread
+from fcmae.data.pixels import Reading
 from fcmae.data.sampling import one_pass
 from fcmae.data.shards import INDEX, PLAN
 from fcmae.data.sources import Subset, open_source
@@ -21,12 +22,21 @@ from fcmae.data.views import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame, brief
+from fcmae.evaluation.inference import as_deep, kind_for
 from fcmae.load import load_weights
 from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.patches import grid_shape
 from fcmae.seeding import seeded
 from fcmae.tensors import load_strictly
-from fcmae.weights.base import Preprocessing, Weights, build_encoder, describe_encoder, description, report_damage
+from fcmae.weights.base import (
+    PIXELS,
+    Preprocessing,
+    Weights,
+    build_encoder,
+    describe_encoder,
+    description,
+    report_damage,
+)
 from fcmae.weights.read import find_weights, read_tensors
 
 TIMM = re.compile("timm[:/]")
@@ -119,6 +129,9 @@ def open_timm(source: str) -> Subject:
         known = resolve_model_data_config(network)
         channels, *size = known["input_size"]
         known |= {"image_size": size, "value_range": (0.0, 1.0)}
+        if folder:
+            with description(folder) as config:
+                known |= config.get(PIXELS, {})
         preprocessing = Preprocessing.of(known)
     return Subject(network, encode, shown, preprocessing, channels)
 
@@ -177,9 +190,8 @@ class Images(NamedTuple):
             sample = self.dataset[index]
             if sample.label != NOT_COUNTED:
                 return self.normalize(sample.image[None].to(self.device))
-        raise UserError(
-            f"{self.dataset.source.describe(0)}: does not decode, nor do the other {len(self.dataset) - 1}"
-        )
+        first = self.dataset[0].bad[0]
+        raise UserError(f"{first.name}: does not decode ({first.reason}), nor do the other {len(self.dataset) - 1}")
 
     def batches(self, batch_size: int, num_workers: int) -> Iterator[Tensor]:
         """Yield all that decode, normalised, (b, c, h, w)."""
@@ -205,17 +217,21 @@ def open_images(root: str, split: str | None, number: int, subject: Subject, dev
     Raises:
         UserError: if there are none.
     """
+    known = subject.preprocessing
+    reading = Reading.of(known)
     arrays = any(next(Path(root).glob(f"{up}{name}"), None) for name in (IMAGES, INDEX, PLAN) for up in ("", "*/"))
     source = open_source(
         "arrays" if arrays else "folder",
         root,
         split or ("train" if arrays else "."),
         subject.in_chans,
+        reading=as_deep(reading),
         key="--data",
         remedy="name one that is there with --split NAME",
     )
+    with blame(f"--data {root}"):
+        kind_for(reading, source.dtype)
     chosen = np.array(spread(len(source), min(number, len(source))))
-    known = subject.preprocessing
     dataset = EvaluationDataset(
         Subset(source, chosen),
         np.zeros(len(chosen), np.int64),
@@ -225,7 +241,7 @@ def open_images(root: str, split: str | None, number: int, subject: Subject, dev
         ),
         shape=(subject.in_chans, *known.image_size),
     )
-    return Images(dataset, PixelNormalizer(known.mean, known.std).to(device), device)
+    return Images(dataset, PixelNormalizer(known.mean, known.std, known.clip).to(device), device)
 
 
 def mask_images(subject: Subject, mask_ratio: float) -> Callable[[Tensor], object]:

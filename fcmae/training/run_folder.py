@@ -35,6 +35,7 @@ HARMLESS = (
     "resume",
     "init_from",
     "data.root",
+    "data.dtype",  # which follows from the images
     "data.num_workers",
     "data.max_bad",
     "data.val_",

@@ -78,6 +78,27 @@ def _range(values: Any) -> tuple[float, float]:
     return low, high
 
 
+def _limits(values: Any) -> "tuple[Limit, Limit]":
+    low, high = (_numbers(value) if isinstance(value, list | tuple) else _number(value) for value in values)
+    return low, high
+
+
+def _nodata(value: Any) -> float | str:
+    return value if value == "nan" else _number(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _kind(value: Any) -> str:
+    if value not in KINDS:
+        raise ValueError(f"{value!r} is no kind of pixels, which are {', '.join(KINDS)}")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
@@ -90,12 +111,21 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(map(_text, values))
 
 
+KINDS = ("uint8", "uint16", "float32")
+"""Of pixels, by the names that configurations have for them."""
+
+Limit = float | tuple[float, ...]
+"""Of all channels, or one of each."""
+
 UNKNOWN: Any = None
 """Stands for a field of `Preprocessing` that no file gives; typed so that what is `completed` needs no checks."""
 
 
 class Preprocessing(NamedTuple):
-    """How images are prepared for a network, and what its classes are called; None where that is unknown."""
+    """How files become images of a network, and what its classes are called; None where that is unknown.
+
+    What a configuration's section `data` has, too, means the same.
+    """
 
     mean: tuple[float, ...] = UNKNOWN
     """Per channel, of pixels in `value_range`."""
@@ -109,6 +139,14 @@ class Preprocessing(NamedTuple):
     value_range: tuple[float, float] = UNKNOWN
     """Black and white, before `mean` and `std` are applied."""
     class_names: tuple[str, ...] | None = None
+    dtype: str | None = None
+    """Kind of the pixels, one of `KINDS`: whole numbers count as shares of the largest, floats as they are."""
+    nodata: float | str | None = None
+    """Value in files of pixels that are not known; "nan" for NaN and what files name, None where all are known."""
+    window: bool = False
+    """Whether a DICOM image's own window is applied."""
+    clip: tuple[Limit, Limit] | None = None
+    """Least and most that pixels are clipped to, in [0, 1] for whole numbers; None for no clipping."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
@@ -125,17 +163,21 @@ class Preprocessing(NamedTuple):
             "interpolation": _text,
             "value_range": _range,
             "class_names": _texts,
+            "dtype": _kind,
+            "nodata": _nodata,
+            "window": _flag,
+            "clip": _limits,
         }
         return cls(**{key: check(values[key]) for key, check in checked.items() if values.get(key) is not None})
 
     def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
-        Only class names may stay unknown.
+        Only class names, and what files hold (from `dtype` on), may stay unknown.
 
         Raises:
-            ValueError: if mean, std or class names do not fit `encoder`, or are unknown for other than 3 channels,
-                or Pillow has no such interpolation.
+            ValueError: if mean, std, clip or class names do not fit `encoder`, mean and std are unknown for other
+                than 3 channels, no-data is of pixels that hold none, or Pillow has no such interpolation.
         """
         low, high = self.value_range or IMAGENET.value_range
         mean, std, size = IMAGENET.mean, IMAGENET.std, self.image_size or IMAGENET.image_size
@@ -153,17 +195,38 @@ class Preprocessing(NamedTuple):
                 f"a network for {encoder.in_chans} channels, but {whose} have {len(mean)} and {len(std)}; "
                 "give the run or an exported folder, which hold its own"
             )
+        if self.clip is not None:
+            lows, highs = (side if isinstance(side, tuple) else (side,) * encoder.in_chans for side in self.clip)
+            if not len(lows) == len(highs) == encoder.in_chans:
+                raise ValueError(f"clip has {len(lows)} and {len(highs)} values for {encoder.in_chans} channels")
+            if any(least >= most for least, most in zip(lows, highs, strict=True)):
+                raise ValueError(f"clip from {lows} to {highs}, which leaves nothing")
+        if self.nodata is not None and self.dtype not in (None, "float32"):
+            raise ValueError(f"{self.dtype} pixels with no-data, which makes them float32")
         if self.class_names is not None and len(self.class_names) != encoder.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {encoder.num_classes} classes")
-        return Preprocessing(
-            mean,
-            std,
-            size,
+        return self._replace(
+            mean=mean,
+            std=std,
+            image_size=size,
             crop_pct=self.crop_pct or evaluation_crop(size),
             interpolation=interpolation,
             value_range=IMAGENET.value_range,
-            class_names=self.class_names,
         )
+
+
+PIXELS = "pixels"
+"""Where formats of others, which ignore it, have what is ours alone in `Preprocessing`."""
+
+
+def describe_pixels(use: Preprocessing) -> dict[str, Any]:
+    """Return what formats of others have no place for, to be put at the top of a description of theirs."""
+    return {PIXELS: {key: getattr(use, key) for key in ("dtype", "nodata", "window", "clip")}}
+
+
+def full_range(use: Preprocessing) -> float:
+    """Return what stands for 1.0 in `mean`, `std` and `clip` of pixels of `use.dtype`."""
+    return 1.0 if use.dtype == "float32" else torch.iinfo(getattr(torch, use.dtype or "uint8")).max
 
 
 IMAGENET = Preprocessing(
@@ -540,12 +603,12 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
         yield values if isinstance(values, dict) else {}
 
 
-def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    """Write our `config.json`, for formats that have no place for preprocessing and class names."""
+def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path, **facts: object) -> None:
+    """Write our `config.json`, for formats that have no place for preprocessing and class names, and more facts."""
     network = encoder.arguments | {"num_classes": encoder.num_classes}
     if isinstance(encoder, ConvNeXt):
         network |= {"depths": encoder.depths, "dims": encoder.dims}
-    write_json(folder / CONFIG, {"network": network, **preprocessing._asdict()}, indent=2)
+    write_json(folder / CONFIG, {"network": network, **preprocessing._asdict(), **facts}, indent=2)
 
 
 def read_description(folder: Path | None) -> Preprocessing:

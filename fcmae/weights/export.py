@@ -17,7 +17,7 @@ from fcmae.weights.networks import OTHER_FORMATS, folder_format
 from fcmae.weights.official import PLAIN
 from fcmae.weights.read import FORMATS
 from fcmae.weights.timm import CODE as TIMM_CODE
-from fcmae.weights.timm import TIMM, write_timm_folder
+from fcmae.weights.timm import TIMM, TRANSFORM, write_timm_folder
 
 CODE = """import fcmae
 
@@ -62,8 +62,9 @@ def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -
     form = PLAIN if isinstance(network, ConvNeXt) else folder_format(str(network.variant))
     form.write(network, use, folder)
     what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
-    timm = form.name == "timm"
-    write_card(network, use, folder, code=TIMM_CODE if timm else CODE, warning="" if timm else WARNING.format(what))
+    if form.name == "timm":
+        return write_card(network, use, folder, code=TIMM_CODE, transform=TRANSFORM)
+    write_card(network, use, folder, code=CODE, warning=WARNING.format(what))
 
 
 def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:

@@ -18,6 +18,7 @@ from fcmae.weights.base import (
     Format,
     Preprocessing,
     build_untrained,
+    describe_pixels,
     description,
     read_description,
     require_arguments,
@@ -70,6 +71,7 @@ def write_timm(network: "TimmNetwork", preprocessing: Preprocessing, folder: Pat
         "num_classes": network.num_classes,
         "num_features": network.dims[-1],
         **({"model_args": {"in_chans": network.in_chans}} if network.in_chans != 3 else {}),
+        **describe_pixels(use),
         "pretrained_cfg": {
             "num_classes": network.num_classes,
             "input_size": [network.in_chans, *use.image_size],

@@ -26,6 +26,14 @@ def _example(encoder: Network) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any]
     return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),), (axes,)
 
 
+def _interface(encoder: Network) -> dict[str, str]:
+    """Say what the program takes and gives."""
+    return {
+        "input": f"float32 (batch, {encoder.in_chans}, height, width): the caller resizes, clips and normalises",
+        "output": "logits" if encoder.num_classes else "features",
+    }
+
+
 def write_onnx(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     import onnxruntime  # noqa: F401  # before the export, which takes longer than reporting that it is missing
 
@@ -36,7 +44,7 @@ def write_onnx(encoder: Network, preprocessing: Preprocessing, folder: Path) -> 
     )
     assert program is not None
     program.save(folder / ONNX_FILE)
-    write_description(encoder, preprocessing, folder)
+    write_description(encoder, preprocessing, folder, **_interface(encoder))
 
 
 def compute_onnx(folder: Path, images: Tensor) -> Tensor:
@@ -51,10 +59,20 @@ RESIZING = {"bicubic": CUBIC, "bilinear": {"mode": "linear"}}
 """Attributes of ONNX's Resize that compute, with antialias, what Pillow does, by interpolation."""
 
 
+MOST_UNKNOWN = 0.501
+"""As in `fcmae.data.views`."""
+
+
+def is_eight_bit(use: Preprocessing) -> bool:
+    """Whether pixels come as uint8; others come as shares of their full range, and floats as they are."""
+    return use.dtype in (None, "uint8")
+
+
 def _preparing(use: Preprocessing) -> list[Any]:
-    """Return ONNX nodes from `images`, uint8 (b, h, w, c), to `prepared`, float32 (b, c, *image_size).
+    """Return ONNX nodes from `images`, uint8 or float32 (b, h, w, c), to `prepared`, float32 (b, c, *image_size).
 
     The steps are those of timm's evaluation: resize until `image_size` / crop_pct is covered, crop the centre.
+    Pixels that are not known, NaN, leave their weight to the others, as `fcmae.data.views` has it.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -87,19 +105,60 @@ def _preparing(use: Preprocessing) -> list[Any]:
         ratio = compute("ReduceMin", compute("Div", precise, constant(around, np.float64)), keepdims=1)
         resized = half_even(compute("Div", precise, ratio))
     sizes = compute("Concat", outer, resized, axis=0)
+    if use.nodata is not None:  # channels of what is known, 0 elsewhere, then of whether it is not
+        unknown = compute("IsNaN", channels_first)
+        values = compute("Where", unknown, constant(0, np.float32), channels_first)
+        channels_first = compute("Concat", values, compute("Cast", unknown, to=TensorProto.FLOAT), axis=1)
+        sizes = compute("Mul", sizes, constant([1, 2, 1, 1], np.int64))
     image = compute("Resize", channels_first, "", "", sizes, antialias=1, **RESIZING[use.interpolation])
     spare = compute("Cast", compute("Sub", resized, wanted), to=TensorProto.DOUBLE)
     start = half_even(compute("Mul", spare, constant([0.5], np.float64)))
     image = compute("Slice", image, start, compute("Add", start, wanted), constant([2, 3], np.int64))
     pixels = compute("Cast", image, to=TensorProto.FLOAT)
-    scaled = compute("Div", pixels, constant(255, np.float32))
+    if is_eight_bit(use):
+        pixels = compute("Div", pixels, constant(255, np.float32))
+    unknown = ""
+    if use.nodata is not None:
+        channels = len(use.mean)
+        share = compute("Slice", pixels, *(constant([n], np.int64) for n in (channels, 2 * channels, 1)))
+        pixels = compute("Slice", pixels, *(constant([n], np.int64) for n in (0, channels, 1)))
+        pixels = compute("Div", pixels, compute("Sub", constant(1, np.float32), share))
+        unknown = compute("Greater", share, constant(MOST_UNKNOWN, np.float32))
+    for limits in ([(0.0, 1.0)] if use.dtype == "uint16" else []) + ([use.clip] if use.clip else []):
+        least, most = (constant(np.reshape(limit, (-1, 1, 1)), np.float32) for limit in limits)
+        pixels = compute("Min", compute("Max", pixels, least), most)
     mean, std = (constant(np.reshape(values, (-1, 1, 1)), np.float32) for values in (use.mean, use.std))
-    compute("Div", compute("Sub", scaled, mean), std, name="prepared")
+    normalised = compute("Div", compute("Sub", pixels, mean), std, name="" if unknown else "prepared")
+    if unknown:
+        compute("Where", unknown, constant(0, np.float32), normalised, name="prepared")
     return nodes
 
 
+def _prepare(pixels: Tensor, use: Preprocessing) -> Tensor:
+    """Do what the last of these nodes do, to pixels (b, c, h, w), 1.0 for the full range."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (use.mean, use.std))
+    if use.clip is not None:
+        pixels = pixels.clamp(*(torch.tensor(limit).view(-1, 1, 1) for limit in use.clip))
+    images = (pixels - mean) / std
+    return images if use.nodata is None else images.nan_to_num(0)
+
+
+def _random_pixels(use: Preprocessing, b: int, height: int, width: int) -> Tensor:
+    """Return pixels (b, h, w, c) of the kind that the nodes take, some of them not known where that may be."""
+    shape = (b, height, width, len(use.mean))
+    if is_eight_bit(use):
+        return torch.randint(0, 256, shape, dtype=torch.uint8)
+    pixels = torch.tensor(use.mean) + torch.tensor(use.std) * torch.randn(shape)
+    if use.dtype == "uint16":
+        pixels = pixels.clamp(0, 1)
+    return pixels if use.nodata is None else pixels.masked_fill(torch.rand(shape) < 0.2, torch.nan)
+
+
 def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give probabilities.
+    """Let the ONNX model take images as they are, (b, h, w, c) of any size, and give probabilities.
+
+    They are uint8 for a network that was trained on such; else float32, in shares of the full range if they were
+    whole numbers.
 
     Raises:
         ValueError: if there is no classifier, ONNX lacks the interpolation, or the result is not the network's.
@@ -123,20 +182,23 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
         del part[:]  # the names of sizes are the network's
     graph.node.extend([*_preparing(use), *network])
     sides = ["batch", "image_height", "image_width", encoder.in_chans]
-    graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, sides))
+    kind, elements = ("uint8", TensorProto.UINT8) if is_eight_bit(use) else ("float32", TensorProto.FLOAT)
+    graph.input.append(helper.make_tensor_value_info("images", elements, sides))
     classes = ["batch", encoder.num_classes]
     graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, classes))
     if use.class_names is not None:
         helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
     onnx.save_model(model, folder / ONNX_FILE)
+    kind += " / 65535" if use.dtype == "uint16" else ""
+    taken = f"{kind} (batch, height, width, {encoder.in_chans}): the program resizes, clips and normalises"
+    write_description(encoder, use, folder, input=taken, output="probabilities")
 
     # images that need no resizing, whose preprocessing is exact
     height, width = (math.floor(side / use.crop_pct) for side in use.image_size)
-    images = torch.randint(0, 256, (2, height, width, encoder.in_chans), dtype=torch.uint8)
-    pixels = center_crop(images.permute(0, 3, 1, 2), list(use.image_size)).float() / 255
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (use.mean, use.std))
+    images = _random_pixels(use, 2, height, width)
+    pixels = center_crop(images.permute(0, 3, 1, 2), list(use.image_size)).float()
     with torch.no_grad():
-        wanted = encoder.float()((pixels - mean) / std).softmax(1)
+        wanted = encoder.float()(_prepare(pixels / 255 if is_eight_bit(use) else pixels, use)).softmax(1)
     difference = float((compute_onnx(folder, images) - wanted).abs().max())
     if not difference <= 1e-4:
         raise ValueError(f"--with-preprocessing: probabilities differ from the network's by {difference:.1e}")
@@ -148,7 +210,7 @@ def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) 
     free = {axis: torch.export.Dim.DYNAMIC(min=dim.min) for axis, dim in axes.items()}
     program = torch.export.export(encoder, images, dynamic_shapes=(free,))
     write_by(lambda file: torch.export.save(program, file), folder / PROGRAM_FILE)
-    write_description(encoder, preprocessing, folder)
+    write_description(encoder, preprocessing, folder, **_interface(encoder))
 
 
 def compute_program(folder: Path, images: Tensor) -> Tensor:

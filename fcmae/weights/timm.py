@@ -14,10 +14,12 @@ from fcmae.weights.base import (
     CONFIG,
     MODEL,
     OURS,
+    PIXELS,
     Format,
     Names,
     Preprocessing,
     convert,
+    describe_pixels,
     description,
     encoder_shape,
     idle_norm,
@@ -119,6 +121,7 @@ def read_preprocessing(config: Mapping[str, Any], enlargement: int = 1) -> Prepr
     """Read what timm's `config.json` says of images, whose sides are `enlargement` times ours."""
     cfg = config.get("pretrained_cfg", config)
     values = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    values |= config.get(PIXELS, {})
     values["class_names"] = config.get("label_names", cfg.get("label_names"))
     if "input_size" in cfg:
         values["image_size"] = [side // enlargement for side in cfg["input_size"][1:]]
@@ -206,14 +209,17 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
         "global_pool": "avg",
         **({"model_args": model_args} if model_args else {}),
         **({"stem_stride": encoder.stem_stride} if enlargement != 1 else {}),
+        **describe_pixels(use),
         "pretrained_cfg": pretrained_cfg,
     }
 
 
 CODE = """import timm
+
+model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()"""
+TRANSFORM = """
 from timm.data import create_transform, resolve_model_data_config
 
-model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()
 transform = create_transform(**resolve_model_data_config(model))"""
 
 
@@ -254,6 +260,7 @@ def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: P
         use._replace(image_size=(height * enlargement, width * enlargement)),
         folder,
         code=CODE,
+        transform=TRANSFORM,
         stride=encoder.patch_size * enlargement,
         warning=enlargement_warning(encoder, use.image_size),
     )

@@ -11,16 +11,20 @@ from torch import Tensor
 from fcmae.encoder.convnext import ConvNeXt, Version
 from fcmae.weights.base import (
     OURS,
+    PIXELS,
     Format,
     Names,
     Preprocessing,
     convert,
+    describe_pixels,
     description,
     encoder_shape,
+    full_range,
     idle_norm,
     response_of,
     without_idle_norm,
 )
+from fcmae.weights.card import write_card
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -101,7 +105,9 @@ def _preprocessing(processor: Mapping[str, Any]) -> Preprocessing:
         values |= {"image_size": size["shortest_edge"], "crop_pct": processor.get("crop_pct")}
     if processor.get("resample") is not None:
         values["interpolation"] = Image.Resampling(processor["resample"]).name.lower()
-    if processor.get("do_rescale") is False:
+    if PIXELS in processor:  # ours, whose unit is that of the whole range
+        values |= processor[PIXELS]
+    elif processor.get("do_rescale") is False:
         values["value_range"] = (0.0, 255.0)
     elif processor.get("rescale_factor") is not None:
         values["value_range"] = (0.0, round(255 * processor["rescale_factor"], 9))
@@ -146,15 +152,31 @@ def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None
     model = getattr(transformers, f"{kind}{'ForImageClassification' if encoder.num_classes else 'Model'}")(config)
     model.load_state_dict(to_transformers(encoder.state_dict()))
     model.save_pretrained(folder)
-    # resizes and crops as we do; ConvNextImageProcessor would squash images at 384 px and above
+    # resizes and crops as we do, of pixels in full ranges too, but neither clips nor knows no-data;
+    # ConvNextImageProcessor would squash images at 384 px and above
     transformers.BitImageProcessor(
         size={"shortest_edge": int(max(height, width) / use.crop_pct)},
         crop_size={"height": height, "width": width},
         resample=Image.Resampling[use.interpolation.upper()],
         image_mean=list(use.mean),
         image_std=list(use.std),
-        do_convert_rgb=encoder.in_chans == 3,
+        do_convert_rgb=encoder.in_chans == 3 and use.dtype in (None, "uint8"),
+        do_rescale=use.dtype != "float32",
+        rescale_factor=1 / full_range(use),
+        **describe_pixels(use),
     ).save_pretrained(folder)
+    write_card(encoder, use, folder, code=LOADING.format(_class_of(encoder)), transform=TRANSFORM)
+
+
+LOADING = """import transformers
+
+folder = "PATH/OF/THIS/FOLDER"
+model = transformers.{}.from_pretrained(folder).eval()"""
+TRANSFORM = """processor = transformers.AutoImageProcessor.from_pretrained(folder)"""
+
+
+def _class_of(encoder: ConvNeXt) -> str:
+    return f"AutoModel{'ForImageClassification' if encoder.num_classes else ''}"
 
 
 def compute(folder: Path, images: Tensor) -> Tensor:
@@ -177,8 +199,5 @@ TRANSFORMERS = Format(
     read=read,
     write=write,
     compute=compute,
-    how=lambda encoder, folder: (
-        f"transformers.AutoModel{'ForImageClassification' if encoder.num_classes else ''}"
-        f'.from_pretrained("{folder}")'
-    ),
+    how=lambda encoder, folder: f'transformers.{_class_of(encoder)}.from_pretrained("{folder}")',
 )
