@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy as np
 import pytest
 import tifffile
 import torch
@@ -37,8 +38,8 @@ class Sizes:
     place = None
     dtype = torch.float32
     channels = 1
-    labels = None
-    class_names = None
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, *sizes: tuple[int, int]) -> None:
         self.sizes = sizes

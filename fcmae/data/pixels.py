@@ -96,11 +96,6 @@ def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
     return [*FULL].index(dtype) >= [*FULL].index(other)
 
 
-def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether pixels of a kind hold all those of another."""
-    return [*FULL].index(dtype) >= [*FULL].index(other)
-
-
 def as_kind(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     """Return pixels as another kind that holds the same, full range onto full range: 255 becomes 65535 or 1.0.
 

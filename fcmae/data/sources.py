@@ -125,6 +125,12 @@ def _holds_arrays(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in (IMAGES, INDEX, PLAN))
 
 
+def holds_arrays(root: str, split: str) -> bool:
+    """Whether the images of a split are arrays (of `fcmae prepare`, or images.npy) rather than image files."""
+    folders = (root, *(os.path.join(root, name) for name in (split, *SYNONYMS[0])))
+    return any(map(_holds_arrays, folders))
+
+
 def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
     """Return the folder of a split: ROOT/SPLIT, under any of its names, or else ROOT.
 
