@@ -124,7 +124,7 @@ def test_histograms_of_floats_keep_order_zeros_and_small_whole_numbers() -> None
     values = np.concatenate(
         [generator.standard_normal(1000) * 10.0 ** generator.integers(-30, 30, 1000), np.arange(-4096, 4097)]
     ).astype(np.float32)
-    values = np.append(values, np.float32([0, -0.0, np.finfo(np.float32).max, np.finfo(np.float32).min]))
+    values = np.append(values, np.array([0, -0.0, 3.4028235e38, -3.4028235e38], np.float32))
     back = float_values(float_keys(values))
     np.testing.assert_allclose(back, values, rtol=2**-12)
     assert np.array_equal(back[1000:-4], values[1000:-4])
@@ -160,7 +160,7 @@ def hashes_of(seed: int, number: int) -> np.ndarray:
     near = hashes[: number // 2].copy()
     for _ in range(5):
         near ^= np.uint64(1) << generator.integers(0, 64, len(near), dtype=np.uint64)
-    crowded = generator.integers(0, 2**20, number // 4, dtype=np.uint64)
+    crowded = generator.integers(0, 2**20, number // 8, dtype=np.uint64)
     return np.unique(np.concatenate([hashes, near, crowded]))
 
 
@@ -315,7 +315,7 @@ def test_the_smallest_images_and_the_largest_values_have_statistics(
 ) -> None:
     write_all(tmp_path / "dots", [np.full((1, 1, 3), value, np.uint8) for value in (3, 9)])
     assert stats(tmp_path / "dots", "--output", tmp_path / "of-dots") == 0
-    write_all(tmp_path / "huge", [np.float32([[1e37, -3e38], [5e37, 3e38]])])
+    write_all(tmp_path / "huge", [np.array([[1e37, -3e38], [5e37, 3e38]], np.float32)])
     capsys.readouterr()
     assert stats(tmp_path / "huge", "--output", tmp_path / "of-huge") == 0
     assert "no configuration takes these: data.mean" in capsys.readouterr().err.replace(
@@ -329,7 +329,7 @@ def test_the_smallest_images_and_the_largest_values_have_statistics(
 
 def test_numbers_are_rounded_to_what_their_spread_deserves() -> None:
     assert rounded(290.123456, 0.0123456) == 290.123456
-    assert rounded(290.123456, 12.3) == 290.12
+    assert rounded(290.123456, 12.3) == 290.123
     assert rounded(1234567.0, 0) == 1234600.0
     assert rounded(0, 0) == 0
 

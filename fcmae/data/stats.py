@@ -32,7 +32,7 @@ ALIKE = 3
 """Bits of 64, in which hashes of images that look alike differ at most."""
 BLOCKS = 6
 """That a hash is cut into; of two that differ in `ALIKE` bits, the other half of the blocks is the same."""
-NEIGHBOURS = 256
+NEIGHBOURS = 64
 """Hashes with half of their bits in common, of which each is compared with so many."""
 AT_ONCE = 64
 """Images of a piece of work, at most."""
