@@ -15,7 +15,7 @@ from PIL import Image
 
 from fcmae import pretrain
 from fcmae.__main__ import run
-from fcmae.config import DataSection, PretrainRecipe, parse_config
+from fcmae.config import DataSection, FinetuneRecipe, PretrainRecipe, parse_config
 from fcmae.data import Reading, open_source, save_arrays
 from fcmae.data.pixels import FULL
 from fcmae.data.stats import (
@@ -36,6 +36,7 @@ from fcmae.data.stats import (
     survey,
 )
 from fcmae.errors import UserError
+from fcmae.load import resolve_recipe
 
 QUICK = ("model.variant=[[1,1,1,1],[8,8,16,16]]", "model.decoder_dim=16", "train.max_steps=1", "data.num_workers=0")
 PHOTOS = ROOT / "docs" / "photos"
@@ -172,7 +173,7 @@ def test_all_pairs_that_look_alike_are_found_and_no_others(seed: int) -> None:
         for i, j in itertools.combinations(range(len(hashes)), 2)
         if (hashes[i] ^ hashes[j]).bit_count() <= ALIKE
     }
-    found = {(min(pair), max(pair)) for pair in pairs_alike(hashes)}
+    found = {(min(pair), max(pair)) for pairs in pairs_alike(hashes) for pair in pairs.tolist()}
     assert len(expected) > 10
     assert found == expected
 
@@ -183,7 +184,17 @@ def test_one_hash_or_none_has_no_pairs() -> None:
 
 
 def test_pairs_join_into_groups() -> None:
-    assert join(8, [(5, 1), (1, 3), (6, 7), (2, 2), (3, 5)]) == [[1, 3, 5], [6, 7]]
+    pairs = [[(5, 1), (6, 7)], [(2, 2), (3, 5)], [(1, 3)]]
+    assert join(8, [np.array(some) for some in pairs]) == [[1, 3, 5], [6, 7]]
+    assert join(0, []) == []
+    generator = np.random.default_rng(0)
+    pairs = generator.integers(0, 200, (80, 2))
+    groups = [{i} for i in range(200)]
+    for one, other in pairs.tolist():
+        (a,), (b,) = ([group for group in groups if thing in group] for thing in (one, other))
+        groups = [group for group in groups if group not in (a, b)] + [a | b]
+    expected = sorted(sorted(group) for group in groups if len(group) > 1)
+    assert sorted(join(200, [pairs[:30], pairs[30:]])) == expected
 
 
 def test_a_hash_survives_shrinking_and_brightening_and_tells_photographs_apart() -> None:
@@ -431,3 +442,18 @@ def test_files_that_are_no_statistics_are_named(tmp_path: Path, five_bands: Path
 def test_numbers_given_need_no_statistics(tmp_path: Path) -> None:
     values = {"output": "x", "model": {"variant": "atto"}, "data": {"root": "x", "stats": "nowhere.json"}}
     assert parse_config(PretrainRecipe, values, "a test").automatic == []
+
+
+def test_fine_tuning_takes_from_statistics_how_images_are_read_too(tmp_path: Path) -> None:
+    folder = write_all(tmp_path / "images", draw("float32", 3))
+    assert stats(folder, "--nodata", "nan", "--output", tmp_path / "stats") == 0
+    file = tmp_path / "stats" / "stats.json"
+    values = {"output": str(tmp_path / "run"), "model": {"variant": "atto"}}
+    recipe = parse_config(FinetuneRecipe, values | {"data": {"root": "x", "stats": str(file)}}, "a test")
+    config, said = resolve_recipe(recipe)
+    section = read_statistics(file).section()
+    assert (config.data.nodata, list(config.data.mean), config.data.clip) == ("nan", section["mean"], None)
+    assert said.endswith(f"(from {file})")
+    given = {"root": "x", "stats": str(file), "nodata": None}
+    with pytest.raises(UserError, match=r"read with data\.nodata=nan, but the run has None"):
+        resolve_recipe(parse_config(FinetuneRecipe, values | {"data": given}, "a test"))
