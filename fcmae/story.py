@@ -65,11 +65,11 @@ def cores_per_process() -> int:
 LOOKED_AT, LOOKED_INTO = 8, 512
 """Images that a run looks at before it starts, and the side of the middle of each, in pixels."""
 FAR = 20
-"""Standard deviations from the mean beyond which no pixel lies, if both are of these images."""
+"""Standard deviations from the mean beyond which no pixel lies, and by a part of which pixels vary at least."""
 
 
 def warn_of_units(trainer: Trainer, source: Source) -> None:
-    """Say where pixels of some images, normalised, lie so far out that mean and std must be of another unit."""
+    """Say where pixels of some images, normalised, lie so far out or so close that mean and std are not theirs."""
     data = trainer.config.data
     normalize = PixelNormalizer(data.mean, data.std, data.clip)
 
@@ -77,17 +77,24 @@ def warn_of_units(trainer: Trainer, source: Source) -> None:
         tall, wide = min(height, LOOKED_INTO), min(width, LOOKED_INTO)
         return Part((height - tall) // 2, (width - wide) // 2, tall, wide, (tall, wide))
 
+    furthest, widest = 0.0, 0.0
     for index in spread(len(source), LOOKED_AT):
         try:
-            furthest = normalize(source.load_part(index, middle)).abs().max()
+            images = normalize(source.load_part(index, middle))
         except Exception:  # training names the images that do not decode
             continue
-        if furthest > FAR:
-            trainer.say(
-                f"data.mean, data.std: {source.describe(index)} has pixels {furthest:.3g} standard deviations from "
-                f"the mean: they are of other images, or in another unit; fcmae stats {data.root} computes them"
-            )
-            return
+        furthest = max(furthest, float(images.abs().max()))
+        widest = max(widest, float(images.std(dim=(1, 2), correction=0).max()))
+    far, flat = furthest > FAR, 0 < widest < 1 / FAR
+    if far or flat:
+        what = (
+            f"lie up to {furthest:.3g} of data.std from data.mean"
+            if far
+            else f"vary by only {widest:.2g} of data.std"
+        )
+        trainer.say(
+            f"warning: pixels {what}, as if these were in another unit; fcmae stats {data.root} computes them"
+        )
 
 
 def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDataset) -> Callable[..., Iterator[Any]]:

@@ -1,4 +1,4 @@
-"""From files that are not 8-bit RGB to predictions, as a new user would: each command on what the last one wrote."""
+"""From files that are not 8-bit RGB to predictions, as a new user would: each command on what others wrote."""
 
 import json
 import sys

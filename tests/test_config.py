@@ -11,6 +11,7 @@ from fcmae.config import (
     FinetuneConfig,
     FinetuneRecipe,
     PretrainConfig,
+    PretrainRecipe,
     RunConfig,
     Section,
     load_config,
@@ -246,6 +247,23 @@ def test_auto_stands_for_what_is_known_else_for_the_default_and_values_given_win
     known = ["data.nodata", "data.window", "data.image_size", "data.mean", "data.clip"]
     assert recipe.automatic == [*network, *known]
     assert load_config(FinetuneRecipe, minimal, given).model_dump() == recipe.model_dump()
+
+
+def test_statistics_of_pretraining_may_be_auto_and_auto_of_the_network_stays(minimal: Path) -> None:
+    recipe = load_config(PretrainRecipe, minimal, ["data.mean=auto", "data.std=auto", "data.clip=auto"])
+    assert recipe.automatic == ["data.mean", "data.std", "data.clip"]
+    known = {"data.mean": (0.1, 0.2, 0.3), "data.std": (1.0, 2.0, 3.0), "data.clip": ((0.0,) * 3, (1.0,) * 3)}
+    config = recipe.resolve(known, "a test")
+    assert type(config) is PretrainConfig
+    assert (config.data.mean, config.data.std, config.data.clip) == tuple(known.values())
+    assert (config.model.response, config.model.layout) == ("auto", "auto")
+    plain = load_config(PretrainRecipe, minimal)
+    assert plain.automatic == []
+    assert plain.resolve({}, "a test") == load_config(PretrainConfig, minimal)
+    with pytest.raises(UserError, match=r"argument data\.mean: .*got 'auto'"):
+        load_config(PretrainConfig, minimal, ["data.mean=auto"])
+    with pytest.raises(UserError, match=r"^STATS: data\.mean has 2 values, but model\.in_chans is 3"):
+        recipe.resolve({"data.mean": (0.1, 0.2)}, "STATS")
 
 
 def test_auto_without_anything_to_start_from_is_reported(minimal: Path) -> None:

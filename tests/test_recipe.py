@@ -17,7 +17,7 @@ from PIL import Image
 from fcmae import pretrain, story
 from fcmae.arguments import read_given
 from fcmae.config import PretrainConfig, override_config
-from fcmae.data import open_source, save_arrays
+from fcmae.data import PretrainDataset, RandomView, open_source, save_arrays
 from fcmae.errors import UserError
 from fcmae.patches import grid_shape
 from fcmae.recipe import Images, Machine, assignments, choose, look_at, recommend, suitable_output
@@ -151,6 +151,64 @@ def test_arrays_are_found_with_their_channels(tmp_path: Path, monkeypatch: pytes
     assert recommend(*settings("data.root=gray"))[0].model.in_chans == 3
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_images_of_any_kind_and_number_of_channels_are_found_in_their_own_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    full = 65535 if kind == "uint16" else 1
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 28, 28, channels)).astype(kind)
+    for i, image in enumerate(pixels):
+        np.save(f"images/{i}.npy", image)
+    config, reasons = recommend(*settings("data.root=images"))
+    assert (config.model.in_chans, config.data.dtype, config.data.nodata) == (channels, kind, None)
+    values = pixels.astype(float) / full
+    assert config.data.mean == pytest.approx(values.mean((0, 1, 2)), rel=0.02)
+    assert config.data.std == pytest.approx(values.std((0, 1, 2)), rel=0.02)
+    assert f"data.dtype={kind} " in reasons
+    wider = recommend(*settings("data.root=images", f"model.in_chans={channels}"))[0]
+    assert wider.data.mean == config.data.mean
+
+
+def test_gray_images_that_are_to_be_read_as_colours_have_as_many_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 4096, (4, 28, 28), dtype=np.uint16)):
+        np.save(f"images/{i}.npy", image)
+    config, _ = recommend(*settings("data.root=images", "model.in_chans=3"))
+    assert len(config.data.mean) == len(config.data.std) == 3
+
+
+def test_no_data_is_found_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    pixels = np.random.default_rng(0).random((9, 28, 30, 3), dtype=np.float32) + 7
+    pixels[:, :9] = np.nan
+    for i, image in enumerate(pixels):
+        np.save(f"images/{i}.npy", image)
+    config, reasons = recommend(*settings("data.root=images"))
+    assert (config.data.nodata, config.model.in_chans) == ("nan", 3)
+    assert "data.nodata=nan " in reasons
+    assert config.data.mean == pytest.approx(np.nanmean(pixels, (0, 1, 2)), rel=0.01)
+    assert config.data.std == pytest.approx(np.nanstd(pixels, (0, 1, 2)), rel=0.05)
+    given, _ = recommend(*settings("data.root=images", "data.nodata=nan"))
+    assert given.data == config.data
+
+
+def test_statistics_that_are_given_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "images", mode="L")
+    config, _ = recommend(
+        *settings("data.root=images", "data.stats=stats.json", "model.in_chans=1", "data.std=[0.5]")
+    )
+    assert config.automatic == ["data.mean", "data.clip"]
+    assert config.data.std == (0.5,)
+
+
 def test_another_folder_of_the_same_name_gets_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = tmp_path / "a" / "pets", tmp_path / "b" / "pets"
@@ -243,11 +301,42 @@ def test_more_workers_than_cores_are_mentioned(
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     said: list[str] = []
     config = chosen(images_of(13, 320), CPU, f"data.num_workers={workers}")
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    trainer: Any = SimpleNamespace(accelerator=accelerator, config=config, seen_images=0, say=said.append)
-    dataset: Any = range(13)
-    story.training_batches(trainer, dataset)
+    story.training_batches(trainer_of(config, said), photographs(config))
     assert [line.partition(" of each")[0] for line in said] == says
+
+
+def trainer_of(config: PretrainConfig, said: list[str]) -> Any:
+    accelerator = SimpleNamespace(
+        process_index=0, num_processes=1, is_main_process=True, device=torch.device("cpu")
+    )
+    return SimpleNamespace(accelerator=accelerator, config=config, seen_images=0, say=said.append)
+
+
+def photographs(config: PretrainConfig) -> PretrainDataset:
+    source = open_source("folder", str(PHOTOS), "train", config.model.in_chans)
+    view = RandomView(config.data.size, config.data.crop_scale, config.data.hflip)
+    return PretrainDataset(source, view=view, draw_ids=lambda: torch.zeros(1, 1), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        ([], ""),
+        (["data.mean=[124,116,104]", "data.std=[58,57,57]"], "vary by only "),
+        (["data.std=[0.001,0.001,0.001]"], "lie up to "),
+        (["data.mean=[30,30,30]"], "lie up to "),
+        (["data.mean=[-9,0,0]", "data.std=[0.4,0.4,0.4]"], "lie up to "),
+        (["data.std=[0.001,0.001,0.001]", "data.mean=[0.5,0.5,0.5]", "data.clip=[0.495,0.505]"], ""),
+    ],
+)
+def test_mean_and_std_of_another_unit_are_mentioned_in_a_line(overrides: list[str], warns: str) -> None:
+    said: list[str] = []
+    config = chosen(images_of(13, 320), CPU, "data.num_workers=0", f"data.root={PHOTOS}", *overrides)
+    story.training_batches(trainer_of(config, said), photographs(config))
+    assert len(said) == bool(warns)
+    if warns:
+        assert said[0].startswith(f"warning: pixels {warns}")
+        assert said[0].endswith(f"fcmae stats {PHOTOS} computes them")
 
 
 def test_all_processes_train_with_what_the_main_one_chose(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -32,7 +32,7 @@ ALIKE = 3
 """Bits of 64, in which hashes of images that look alike differ at most."""
 BLOCKS = 6
 """That a hash is cut into; of two that differ in `ALIKE` bits, the other half of the blocks is the same."""
-NEIGHBOURS = 256
+NEIGHBOURS = 64
 """Hashes with half of their bits in common, of which each is compared with so many."""
 AT_ONCE = 64
 """Images of a piece of work, at most."""
@@ -130,27 +130,31 @@ def look_at(index: int, source: Source) -> tuple[Facts, list[Histogram]]:
     """Return what is known of an image, and a histogram of each channel; raises whatever decoding raises."""
     kind, bands = source.stored(index) if isinstance(source, ImageSource) else (source.dtype, source.channels)
     pixels = source.load(index)
+    channels = np.ascontiguousarray(pixels.numpy())
     moments, extremes, histograms = [], [], []
-    full = FULL[pixels.dtype]
-    for channel in pixels.numpy():
-        known = channel[~np.isnan(channel)] if channel.dtype == np.float32 else channel.ravel()
-        exact = known.astype(np.float64) / full
-        mean = exact.mean() if len(known) else 0.0
-        moments.append((len(known), mean, np.square(exact - mean).sum()))
-        extremes.append((exact.min(initial=math.inf), exact.max(initial=-math.inf)))
-        histograms.append(Histogram.of(known))
-    digest = hashlib.blake2b(f"{pixels.shape}{pixels.dtype}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()).data)
+    for channel in channels.reshape(len(channels), -1):
+        known = channel[~np.isnan(channel)] if channel.dtype == np.float32 else channel
+        histogram = Histogram.of(known)
+        if channel.dtype == np.float32:
+            values, counts = known.astype(np.float64), np.ones(len(known))
+        else:
+            values, counts = histogram.keys / FULL[pixels.dtype], histogram.counts
+        mean = values @ counts / max(len(known), 1)
+        moments.append((len(known), mean, np.square(values - mean) @ counts))
+        extremes.append((values.min(initial=math.inf), values.max(initial=-math.inf)))
+        histograms.append(histogram)
+    digest = hashlib.blake2b(f"{channels.shape}{channels.dtype}".encode(), digest_size=16)
+    digest.update(channels.data)
     facts = Facts(
         index=np.array(index),
         size=np.array(pixels.shape[1:]),
         kind=np.array([*FULL].index(kind)),
         bands=np.array(bands),
-        gray=np.array(len(pixels) > 1 and all(torch.equal(pixels[0], other) for other in pixels[1:])),
+        gray=np.array(len(channels) > 1 and all(np.array_equal(channels[0], other) for other in channels[1:])),
         moments=np.array(moments).T,
         extremes=np.array(extremes).T,
         digest=np.frombuffer(digest.digest(), np.uint64),
-        look=np.array(difference_hash(pixels), np.uint64),
+        look=np.array(difference_hash(torch.from_numpy(channels)), np.uint64),
     )
     return facts, histograms
 
@@ -242,8 +246,8 @@ def clipped_moments(values: np.ndarray, counts: np.ndarray, low: float, high: fl
     return float(mean), math.sqrt(np.average(np.square(clipped - mean), weights=counts))
 
 
-def pairs_alike(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield pairs of places in different hashes (n,), uint64, that differ in at most `ALIKE` of 64 bits.
+def pairs_alike(hashes: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield arrays (m, 2) of pairs of places in different hashes (n,), uint64, that differ in at most `ALIKE` bits.
 
     Of `BLOCKS` blocks of bits such a pair has `BLOCKS - ALIKE` in common: it comes together where hashes are sorted
     by these, for one choice of them. A pair may be missed where over `NEIGHBOURS` hashes have half their bits in
@@ -262,38 +266,41 @@ def pairs_alike(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
             if not len(places):
                 break
             differ = np.bitwise_count(ordered[places] ^ ordered[places + step])
-            for place in places[differ <= ALIKE].tolist():
-                yield int(order[place]), int(order[place + step])
+            near = places[differ <= ALIKE]
+            yield np.stack([order[near], order[near + step]], axis=1)
 
 
-def join(number: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Return the groups of two and more that pairs of `number` things join, each in order."""
-    parents = list(range(number))
+def join(number: int, pairs: Iterable[np.ndarray]) -> list[list[int]]:
+    """Return the groups of two and more that arrays of pairs (m, 2) of `number` things join, each in order."""
+    groups = np.arange(number)  # of each thing, one that comes before it in its group, or itself
 
     def first(thing: int) -> int:
-        while parents[thing] != thing:
-            parents[thing] = thing = parents[parents[thing]]
+        while groups[thing] != thing:
+            thing = groups[thing]
         return thing
 
-    for one, other in pairs:
-        least, most = sorted((first(one), first(other)))
-        parents[most] = least
-    groups: dict[int, list[int]] = {}
-    for thing in range(number):
-        groups.setdefault(first(thing), []).append(thing)
-    return [group for group in groups.values() if len(group) > 1]
+    for some in pairs:
+        joined = groups[some]
+        for one, other in joined[joined[:, 0] != joined[:, 1]].tolist():
+            least, most = sorted((first(one), first(other)))
+            groups[most] = least
+        while (groups[groups] != groups).any():
+            groups = groups[groups]
+    order = np.argsort(groups, kind="stable")
+    together = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    return [group.tolist() for group in together if len(group) > 1]
 
 
 def find_doubles(facts: Facts, constant: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
     """Return groups of places of images with the same pixels, and of others that look alike, each in order."""
     _, firsts, members = np.unique(facts.digest, axis=0, return_index=True, return_inverse=True)
-    same = join(len(members), zip(range(len(members)), firsts[members.ravel()].tolist(), strict=True))
-    different = np.array([place for place in sorted(firsts.tolist()) if not constant[place]], np.int64)
-    hashes, of_hash, places = np.unique(facts.look[different], return_index=True, return_inverse=True)
-    pairs = [(place, int(of_hash[own])) for place, own in enumerate(places.tolist())]
-    pairs += [(int(of_hash[one]), int(of_hash[other])) for one, other in pairs_alike(hashes)]
-    alike = [[int(different[place]) for place in group] for group in join(len(different), pairs)]
-    return same, alike
+    places = np.arange(len(members))
+    same = join(len(members), [np.stack([places, firsts[members.ravel()]], axis=1)])
+    different = np.array([place for place in np.sort(firsts) if not constant[place]], np.int64)
+    hashes, of_hash, own = np.unique(facts.look[different], return_index=True, return_inverse=True)
+    equal = np.stack([np.arange(len(different)), of_hash[own]], axis=1)
+    alike = join(len(different), itertools.chain([equal], (of_hash[pairs] for pairs in pairs_alike(hashes))))
+    return same, [different[group].tolist() for group in alike]
 
 
 # What is kept of it

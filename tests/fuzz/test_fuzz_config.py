@@ -25,6 +25,8 @@ from fcmae.config import (
     FinetuneConfig,
     FinetuneRecipe,
     PretrainConfig,
+    PretrainRecipe,
+    Recipe,
     RunConfig,
     Section,
     load_config,
@@ -43,7 +45,7 @@ from fcmae.tasks.classification import build_classifier
 from fcmae.training.memory import require_batch, require_memory
 from fcmae.training.schedule import Plan
 
-KINDS: dict[str, type[Section]] = {"pretrain": PretrainConfig, "finetune": FinetuneRecipe, "ablate": Grid}
+KINDS: dict[str, type[Section]] = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "ablate": Grid}
 SHIPPED = {name: path.read_text() for name, path in shipped_configs().items()}
 CPU = torch.device("cpu")
 IMAGES, MACHINE = Images(13, 64, 3, (0.5,) * 3, (0.2,) * 3), Machine("a CPU", False, 2**33, False, 2)
@@ -154,7 +156,7 @@ def refusal(error: UserError) -> None:
 def follow(config: RunConfig) -> None:
     """What a run does with its configuration before it takes memory."""
     assert type(config).model_validate(read_yaml(to_yaml(config))) == config
-    if isinstance(config, FinetuneRecipe):
+    if isinstance(config, Recipe):
         config = config.resolve({}, "a test")
     for samples, processes in ((1, 1), (1_281_167, 8)):
         plan = Plan.of(config, samples, processes)
@@ -239,7 +241,7 @@ def test_any_bytes_are_taken_or_refused_in_a_line(file: Path, content: bytes) ->
 def arguments_of(draw: st.DrawFn) -> tuple[str, list[str]]:
     """A command, and KEY=VALUE for it."""
     command = draw(st.sampled_from([*KINDS, "evaluate", "recipe"]))
-    known = keys_of({**KINDS, "evaluate": EvaluateConfig, "recipe": PretrainConfig}[command])
+    known = keys_of({**KINDS, "evaluate": EvaluateConfig, "recipe": PretrainRecipe}[command])
     key = st.sampled_from(known) | st.text(max_size=8) | st.sampled_from(["a." * 3000, "model.", ".", "x" * 5000])
     text = st.one_of(values.map(_as_text), st.sampled_from(RAW), st.text(max_size=12))
     words = st.one_of(
@@ -264,7 +266,7 @@ def test_any_overrides_are_taken_or_refused_in_a_line(case: tuple[str, list[str]
             overrides = ["data.root=photos", *words]
             choices = choose(IMAGES, MACHINE, read_given(overrides))
             values = assignments([("output", "x"), *((key, value) for key, value, _ in choices)])
-            follow(override_config(PretrainConfig, values, overrides, "a test"))
+            follow(override_config(PretrainRecipe, values, overrides, "a test"))
         elif command == "ablate":
             grid = load_config(Grid, "cifar10-versions", words)
             stages_of(grid, "grid", next(iter(grid.arms)), grid.seeds[0])
