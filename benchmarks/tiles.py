@@ -3,10 +3,10 @@
     python benchmarks/tiles.py
     python benchmarks/tiles.py --side 30000 --json tiles.json
 
-Each way, in a process of its own of one thread, reads tiles at random places, `--tile` pixels a side, of one image of
-8-bit RGB (smooth noise, made here, in tiles of 256 x 256 compressed by deflate), from a file that the system has in
-memory. `pillow` and `tifffile` decode the whole image for each tile, as a dataset of such files does without more
-ado; `tiles` is `data.tile`. Memory is the peak of the process beyond that before the first tile.
+Each way, in a process of its own of one thread, reads tiles at random places, `--tile` pixels a side, of one image
+of 8-bit RGB (smooth noise, made here, in tiles of 256 x 256 compressed by deflate), from a file that the system has
+in memory. `pillow` and `tifffile` decode the whole image for each tile, as most datasets of such files do; `tiles` is
+`data.tile`. Memory is the peak of the process beyond that before the first tile.
 """
 
 import argparse
@@ -60,11 +60,11 @@ def write_scene(path: Path, side: int) -> None:
             rows[: min(256, side - top), :side] = np.asarray(strip)[: side - top]
             yield from rows.reshape(256, -1, 256, 3).swapaxes(0, 1)
 
-    shape, options = (
-        (side, side, 3),
-        {"tile": (256, 256), "compression": "deflate", "predictor": True, "bigtiff": side > 25_000},
+    stored: dict[str, Any] = {"tile": (256, 256), "compression": "deflate", "predictor": True}
+    shape = (side, side, 3)
+    tifffile.imwrite(
+        path, strips(), shape=shape, dtype=np.uint8, photometric="rgb", bigtiff=side > 25_000, **stored
     )
-    tifffile.imwrite(path, strips(), shape=shape, dtype=np.uint8, photometric="rgb", **options)
 
 
 def reader(way: str, folder: str, tile: int) -> tuple[int, Callable[[int], Any]]:
