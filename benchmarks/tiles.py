@@ -5,8 +5,8 @@
 
 Each way, in a process of its own of one thread, reads tiles at random places, `--tile` pixels a side, of one image
 of 8-bit RGB (smooth noise, made here, in tiles of 256 x 256 compressed by deflate), from a file that the system has
-in memory. `pillow` and `tifffile` decode the whole image for each tile, as most datasets of such files do; `tiles` is
-`data.tile`. Memory is the peak of the process beyond that before the first tile.
+in memory. `pillow` and `tifffile` decode the whole image for each tile, as most datasets of such files do; `tiles`
+is `data.tile`. Memory is the peak of the process beyond that before the first tile.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             "command": shlex.join(["python", *sys.argv]),
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "device": f"cpu: {device_name('cpu')}, one process of one thread",
-            "libraries": f"torch {torch.__version__}, Pillow {Image.__version__}, tifffile {tifffile.__version__}",
+            "libraries": f"torch {torch.__version__}, Pillow {Image.__version__}, tifffile {version('tifffile')}",
             "image": f"{args.side:,} x {args.side:,} RGB, a file of {path.stat().st_size / 1e6:,.0f} MB",
             "tiles": f"{args.tile} x {args.tile}, {args.number} of them after one to warm up",
         }
