@@ -119,6 +119,17 @@ def test_data_measures_every_way_of_loading_and_writes_json(
     assert "13 JPEGs" in written["images"]
 
 
+def test_tiles_measures_every_way_and_writes_json(
+    modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    importlib.import_module("tiles").main(["--side=600", "--tile=300", "--number=1", f"--json={path}"])
+    out = capsys.readouterr().out
+    rows = json.loads(path.read_text())["ways"]
+    assert [row["way"] for row in rows] == ["pillow", "tifffile", "tiles"]
+    assert all(f"| {row['way']} " in out and row["ms"] > 0 <= row["memory_mb"] for row in rows)
+
+
 def test_checkpoint_measures_what_saving_and_hashing_cost(
     modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

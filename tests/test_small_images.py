@@ -1,4 +1,4 @@
-"""The smallest images, 28 pixels in gray, through all that is done with images, by a configuration and without."""
+"""The smallest images, 28 pixels in gray, through all that is done with images, with a configuration or none."""
 
 import json
 from pathlib import Path

@@ -14,8 +14,7 @@ from conftest import ROOT, error_line, fuzzed, run_main
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
-from test_batches import same as same_batch
-from test_batches import take
+from test_batches import same, take
 from test_sources import DEEP, write_dicom, write_images
 from torch import Tensor
 
@@ -34,7 +33,7 @@ sides = st.integers(1, 40)
 class Sizes:
     """A source of nothing but sizes and labels; pixels count along rows, image after image."""
 
-    place = None
+    place: Path | None = None
     dtype = torch.float32
     channels = 1
     labels: np.ndarray | None = None
@@ -161,7 +160,7 @@ def test_tiles_are_the_same_for_any_number_of_workers(tmp_path: Path, num_worker
         seed=0,
     )
     alone, helped = take(dataset, 5), take(dataset, 5, num_workers=num_workers)
-    assert all(same_batch(a, b) for a, b in zip(alone, helped, strict=True))
+    assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 
 
 # Sizes of every source, and how much is decoded
