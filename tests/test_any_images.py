@@ -1,4 +1,4 @@
-"""From files that are not 8-bit RGB to predictions, as a new user would: each command on what others wrote."""
+"""Images that are not 8-bit RGB, from files to predictions as a new user would: each command on another's work."""
 
 import json
 import sys
@@ -49,7 +49,8 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         code = run_main(run, *map(str, arguments))
-        return code, *capfd.readouterr()
+        said = capfd.readouterr()
+        return code, said.out, said.err
 
     return call
 
@@ -157,7 +158,8 @@ def test_an_encoder_of_16_bit_images_of_five_bands_says_how_it_wants_them(runs: 
     encoder = runs[0] / "encoder"
     for use in (load_weights(encoder).preprocessing, load_weights(runs[0]).preprocessing):
         assert (use.dtype, use.mean, use.std, use.image_size) == ("uint16", MEAN, STD, (SIDE, SIDE))
-    assert timm.create_model(f"local-dir:{encoder}", pretrained=True).stem[0].in_channels == CHANNELS
+    theirs: Any = timm.create_model(f"local-dir:{encoder}", pretrained=True)
+    assert theirs.stem[0].in_channels == CHANNELS
     pixels = torch.randint(0, 3000, (2, CHANNELS, SIDE, SIDE)).to(torch.uint16)
     with torch.no_grad():
         ours = fcmae.load_encoder(encoder).eval()(PixelNormalizer(MEAN, STD)(pixels))
@@ -250,7 +252,8 @@ def test_a_program_takes_what_the_caller_normalised(
     program = torch.export.load(tmp_path / "out" / "model.pt2").module()
     file = satellite / "val" / "water" / "1.tif"
     view = cover(torch.from_numpy(tifffile.imread(file)), (SIDE, SIDE), CROP)
-    found = program(PixelNormalizer(MEAN, STD)(view)[None]).softmax(1)[0]
+    with torch.no_grad():
+        found = program(PixelNormalizer(MEAN, STD)(view)[None]).softmax(1)[0]
     (classes,) = predictions(succeed, runs[1], file).values()
     for entry in classes:
         assert entry["probability"] == pytest.approx(float(found[entry["index"]]), abs=1e-5)
@@ -301,7 +304,8 @@ def test_floats_with_unknown_pixels_and_clipping_from_end_to_end(
     found = predictions(succeed, finetuned, images / "val")
     for form in ("timm", "transformers", "plain"):
         succeed("export", finetuned, "--to", form, "--output", tmp_path / form)
-        assert load_weights(tmp_path / form).preprocessing[-4:] == use[-4:]
+        again = load_weights(tmp_path / form).preprocessing
+        assert (again.dtype, again.nodata, again.clip) == (use.dtype, use.nodata, use.clip)
         again = predictions(succeed, tmp_path / form, images / "val")
         for file, classes in found.items():
             assert [entry["name"] for entry in again[file]] == [entry["name"] for entry in classes]

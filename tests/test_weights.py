@@ -14,7 +14,7 @@ import timm
 import torch
 from conftest import TINY, randomise, relative_error, small_encoder
 from safetensors.torch import save_file
-from weight_files import MEAN, NAMES, STD, same
+from weight_files import MEAN, NAMES, STD, same, weights_of
 
 from fcmae import FCMAE, ConvNeXt, load_encoder
 from fcmae.encoder.convnext import Version
@@ -22,7 +22,7 @@ from fcmae.encoder.networks import build_network
 from fcmae.encoder.responses import RESPONSES
 from fcmae.errors import UserError
 from fcmae.weights.base import IMAGENET, Preprocessing, describe_encoder, load_network, version_of
-from fcmae.weights.export import write_folder
+from fcmae.weights.export import export, write_folder
 from fcmae.weights.official import dense_to_official_sparse
 from fcmae.weights.read import FORMATS, find_weights, interpret, read_weights
 from fcmae.weights.timm import to_timm, write_timm_folder
@@ -139,8 +139,8 @@ def test_other_networks_are_refused_with_a_glimpse_of_their_names() -> None:
 def test_what_is_unknown_is_completed_as_the_released_weights_have_it() -> None:
     encoder = small_encoder(num_classes=3)
     assert Preprocessing().completed(encoder) == IMAGENET
-    mean_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    assert (*mean_std, (224, 224), 0.875, "bicubic", (0, 1), None, None, None, False, None) == IMAGENET
+    assert IMAGENET[:6] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (224, 224), 0.875, "bicubic", (0, 1))
+    assert set(IMAGENET[6:]) == {None, False}
     assert Preprocessing(image_size=(32, 64)).completed(encoder).crop_pct == 1.0
     known = Preprocessing(MEAN, STD, (64, 96), 0.9, "bilinear", (0.0, 1.0), NAMES)
     assert known.completed(encoder) == known
@@ -150,6 +150,39 @@ def test_what_is_unknown_is_completed_as_the_released_weights_have_it() -> None:
         Preprocessing(MEAN, (0.5,)).completed(encoder)
     with pytest.raises(ValueError, match="for 5 channels, but its mean and std are unknown, and ImageNet's have 3"):
         Preprocessing().completed(small_encoder(in_chans=5))
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        ({"clip": ((0.0, 0.0), 1.0)}, "clip has 2 and 3 values for 3 channels"),
+        ({"clip": (0.5, (1.0, 0.5, 1.0))}, "leaves nothing"),
+        ({"dtype": "uint16", "nodata": 0.0}, "uint16 pixels with no-data, which makes them float32"),
+    ],
+    ids=str,
+)
+def test_what_is_said_of_pixels_has_to_fit_together(known: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**known).completed(small_encoder())
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers", "official", "plain"])
+def test_every_format_keeps_what_is_said_of_pixels(form: str, tmp_path: Path) -> None:
+    clip = (-1.0, (2.0, 3.0, 4.0))
+    known = {"dtype": "float32", "nodata": -9999.0, "window": True, "clip": clip}
+    weights = weights_of(small_encoder(), **known)
+    export(weights, form, tmp_path / "out")
+    found = read_weights(tmp_path / "out").preprocessing.completed(small_encoder())
+    assert found == weights.preprocessing.completed(small_encoder())
+
+
+def test_folders_that_say_nothing_of_pixels_are_read(tmp_path: Path) -> None:
+    write_timm_folder(small_encoder().float(), Preprocessing(MEAN, STD, (64, 64)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["pixels"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = read_weights(tmp_path).preprocessing
+    assert (found.dtype, found.nodata, found.window, found.clip) == (None, None, False, None)
 
 
 def test_mean_and_std_are_completed_for_pixels_from_0_to_1() -> None:

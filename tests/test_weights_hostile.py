@@ -313,6 +313,39 @@ def test_a_description_of_a_wrong_type_or_size_is_refused(key: str, value: Any, 
     assert "config.json: damaged (" in refusal(tmp_path)
 
 
+PIXELS: list[Any] = [
+    7,
+    ["dtype"],
+    {"dtype": "uint32"},
+    {"dtype": ["uint8"]},
+    {"nodata": "none"},
+    {"nodata": True},
+    {"nodata": 10**400},
+    {"window": 1},
+    {"clip": 3.0},
+    {"clip": [0.0, 1.0, 2.0]},
+    {"clip": [0.0, float("nan")]},
+    {"clip": [[0.0, 0.0, "0"], 1.0]},
+    {"clip": [0.0, [[1.0], [1.0], [1.0]]]},
+]
+
+
+@pytest.mark.parametrize("pixels", PIXELS, ids=str)
+@pytest.mark.parametrize("form", ["timm", "plain"])
+def test_a_description_of_pixels_that_are_none_is_refused(form: str, pixels: Any, tmp_path: Path) -> None:
+    encoder, use = small_encoder(num_classes=3), Preprocessing(MEAN, STD, (64, 64))
+    write_timm_folder(encoder, use, tmp_path) if form == "timm" else PLAIN.write(encoder, use, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if form == "timm":
+        config["pixels"] = pixels
+    elif isinstance(pixels, dict):
+        config |= pixels
+    else:
+        config["clip"] = pixels
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "config.json: damaged (" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -53,7 +53,8 @@ def test_a_program_takes_any_batch_and_size(
         with torch.no_grad():
             assert relative_error(compute(tmp_path / "out", images), encoder(images)) <= 1e-4
     described = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert described["class_names"] == list(NAMES)
+    assert described["input"] == "float32 (batch, 3, height, width): the caller resizes, clips and normalises"
+    assert (described["output"], described["class_names"]) == ("logits", list(NAMES))
     assert described["network"]["dims"] == list(TINY[1])
     assert (described["interpolation"], described["value_range"]) == ("bicubic", [0, 1])
     assert (described["image_size"], described["crop_pct"]) == ([64, 64], 0.8)
@@ -80,6 +81,9 @@ def test_a_model_with_preprocessing_takes_photographs_and_gives_predictions(
     model.graph.output.append(onnx.helper.make_tensor_value_info("prepared", onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(model.SerializeToString())
     assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == list(NAMES)
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described["input"] == "uint8 (batch, height, width, 3): the program resizes, clips and normalises"
+    assert described["output"] == "probabilities"
     network = build_encoder(weights).eval()
     preprocessing = weights.preprocessing.completed(network)
     for i, path in enumerate(PHOTOS):
@@ -95,6 +99,45 @@ def test_a_model_with_preprocessing_takes_photographs_and_gives_predictions(
         (prediction,) = classify(network, pictures, preprocessing=preprocessing, top=3)
         wanted = {entry.index: entry.probability for entry in prediction.top_classes}
         assert max(abs(found[0][i] - wanted[i]) for i in range(3)) <= 1e-2  # of random weights, which amplify
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"clip": (0.2, (0.5, 0.6, 0.7))},
+        {"dtype": "uint16", "clip": (0.2, 0.6)},
+        {"dtype": "float32"},
+        {"dtype": "float32", "nodata": "nan", "clip": ((0.1, 0.2, 0.3), 0.7)},
+    ],
+    ids=str,
+)
+def test_pixels_of_every_kind_are_prepared_as_for_training(known: dict[str, Any], tmp_path: Path) -> None:
+    weights = classifier()
+    weights = weights._replace(preprocessing=weights.preprocessing._replace(**known))
+    export(weights, "onnx", tmp_path / "out", with_preprocessing=True)
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("prepared", onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    photo = pil_to_tensor(Image.open(PHOTOS[0]).convert("RGB"))
+    pixels, given = photo, photo
+    if known.get("dtype") == "uint16":
+        pixels = (photo.int() * 257).to(torch.uint16)
+        given = pixels.float() / 65535
+    elif "dtype" in known:
+        pixels = photo.float() / 255
+        if "nodata" in known:
+            pixels[:, :100, 50:90] = torch.nan
+            pixels[1, 150::7, ::3] = torch.nan
+        given = pixels
+    outputs: Any = session.run(["prepared"], {"images": given.permute(1, 2, 0)[None].numpy()})
+    use = weights.preprocessing
+    wanted = PixelNormalizer(MEAN, STD, use.clip)(cover(pixels, use.image_size, use.crop_pct))
+    found = torch.from_numpy(outputs[0][0])
+    assert bool(found.isfinite().all())
+    exact = 3 / 255 if "dtype" not in known else 1e-4
+    off = (found - wanted).abs() > exact / min(STD)
+    assert off.float().mean() < 0.002  # where a half of a pixel is not known, it may count either way
 
 
 def test_what_cannot_have_preprocessing_inside_is_refused(tmp_path: Path) -> None:
