@@ -204,7 +204,7 @@ def test_images_of_other_bands_than_most_are_bad_images(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", BANDS, planarconfig="contig")
     source = open_source("folder", str(tmp_path), "train", 3)
     assert source.load(0).shape == (3, 32, 40)
-    with pytest.raises(ValueError, match=r"12 bands where 3 are wanted; set model\.in_chans=12"):
+    with pytest.raises(ValueError, match=r"12 bands where 3 are wanted"):
         source.load(1)
 
 

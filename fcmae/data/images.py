@@ -151,7 +151,7 @@ def fit_channels(pixels: np.ndarray, channels: int, colours: bool) -> np.ndarray
     """
     bands = pixels.shape[2]
     if not fits(bands, channels, colours):
-        raise ValueError(f"{bands} bands where {channels} are wanted; set model.in_chans={bands}")
+        raise ValueError(f"{bands} bands where {channels} are wanted")
     if bands == channels:
         return pixels
     shown = pixels[..., : bands - 1 + bands % 2]  # without alpha, which comes second or fourth
