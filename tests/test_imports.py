@@ -1,6 +1,7 @@
 """Imports point one way, indirect ones too: read from the source, functions included, without running it."""
 
 import ast
+import itertools
 import subprocess
 import sys
 import tomllib
@@ -216,7 +217,8 @@ def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
 
 def test_only_declared_packages_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["export"]
+    extras = (project["optional-dependencies"][name] for name in ("export", "deep", "dicom", "nifti"))
+    requirements = [*project["dependencies"], *itertools.chain(*extras)]
     declared = {requirement.partition(">=")[0] for requirement in requirements}
     declared |= {"fcmae", "PIL", "yaml", "triton", "MinkowskiEngine", "MinkowskiEngineBackend"}
     used = {name.split(".")[0] for module in SOURCES for name in imports(module)}

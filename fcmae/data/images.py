@@ -175,13 +175,14 @@ def pillow_kind(image: Image.Image) -> torch.dtype:
 
 
 def decode(
-    image: Image.Image, kind: torch.dtype, channels: int, reading: Reading = AS_STORED, tagged: float | None = None
+    image: Image.Image, channels: int, reading: Reading = AS_STORED, tagged: float | None = None
 ) -> np.ndarray:
-    """Turn a PIL image, of a `kind` of pixels, into those (h, w, channels); `tagged` names its file's no-data.
+    """Turn a PIL image into pixels (h, w, channels), as deep as they are; `tagged` names its file's no-data.
 
     Raises:
         ValueError: if it has other channels, or no-data that `reading` refuses.
     """
+    kind = pillow_kind(image)
     if kind != torch.uint8:
         pixels = np.asarray(image)[..., None]
         pixels = pixels.astype(np.uint16) if kind == torch.uint16 else as_pixels(pixels)
@@ -254,7 +255,7 @@ def seen_size(image: Image.Image) -> tuple[int, int]:
 
 
 def decode_part(
-    image: Image.Image, reading: Reading, choose: Callable[[int, int], Part], channels: int
+    image: Image.Image, choose: Callable[[int, int], Part], channels: int, reading: Reading = AS_STORED
 ) -> np.ndarray:
     """Turn the part of a PIL image, which need not be loaded, that `choose` takes into pixels (h, w, channels).
 
@@ -281,9 +282,11 @@ def decode_part(
     right = max(round((left + width) / divisor), x + 1)
     bottom = max(round((top + height) / divisor), y + 1)
     box = (x, y, right, bottom)
-    kind = pillow_kind(image)  # of its file, which a crop forgets
-    seen_box = image if box == (0, 0, *image.size) else image.crop(box)
-    return turn(decode(seen_box, kind, channels, reading, tagged))
+    if box == (0, 0, *image.size):
+        return turn(decode(image, channels, reading, tagged))
+    cropped = image.crop(box)
+    cropped.format = image.format  # which says how deep its numbers are, and which Pillow forgets
+    return turn(decode(cropped, channels, reading, tagged))
 
 
 def is_deep_tiff(image: Image.Image) -> bool:
@@ -384,7 +387,7 @@ def _open(file: IO[bytes] | Image.Image | Slice, reading: Reading) -> OpenImage:
         read = functools.partial(_read_deep, opened, reading)
         return OpenImage(size, opened.bands, opened.colours, opened.kind, read)
     bands = 4 if opened.has_transparency_data else 1 if opened.mode.split(";")[0] in ("1", "L", "I", "F") else 3
-    read = functools.partial(decode_part, opened, reading)
+    read = functools.partial(decode_part, opened, reading=reading)
     return OpenImage(seen_size(opened), bands, True, pillow_kind(opened), read)
 
 
