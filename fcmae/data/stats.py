@@ -151,7 +151,9 @@ def look_at(index: int, source: Source) -> tuple[Facts, list[Histogram]]:
         size=np.array(pixels.shape[1:]),
         kind=np.array([*FULL].index(kind)),
         bands=np.array(bands),
-        gray=np.array(len(channels) > 1 and all(np.array_equal(channels[0], other) for other in channels[1:])),
+        gray=np.array(
+            len(channels) > 1 and all(np.array_equal(channels[0], other, equal_nan=True) for other in channels[1:])
+        ),
         moments=np.array(moments).T,
         extremes=np.array(extremes).T,
         digest=np.frombuffer(digest.digest(), np.uint64),
