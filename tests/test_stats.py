@@ -109,6 +109,15 @@ def test_clipping_comes_before_mean_and_std(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(found["std"], np.nanstd(clipped, 0), rtol=20 * tolerance)  # of values of 300
 
 
+def test_limits_of_a_channel_that_is_nearly_always_the_same_are_apart(tmp_path: Path) -> None:
+    image = np.zeros((50, 50, 2), np.float32)
+    image[0, 0], image[..., 1] = 0.5, np.linspace(0, 1, 50)
+    found = summary(write_all(tmp_path / "images", [image]), clip=(1, 99))
+    (low, _), (high, _) = found["clip"]
+    assert (low, high) == (0, 1)
+    assert found["mean"][0] == pytest.approx(image[..., 0].mean(), rel=1e-3)
+
+
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     folder = write_all(tmp_path / "images", draw("uint16", 3, number=40))
     (folder / "broken.npy").write_bytes(b"junk")

@@ -455,7 +455,9 @@ def summarise(
 
     limits = None
     if clip is not None:
-        limits = by_channel(clip[0]), by_channel(clip[1])
+        lows, highs = (np.array(by_channel(percent)) for percent in clip)
+        highs = np.where(highs > lows, highs, lows + 1)  # nearly all of a channel is one value
+        limits = (*lows.tolist(),), (*highs.tolist(),)
         mean, std = np.transpose(
             [clipped_moments(*c, *between) for c, *between in zip(channels, *limits, strict=True)]
         )
