@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from conftest import ROOT, error_line, run_main
@@ -17,6 +18,7 @@ from fcmae import pretrain
 from fcmae.__main__ import run
 from fcmae.config import DataSection, FinetuneRecipe, PretrainRecipe, parse_config
 from fcmae.data import Reading, open_source, save_arrays
+from fcmae.data.images import ImageSource
 from fcmae.data.pixels import FULL
 from fcmae.data.stats import (
     ALIKE,
@@ -105,6 +107,15 @@ def test_clipping_comes_before_mean_and_std(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(found["clip"], limits, rtol=tolerance)
     np.testing.assert_allclose(found["mean"], np.nanmean(clipped, 0), rtol=tolerance)
     np.testing.assert_allclose(found["std"], np.nanstd(clipped, 0), rtol=20 * tolerance)  # of values of 300
+
+
+def test_limits_of_a_channel_that_is_nearly_always_the_same_are_apart(tmp_path: Path) -> None:
+    image = np.zeros((50, 50, 2), np.float32)
+    image[0, 0], image[..., 1] = 0.5, np.linspace(0, 1, 50)
+    found = summary(write_all(tmp_path / "images", [image]), clip=(1, 99))
+    (low, _), (high, _) = found["clip"]
+    assert (low, high) == (0, 1)
+    assert found["mean"][0] == pytest.approx(image[..., 0].mean(), rel=1e-3)
 
 
 def test_processes_find_what_one_finds(tmp_path: Path) -> None:
@@ -201,7 +212,7 @@ def test_a_hash_survives_shrinking_and_brightening_and_tells_photographs_apart()
     photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
 
     def hashed(image: Image.Image, brighter: float = 1.0) -> int:
-        return difference_hash(torch.from_numpy(np.array(image, order="C") * brighter).permute(2, 0, 1))
+        return difference_hash((np.asarray(image) * brighter).transpose(2, 0, 1))
 
     hashes = [hashed(photo) for photo in photos]
     for photo, its in zip(photos, hashes, strict=True):
@@ -457,3 +468,25 @@ def test_fine_tuning_takes_from_statistics_how_images_are_read_too(tmp_path: Pat
     given = {"root": "x", "stats": str(file), "nodata": None}
     with pytest.raises(UserError, match=r"read with data\.nodata=nan, but the run has None"):
         resolve_recipe(parse_config(FinetuneRecipe, values | {"data": given}, "a test"))
+
+
+def test_channels_are_counted_without_transparency(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    expected: dict[str, int] = {}
+    for mode, channels in {"L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "1": 1}.items():
+        pixels = generator.integers(0, 256, (8, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.png")
+        expected[f"{mode}.png"] = channels
+    for bands, kind in ((2, "unspecified"), (4, "unassalpha"), (5, "unspecified")):
+        colours = min(bands, 3) if bands == 4 else 1
+        settings: dict[str, Any] = {
+            "photometric": "rgb" if colours == 3 else "minisblack",
+            "planarconfig": "contig",
+        }
+        pixels = generator.integers(0, 65536, (8, 9, bands), dtype=np.uint16)
+        tifffile.imwrite(tmp_path / f"{bands}.tif", pixels, **settings, extrasamples=[kind] * (bands - colours))
+        expected[f"{bands}.tif"] = colours if bands == 4 else bands
+    source = open_source("folder", str(tmp_path), "train", None)
+    assert isinstance(source, ImageSource)
+    assert {Path(source.describe(i)).name: source.stored(i)[1] for i in range(len(source))} == expected
+    assert source.channels == 3  # as most have

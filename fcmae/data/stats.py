@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -112,18 +110,21 @@ def values_of(histogram: Histogram, dtype: torch.dtype) -> np.ndarray:
     return float_values(histogram.keys) if dtype == torch.float32 else histogram.keys / FULL[dtype]
 
 
-def difference_hash(pixels: Tensor) -> int:
+def difference_hash(pixels: np.ndarray) -> int:
     """Return 64 bits that hardly change when an image is resized, compressed again or brightened.
 
-    Each says whether it gets brighter from one of 9 x 8 cells to the next on the right (the difference hash).
+    Each says whether it gets brighter from one of 8 x 9 cells to the next on the right (the difference hash).
 
     Args:
-        pixels: (c, h, w); what is not known counts as zero.
+        pixels: (c, h, w); NaN counts as zero.
     """
-    gray = pixels.float().nan_to_num().mean(0, keepdim=True)
-    cells = F.adaptive_avg_pool2d(gray, (8, 9))[0]
-    bits = (cells[:, 1:] > cells[:, :-1]).flatten().numpy()
-    return int(np.packbits(bits).view(">u8")[0])
+    cells = np.nan_to_num(pixels) if pixels.dtype == np.float32 else pixels
+    for axis, number in ((1, 8), (2, 9)):
+        edges = np.arange(number) * cells.shape[axis] // number
+        sizes = np.diff(edges, append=cells.shape[axis]).clip(1)
+        cells = np.add.reduceat(cells, edges, axis, np.float64) / (sizes[:, None] if axis == 1 else sizes)
+    gray = cells.mean(0)
+    return int(np.packbits(gray[:, 1:] > gray[:, :-1]).view(">u8")[0])
 
 
 def look_at(index: int, source: Source) -> tuple[Facts, list[Histogram]]:
@@ -150,11 +151,13 @@ def look_at(index: int, source: Source) -> tuple[Facts, list[Histogram]]:
         size=np.array(pixels.shape[1:]),
         kind=np.array([*FULL].index(kind)),
         bands=np.array(bands),
-        gray=np.array(len(channels) > 1 and all(np.array_equal(channels[0], other) for other in channels[1:])),
+        gray=np.array(
+            len(channels) > 1 and all(np.array_equal(channels[0], other, equal_nan=True) for other in channels[1:])
+        ),
         moments=np.array(moments).T,
         extremes=np.array(extremes).T,
         digest=np.frombuffer(digest.digest(), np.uint64),
-        look=np.array(difference_hash(torch.from_numpy(channels)), np.uint64),
+        look=np.array(difference_hash(channels), np.uint64),
     )
     return facts, histograms
 
@@ -452,7 +455,9 @@ def summarise(
 
     limits = None
     if clip is not None:
-        limits = by_channel(clip[0]), by_channel(clip[1])
+        lows, highs = (np.array(by_channel(percent)) for percent in clip)
+        highs = np.where(highs > lows, highs, lows + 1)  # nearly all of a channel is one value
+        limits = (*lows.tolist(),), (*highs.tolist(),)
         mean, std = np.transpose(
             [clipped_moments(*c, *between) for c, *between in zip(channels, *limits, strict=True)]
         )
