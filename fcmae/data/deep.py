@@ -204,6 +204,12 @@ def geotiff_nodata(text: object) -> float | None:
         return None
 
 
+def _holds(dtype: np.dtype, number: float) -> bool:
+    if dtype.kind in "fb":
+        return dtype.kind == "f"
+    return number.is_integer() and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+
+
 def _band_pages(tiff: Any) -> list[Any]:
     """Return the pages of a TIFF that are one image: one, or a band each where the file says so.
 
@@ -270,8 +276,8 @@ def open_tiff(file: IO[bytes], _: Reading = AS_STORED) -> Opened:
     if bands > MAX_BANDS:
         raise ValueError(f"{bands:,} bands, over {MAX_BANDS:,}")
     nodata = geotiff_nodata(first.tags.valueof(GDAL_NODATA))
-    whitest = (1 << first.bitspersample) - 1 if photometric == MINISWHITE and first.dtype.kind == "u" else None
-    empty = nodata if nodata is not None and np.can_cast(np.min_scalar_type(nodata), first.dtype) else 0
+    whitest = (1 << first.bitspersample) - 1 if photometric == MINISWHITE and first.dtype.kind in "bu" else None
+    empty = nodata if nodata is not None and _holds(first.dtype, nodata) else 0
 
     def read(box: Box) -> np.ndarray:
         numbers = np.concatenate([_read_page(page, box, empty) for page in pages], axis=2)
@@ -327,10 +333,8 @@ def _decode_dicom(dataset: Any) -> np.ndarray:
     """Return a DICOM image's pixels as stored, colours as RGB: (h, w) or (h, w, 3)."""
     pixels = import_module("pydicom.pixels")
     syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_compressed or pixels.get_decoder(syntax).is_available:
+    if syntax not in DICOM_CODECS or pixels.get_decoder(syntax).is_available:
         return dataset.pixel_array
-    if syntax not in DICOM_CODECS:
-        raise ValueError(f"DICOM compressed as {syntax.name}; save it uncompressed, as dcmconv or gdcmconv does")
     what = f"DICOM compressed as {syntax.name}"
     decode = getattr(_library("imagecodecs", "dicom", what), DICOM_CODECS[syntax])
     frame = import_module("pydicom.encaps").get_frame(dataset.PixelData, 0, number_of_frames=1)

@@ -175,14 +175,13 @@ def pillow_kind(image: Image.Image) -> torch.dtype:
 
 
 def decode(
-    image: Image.Image, channels: int, reading: Reading = AS_STORED, tagged: float | None = None
+    image: Image.Image, kind: torch.dtype, channels: int, reading: Reading = AS_STORED, tagged: float | None = None
 ) -> np.ndarray:
-    """Turn a PIL image into pixels (h, w, channels), as deep as they are; `tagged` names its file's no-data.
+    """Turn a PIL image, of a `kind` of pixels, into those (h, w, channels); `tagged` names its file's no-data.
 
     Raises:
         ValueError: if it has other channels, or no-data that `reading` refuses.
     """
-    kind = pillow_kind(image)
     if kind != torch.uint8:
         pixels = np.asarray(image)[..., None]
         pixels = pixels.astype(np.uint16) if kind == torch.uint16 else as_pixels(pixels)
@@ -282,7 +281,9 @@ def decode_part(
     right = max(round((left + width) / divisor), x + 1)
     bottom = max(round((top + height) / divisor), y + 1)
     box = (x, y, right, bottom)
-    return turn(decode(image if box == (0, 0, *image.size) else image.crop(box), channels, reading, tagged))
+    kind = pillow_kind(image)  # of its file, which a crop forgets
+    seen_box = image if box == (0, 0, *image.size) else image.crop(box)
+    return turn(decode(seen_box, kind, channels, reading, tagged))
 
 
 def is_deep_tiff(image: Image.Image) -> bool:

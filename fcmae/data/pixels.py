@@ -87,7 +87,8 @@ def as_pixels(numbers: np.ndarray) -> np.ndarray:
             raise ValueError(f"whole numbers from {least:,} to {most:,}, which float32 does not hold; divide them")
     if numbers.dtype.kind not in "iuf":
         raise ValueError(f"{numbers.dtype} in place of pixels")
-    return numbers.astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite, which is no-data or refused
+        return numbers.astype(np.float32)
 
 
 def holds(dtype: torch.dtype, other: torch.dtype) -> bool:

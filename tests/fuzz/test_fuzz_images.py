@@ -1,9 +1,12 @@
 """Damaged and hostile images, tar files and arrays: each loads or is reported in one line, and nothing else."""
 
+import contextlib
 import functools
+import gzip
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import struct
@@ -16,20 +19,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
+import nibabel
 import numpy as np
 import psutil
+import pydicom
 import pytest
-import torch
+import tifffile
 from conftest import fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fcmae.data import BadImage, RandomView, Source, open_source, save_arrays
+from fcmae.data import BadImage, RandomView, Reading, Source, open_source, save_arrays
 from fcmae.data.images import FORMATS, MAX_PIXELS
 from fcmae.data.prepare import prepare
 from fcmae.errors import UserError
 from fcmae.evaluation.inference import Unreadable, read_images
+
+EXPLICIT = pydicom.uid.ExplicitVRLittleEndian
 
 resource = pytest.importorskip("resource")
 
@@ -82,7 +90,7 @@ def hold_one_line(*texts: str) -> None:
         assert len(text) < 1500
 
 
-def check_image(source: Source, index: int, channels: int) -> bool:
+def check_image(source: Source, index: int, channels: int | None) -> bool:
     """Load an image whole and in part; whether it loads. It must be pixels, or told in one line."""
     try:
         image = source.load(index)
@@ -94,10 +102,10 @@ def check_image(source: Source, index: int, channels: int) -> bool:
         hold_one_line(bad.name, bad.reason)
         return False
     for pixels in (image, part):
-        assert pixels.dtype == torch.uint8
+        assert pixels.dtype == source.dtype
         assert pixels.ndim == 3
-        assert pixels.shape[0] == channels
-        assert pixels.numel() <= channels * MAX_PIXELS
+        assert pixels.shape[0] == (channels or source.channels)
+        assert pixels.numel() <= len(pixels) * MAX_PIXELS
     return True
 
 
@@ -153,6 +161,40 @@ def encoded(formats: tuple[str, ...] = READ) -> tuple[bytes, ...]:
             found.append(buffer.getvalue())
     assert len(found) > len(formats)
     return tuple(found)
+
+
+@functools.cache
+def deep() -> tuple[bytes, ...]:
+    """Small images that Pillow does not read: TIFFs, PNGs and JPEG 2000 of 16 bits, .npy, DICOM and NIfTI."""
+    bands = (np.add.outer(np.arange(24), np.arange(32))[..., None] * np.arange(1, 6)).astype(np.uint16)
+    found = [npy(bands), npy(bands[..., 0] / 7), imagecodecs.png_encode(bands[..., :3].copy())]
+    found.append(imagecodecs.jpeg2k_encode(bands[..., :3].copy(), level=0))
+    layouts: list[dict[str, Any]] = [{}, {"tile": (16, 16), "compression": "lzw"}, {"rowsperstrip": 5}]
+    layouts += [{"tile": (16, 16), "compression": name} for name in ("deflate", "zstd", "packbits", "lzma")]
+    layouts += [{"bigtiff": True, "byteorder": ">"}, {"compression": "deflate", "predictor": True}]
+    for layout in layouts:
+        for values in (bands, bands[..., 0], bands[..., 0].astype(np.float32)):
+            buffer = io.BytesIO()
+            tifffile.imwrite(buffer, values, photometric="minisblack", planarconfig="contig", **layout)
+            found.append(buffer.getvalue())
+    for shape in ((24, 32), (24, 32, 3)):
+        image = nibabel.Nifti1Image(bands[..., : shape[2] if len(shape) > 2 else 1].reshape(shape), np.eye(4))
+        found += [image.to_bytes(), gzip.compress(image.to_bytes())]
+    found.append(nibabel.Nifti2Image(bands[..., 0], np.eye(4)).to_bytes())
+    for packed in (None, *map(imagecodecs.ljpeg_encode, (bands[..., 0].copy(),))):
+        dataset = pydicom.Dataset()
+        dataset.file_meta = pydicom.dataset.FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1 if packed else EXPLICIT
+        dataset.SOPClassUID = dataset.SOPInstanceUID = pydicom.uid.CTImageStorage
+        dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 24, 32, 1
+        dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+        dataset.PixelData = pydicom.encaps.encapsulate([bytes(packed)]) if packed else bands[..., 0].tobytes()
+        dataset["PixelData"].VR = "OB" if packed else "OW"
+        buffer = io.BytesIO()
+        pydicom.dcmwrite(buffer, dataset, enforce_file_format=True)
+        found.append(buffer.getvalue())
+    return tuple(map(bytes, found))
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -318,7 +360,8 @@ def file_contents() -> st.SearchStrategy[bytes]:
     mutated = changed(encoded())
     return st.one_of(
         mutated,
-        mutated,
+        changed(deep()),
+        changed(deep()),
         mutated,
         st.one_of(st.binary(max_size=300), st.sampled_from(encoded(NOT_READ))),
         st.builds(lambda a, b: a + b, st.sampled_from(encoded()), mutated),
@@ -347,18 +390,25 @@ def file_contents() -> st.SearchStrategy[bytes]:
 
 
 ENDS = st.sampled_from([".jpg", ".png", ".tif", ".webp", ".bmp", ".gif", ".ppm", ".avif", ".jp2", ".tga", ".psd"])
+ENDS |= st.sampled_from([".npy", ".dcm", ".nii", ".nii.gz"])
+
+
+READINGS = st.sampled_from([Reading(), Reading(nodata=math.nan), Reading(nodata=0, window=True)])
 
 
 @fuzzed(150, 3000)
-@given(content=file_contents(), end=ENDS, channels=st.sampled_from([1, 3, 4]))
-def test_any_file_is_pixels_or_a_bad_image(content: bytes, end: str, channels: int) -> None:
+@given(content=file_contents(), end=ENDS, channels=st.sampled_from([1, 3, 4, None]), reading=READINGS)
+def test_any_file_is_pixels_or_a_bad_image(
+    content: bytes, end: str, channels: int | None, reading: Reading
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"x{end}")
         path.write_bytes(content)
-        source = open_source("folder", folder, "train", channels)
         with watch():
-            check_image(source, 0, channels)
-            (read,) = read_images([path], channels)
+            with contextlib.suppress(UserError):  # of bands that do not fit
+                source = open_source("folder", folder, "train", channels, reading=reading)
+                check_image(source, 0, channels)
+            (read,) = read_images([path], channels or 3, reading)
         if isinstance(read, Unreadable):
             hold_one_line(read.reason)
         assert os.listdir(folder) == [path.name]
