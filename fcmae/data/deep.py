@@ -4,6 +4,7 @@ Each reader opens a file without decoding all of it where the format allows, and
 """
 
 import gzip
+import itertools
 import logging
 import math
 import struct
@@ -29,8 +30,8 @@ Box = tuple[int, int, int, int]
 MAX_PIXELS = 1 << 27
 """Of an image, or a part of one, that is decoded, at most: that takes up to 2 GB and ten seconds."""
 
-MAX_BANDS = 1 << 12
-"""Of an image."""
+MAX_PAGES = 1 << 12
+"""Pages of a TIFF at most, with a band each."""
 
 ORIENTATION = 274
 """The tag of EXIF and TIFF that says how an image is turned."""
@@ -73,13 +74,14 @@ class TooLarge(ValueError):
     """An image, or the part of it that is decoded at once, has over `MAX_PIXELS`."""
 
 
-def require_decodable(height: int, width: int, what: str = "") -> None:
-    """Refuse to decode over `MAX_PIXELS` at once; `what` says of which part of an image they are.
+def require_decodable(height: int, width: int, what: str = "", *, bands: int = 1) -> None:
+    """Refuse to decode over `MAX_PIXELS` of four bands at once; `what` says of which part of an image they are.
 
     Raises:
         TooLarge: if they are more.
     """
-    if height * width > MAX_PIXELS:
+    if height * width * max(4, bands) > 4 * MAX_PIXELS:
+        what = f"{what} in {bands:,} bands" if bands > 4 else what
         raise TooLarge(f"{width:,} x {height:,} pixels{what}, over {MAX_PIXELS:,}; cut it into tiles or shrink it")
 
 
@@ -102,7 +104,7 @@ def _of_whole(
     decode: Callable[[], np.ndarray], shape: tuple[int, int, int], kind: torch.dtype, **more: Any
 ) -> Opened:
     """An image that can only be decoded whole, (h, w) or (h, w, bands), and must have the declared shape."""
-    require_decodable(*shape[:2])
+    require_decodable(*shape[:2], bands=shape[2])
 
     def read(box: Box) -> np.ndarray:
         pixels = decode()
@@ -216,10 +218,18 @@ def _band_pages(tiff: Any) -> list[Any]:
     Raises:
         ValueError: if there are several images.
     """
-    pages = [page for page in tiff.pages if not (page.is_reduced or page.is_mask)] or [tiff.pages[0]]
+    pages: list[Any] = []
+    for page in itertools.islice(tiff.pages, MAX_PAGES):
+        page = page.aspage()
+        if page.is_reduced or page.is_mask:
+            continue
+        if pages and (page.shaped, page.dtype) != (pages[0].shaped, pages[0].dtype):  # or damaged without end
+            raise ValueError("pages of different sizes; split it into one file per page, as tiffsplit does")
+        pages.append(page)
+    pages = pages or [tiff.pages[0]]
     if len(pages) > 1 and not (len(tiff.series) == 1 and tiff.series[0].axes == "CYX"):  # as OME and ImageJ write
         raise ValueError(f"{len(pages)} pages; split it into one file per page, as tiffsplit does")
-    return [page.aspage() for page in pages]
+    return pages
 
 
 def _read_page(page: Any, box: Box, empty: float) -> np.ndarray:
@@ -232,7 +242,8 @@ def _read_page(page: Any, box: Box, empty: float) -> np.ndarray:
         dtype, shape = page.dtype.newbyteorder(page.parent.byteorder), (full_height, full_width, contiguous)
         starts = (page.dataoffsets[0] + band * math.prod(shape) * dtype.itemsize for band in range(separate))
         return np.concatenate([_read_rows(handle, start, shape, dtype, box) for start in starts], axis=2)
-    require_decodable(min(tall, full_height), wide, f" in a {'tile' if page.is_tiled else 'strip'} of the file")
+    rows = tall if page.is_tiled else min(tall, full_height)
+    require_decodable(rows, wide, f" in a {'tile' if page.is_tiled else 'strip'} of the file", bands=contiguous)
     out = np.zeros((separate, height, width, contiguous), page.dtype)
     down, across = math.ceil(full_height / tall), math.ceil(full_width / wide)
     tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.jpegtables else {}
@@ -270,11 +281,7 @@ def open_tiff(file: IO[bytes], _: Reading = AS_STORED) -> Opened:
     if first.dtype is None or first.dtype.kind not in "biuf":
         found = first.dtype or f"{first.bitspersample} bits"
         raise ValueError(f"{found} in place of pixels; save whole numbers or floats")
-    if any(page.shaped != first.shaped or page.dtype != first.dtype for page in pages):
-        raise ValueError("pages of different sizes")
     bands = len(pages) * first.shaped[0] * first.shaped[4]
-    if bands > MAX_BANDS:
-        raise ValueError(f"{bands:,} bands, over {MAX_BANDS:,}")
     nodata = geotiff_nodata(first.tags.valueof(GDAL_NODATA))
     whitest = (1 << first.bitspersample) - 1 if photometric == MINISWHITE and first.dtype.kind in "bu" else None
     empty = nodata if nodata is not None and _holds(first.dtype, nodata) else 0
@@ -307,8 +314,6 @@ def open_npy(file: IO[bytes], _: Reading = AS_STORED) -> Opened:
     if dtype.kind not in "biuf" or len(shape) not in (2, 3) or min(shape) < 1 or fortran_order:
         raise ValueError(f"{dtype} {shape}; an image is numbers (h, w) or (h, w, bands) in C order")
     start, (height, width, bands) = file.tell(), (*shape, 1)[:3]
-    if bands > MAX_BANDS:
-        raise ValueError(f"{shape}: {bands:,} bands, over {MAX_BANDS:,}; an image is (h, w) or (h, w, bands)")
 
     def read(box: Box) -> np.ndarray:
         return as_pixels(_read_rows(file, start, (height, width, bands), dtype, box))

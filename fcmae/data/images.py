@@ -328,7 +328,7 @@ def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Par
     turn = TURNS.get(image.orientation, Turn())
     seen = turn.size(image.height, image.width)
     top, left, height, width, _ = turn.stored(choose(*seen), seen)
-    require_decodable(height, width)
+    require_decodable(height, width, bands=image.bands)
     pixels = without_nodata(image.read((top, left, height, width)), reading, image.nodata)
     return turn(fit_channels(pixels, channels, image.colours))
 
