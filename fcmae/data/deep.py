@@ -7,6 +7,7 @@ import gzip
 import itertools
 import logging
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -212,6 +213,16 @@ def _holds(dtype: np.dtype, number: float) -> bool:
     return number.is_integer() and np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
 
 
+def _channels(description: str) -> int | None:
+    """Return of how many channels alone a stack is, as OME and ImageJ describe it; None of other stacks."""
+    if description.startswith("ImageJ="):
+        sizes = dict(re.findall(r"^(images|channels)=(\d+)$", description, re.MULTILINE))
+        return int(sizes["channels"]) if sizes.get("images") == sizes.get("channels", "") else None
+    sizes = re.findall(r'\bSize([ZCT])="(\d+)"', description)
+    others = [number for axis, number in sizes if axis != "C"]
+    return int(dict(sizes)["C"]) if sorted(dict(sizes)) == ["C", "T", "Z"] and {*others} == {"1"} else None
+
+
 def _band_pages(tiff: Any) -> list[Any]:
     """Return the pages of a TIFF that are one image: one, or a band each where the file says so.
 
@@ -227,7 +238,7 @@ def _band_pages(tiff: Any) -> list[Any]:
             raise ValueError("pages of different sizes; split it into one file per page, as tiffsplit does")
         pages.append(page)
     pages = pages or [tiff.pages[0]]
-    if len(pages) > 1 and not (len(tiff.series) == 1 and tiff.series[0].axes == "CYX"):  # as OME and ImageJ write
+    if len(pages) > 1 and _channels(pages[0].description) != len(pages):
         raise ValueError(f"{len(pages)} pages; split it into one file per page, as tiffsplit does")
     return pages
 
@@ -272,6 +283,9 @@ def open_tiff(file: IO[bytes], _: Reading = AS_STORED) -> Opened:
     tifffile = _library("tifffile", "deep", "a TIFF of more than 8 bits, or of other bands than Pillow reads,")
     pages = _band_pages(tifffile.TiffFile(file, _multifile=False))
     first = pages[0]
+    sides = first.imagelength, first.imagewidth
+    if not all(isinstance(side, int) and side > 0 for side in sides):  # a damaged one may have lists of them
+        raise ValueError(f"damaged: {sides} pixels")
     if first.imagedepth != 1:
         raise ValueError("a volume; save the slices that are wanted as files of their own")
     photometric = first.photometric
@@ -292,8 +306,7 @@ def open_tiff(file: IO[bytes], _: Reading = AS_STORED) -> Opened:
 
     alpha = len(first.extrasamples) if {*first.extrasamples} <= {*ALPHA} else 0
     return Opened(
-        first.imagelength,
-        first.imagewidth,
+        *sides,
         bands,
         kind_of(first.dtype),
         read,
