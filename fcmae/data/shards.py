@@ -106,7 +106,8 @@ class PreparedSource:
         if len(content) != height * row:
             raise OSError(f"{path}: cut off; run the same fcmae prepare again, which fixes it")
         rows = np.frombuffer(content, self.stored).reshape(height, image_width, self.channels)
-        pixels = without_nodata(as_pixels(rows[:, left : left + width]), self.reading)
+        part = rows[:, left : left + width].copy()  # of its own, which can be written to
+        pixels = without_nodata(as_pixels(part), self.reading)
         return as_kind(torch.from_numpy(pixels), self.dtype).permute(2, 0, 1)
 
     def describe(self, index: int) -> str:
