@@ -406,7 +406,7 @@ class Statistics(_Record):
             "window": self.window,
             "mean": [rounded(mean, std) for mean, std in zip(self.mean, self.std, strict=True)],
             "std": [rounded(std, std) or 1.0 for std in self.std],  # of a channel that is the same everywhere
-            "clip": self.clip and [list(limits) for limits in self.clip],
+            "clip": self.clip and [[*map(rounded, limits, self.std)] for limits in self.clip],
         }
 
 

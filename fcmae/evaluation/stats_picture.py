@@ -39,7 +39,7 @@ def draw_histograms(histograms: list[Histogram], found: Statistics, path: Path) 
     columns = min(COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(1 + 3.2 * columns, 0.9 + 2.3 * rows), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    all_axes = [*figure.subplots(rows, columns, squeeze=False).flat]
     lows, highs = (found.percentiles[percent] for percent in SHOWN_PERCENTILES)
     for channel, (axes, histogram) in enumerate(zip(all_axes, shown, strict=False)):
         shares, edges = bars(histogram, getattr(torch, found.dtype), lows[channel], highs[channel])
@@ -50,7 +50,7 @@ def draw_histograms(histograms: list[Histogram], found: Statistics, path: Path) 
         axes.set_xlim(edges[0], edges[-1])
         axes.set_title(f"channel {channel}: mean {mean:.4g}, std {std:.4g}", fontsize=8)
         axes.tick_params(labelsize=7)
-    for axes in list(all_axes)[len(shown) :]:
+    for axes in all_axes[len(shown) :]:
         axes.axis("off")
     more = f", the first {SHOWN} of {len(histograms)} channels" if len(histograms) > SHOWN else ""
     decoded = found.looked_at - len(found.broken)
