@@ -590,6 +590,11 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         tiff(GRAY % 256, photometric="palette", colormap=np.zeros((3, 65536), np.uint16)),
         "PALETTE in a TIFF that is deep",
     ),
+    "AVIF of 10 bits": (
+        "a.avif",
+        lambda p: p.write_bytes(imagecodecs.avif_encode(BANDS[..., :3] >> 2, bitspersample=10)),
+        "AVIF of more than 8 bits, of which 8 would be kept; save it as PNG or TIFF",
+    ),
     "PPM of 16 bits": ("a.ppm", ppm, "PPM of 16 bits a channel, of which 8 would be kept; save it as PNG or TIFF"),
     "frames": ("a.dcm", dicom(BANDS[..., 0], NumberOfFrames=2), "2 frames; save those that are wanted"),
     "no image": ("a.dcm", dicom(BANDS[:0, ..., 0]), ""),

@@ -102,7 +102,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise TooLarge(f"over {MAX_PIXELS:,} pixels; cut it into tiles or shrink it") from error
     require_decodable(size[1], size[0])
-    refuse_lost_bits(image)
+    refuse_lost_bits(image, file)
     return image
 
 
@@ -309,8 +309,18 @@ def is_cut_tiff(image: Image.Image) -> bool:
     return large and plain and find_spec("tifffile") is not None
 
 
-def refuse_lost_bits(image: Image.Image) -> None:
-    """Raise an error for an image of 16 bits a channel of which Pillow would keep eight.
+AVIF_HEAD = 1 << 12
+"""Bytes of an AVIF that hold what is said of its pixels."""
+
+
+def is_deep_avif(head: bytes) -> bool:
+    """Whether an AVIF has 10 or 12 bits, by the flag "high_bitdepth" of its AV1 configuration."""
+    place = head.find(b"av1C")
+    return place >= 0 and any(byte & 0x40 for byte in head[place + 6 : place + 7])
+
+
+def refuse_lost_bits(image: Image.Image, file: IO[bytes]) -> None:
+    """Raise an error for an image of more than 8 bits a channel of which Pillow would keep eight.
 
     Raises:
         ValueError: if it is one.
@@ -321,6 +331,10 @@ def refuse_lost_bits(image: Image.Image) -> None:
     ppm = image.format == "PPM" and image.mode == "RGB" and isinstance(last, int) and last > 255
     if sgi or ppm:
         raise ValueError(f"{image.format} of 16 bits a channel, of which 8 would be kept; save it as PNG or TIFF")
+    if image.format == "AVIF":
+        file.seek(0)
+        if is_deep_avif(file.read(AVIF_HEAD)):
+            raise ValueError("AVIF of more than 8 bits, of which 8 would be kept; save it as PNG or TIFF")
 
 
 Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
