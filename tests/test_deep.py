@@ -14,6 +14,7 @@ import pydicom
 import pytest
 import tifffile
 import torch
+from conftest import ROOT
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -21,6 +22,7 @@ from pydicom.uid import UID, CTImageStorage, ExplicitVRBigEndian, ExplicitVRLitt
 
 import fcmae.data.images
 from fcmae.data import Reading, Source, open_source
+from fcmae.data.deep import open_tiff
 from fcmae.data.images import image_size
 from fcmae.data.views import Part
 from fcmae.errors import UserError
@@ -682,3 +684,24 @@ def test_a_gzip_file_of_anything_else_is_no_image(tmp_path: Path) -> None:
         file.write(bytes(10_000))
     with pytest.raises(OSError, match="not an image of a type that is read"):
         open_one(tmp_path, 1).load(0)
+
+
+def test_ycbcr_of_dicom_becomes_rgb(tmp_path: Path) -> None:
+    with Image.open(ROOT / "docs" / "photos" / "bird.jpg") as opened:
+        image = opened.convert("RGB").resize((70, 50))
+    dicom(np.asarray(image.convert("YCbCr")), PhotometricInterpretation="YBR_FULL")(tmp_path / "a.dcm")
+    seen = open_source("folder", str(tmp_path), ".", 3).load(0).permute(1, 2, 0)
+    np.testing.assert_allclose(seen.int().numpy(), np.asarray(image).astype(int), atol=3)  # YCbCr is rounded
+
+
+@pytest.mark.parametrize("photometric", ["rgb", "ycbcr"])
+def test_parts_of_jpeg_compressed_tiffs_are_what_pillow_decodes(tmp_path: Path, photometric: str) -> None:
+    with Image.open(ROOT / "docs" / "photos" / "bird.jpg") as opened:
+        image = np.asarray(opened.convert("RGB"))
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, compression="jpeg", photometric=photometric, tile=(128, 128))
+    with path.open("rb") as file:
+        part = open_tiff(file).read((10, 20, 200, 300))
+    with Image.open(path) as opened:
+        whole = np.asarray(opened.convert("RGB"))
+    np.testing.assert_allclose(part.astype(int), whole[10:210, 20:320].astype(int), atol=2)  # another libjpeg
