@@ -203,20 +203,19 @@ def table(path: Path) -> str:
     lines = read_lines(path)
     if not lines:
         raise SystemExit(f"error: {path}: no results; make them with: python benchmarks/continuing.py run")
+    titles = {"loss": "loss", "top1": f"top-1 with {LABELS} labels, %"}
+    digits = {"loss": 4, "top1": 1}
     shown: list[str] = []
     for images in dict.fromkeys(line["images"] for line in lines):
-        shown += [f"| {images} | loss | top-1 with {LABELS} labels, % |", "|---|---:|---:|"]
         mine = [line for line in lines if line["images"] == images]
+        keys = [key for key in titles if any(key in line for line in mine)]
+        shown += [" | ".join([f"| {images}", *(titles[key] for key in keys)]) + " |", "|---|" + "---:|" * len(keys)]
         for arm in dict.fromkeys(line["arm"] for line in mine):
             cells: list[str] = []
-            for key, digits in (("loss", 4), ("top1", 1)):
+            for key in keys:
                 values = sorted(line[key] for line in mine if line["arm"] == arm and key in line)
-                mean, least, most = (
-                    (f"{x:.{digits}f}" for x in (statistics.mean(values), values[0], values[-1]))
-                    if values
-                    else ("",) * 3
-                )
-                cells.append(f"{mean} ({least} to {most})" if values else "")
+                numbers = (statistics.mean(values), values[0], values[-1]) if values else ()
+                cells.append("{} ({} to {})".format(*(f"{x:.{digits[key]}f}" for x in numbers)) if values else "")
             shown.append(f"| {arm} | {' | '.join(cells)} |")
         shown.append("")
     return "\n".join(shown[:-1])

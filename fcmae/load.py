@@ -3,13 +3,12 @@
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fcmae.config import Complete, DataSection, PretrainConfig, Recipe, parse_config
-from fcmae.data.stats import Statistics, read_statistics
 from fcmae.encoder.base import Network
 from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
@@ -29,6 +28,9 @@ from fcmae.weights.base import (
     require_fit,
 )
 from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
+
+if TYPE_CHECKING:
+    from fcmae.data.stats import Statistics
 
 
 def _stored_model(path: str | Path, last: bool, ema: bool | None) -> StoredModel | None:
@@ -164,7 +166,7 @@ def known_of(weights: Weights, keys: Collection[str]) -> dict[str, Any]:
     return {key: known[key] for key in keys if key in known}
 
 
-def _require_same_reading(stats: Statistics, data: DataSection) -> None:
+def _require_same_reading(stats: "Statistics", data: DataSection) -> None:
     """Check that statistics are of pixels as a run reads them.
 
     Raises:
@@ -198,6 +200,8 @@ def resolve_recipe(recipe: Recipe[Complete]) -> tuple[Complete, str]:
             found[recipe.output] = {k: sections[part][name] for k, part, name in split if name in sections[part]}
     elif keys:
         if data.stats is not None:
+            from fcmae.data.stats import read_statistics  # which brings all that opens images
+
             stats = read_statistics(Path(data.stats))
             says = {f"data.{key}": value for key, value in stats.section().items()}
             found[data.stats] = {key: says[key] for key in keys if key in says}

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fcmae.config import ModelSection, PretrainConfig, parse_config, shipped_configs
+from fcmae.config import ModelSection, PretrainConfig, PretrainRecipe, parse_config, shipped_configs
 from fcmae.data import (
     MaskedBatch,
     PixelNormalizer,
@@ -33,7 +33,7 @@ from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.files import make_folder
-from fcmae.load import adapt_channels, load_tensors, load_weights, require_network
+from fcmae.load import adapt_channels, load_tensors, load_weights, require_network, resolve_recipe
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
@@ -84,12 +84,8 @@ def start_from(model: FCMAE, config: ModelSection, source: str) -> str:
     load_network(model.encoder, encoder, weights.path)
     if decoder:
         load_network(model.decoder, decoder, weights.path)
-    how = [
-        f"{weights.path} ({weights.description})",
-        adapted,
-        "with its decoder" if decoder else "with a new decoder",
-    ]
-    return ", ".join(filter(None, how))
+    found = f"{weights.path} ({weights.description})"
+    return ", ".join(filter(None, [found, adapted, "with its decoder" if decoder else "with a new decoder"]))
 
 
 def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.device) -> str:
@@ -100,9 +96,12 @@ def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.dev
     return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
-def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
+def pretrain(recipe: PretrainRecipe, *, dry_run: bool = False) -> int:
     """Pretrain as configured, or only try everything out; returns the exit code."""
+    config, taken = resolve_recipe(recipe)
     with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+        if taken:
+            accelerator.print(f"auto             {taken}")
         train(config, accelerator, checkpoint, lock, dry_run=dry_run)
     return 0
 

@@ -455,7 +455,7 @@ def test_gray_images_go_through_a_gray_network(tmp_path: Path, command: Command)
     write_timm_folder(many, Preprocessing((0.5,) * 5, (0.5,) * 5, (64, 64)), tmp_path)
     code, _, err = command("predict", tmp_path, PHOTOS / "fig.jpg")
     assert code == 2
-    assert "the network wants 5 channels; image files have 1, 3 or 4" in err
+    assert "fig.jpg: 3 bands where 5 are wanted" in err
 
 
 # fcmae reconstruct

@@ -110,7 +110,7 @@ def test_all_arms_have_as_many_updates_and_settings_that_are_read(
     assert len(trained) == number + 1  # the base, which finds itself finished
     table = continuing.table(tmp_path / "results.jsonl")
     assert "| scratch | 0.5000 (0.5000 to 0.5000) | 50.0 (50.0 to 50.0) |" in table
-    assert "| scratch | 0.5000 (0.5000 to 0.5000) |  |" in table
+    assert "| scratch | 0.5000 (0.5000 to 0.5000) |\n" in table
     assert "| never pretrained |  | 50.0 (50.0 to 50.0) |" in table
 
 

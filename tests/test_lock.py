@@ -248,10 +248,10 @@ def test_a_run_that_lost_its_lock_ends_before_it_writes(
 ) -> None:
     normalize, calls = PixelNormalizer.forward, iter(range(100))
 
-    def steal(self: PixelNormalizer, pixels: object) -> object:
-        if next(calls) == 3:
+    def steal(self: PixelNormalizer, pixels: object, **how: float) -> object:
+        if how and next(calls) == 3:  # of those in training
             leave(path, host="elsewhere")
-        return normalize(self, pixels)  # pyright: ignore[reportArgumentType]
+        return normalize(self, pixels, **how)  # pyright: ignore[reportArgumentType]
 
     leave(path, pid=dead)  # a folder with nothing but what a run leaves that was killed at its start is unused
     (path.parent / ".writing-config.yaml-abc").touch()

@@ -314,7 +314,7 @@ def test_arrays_and_some_of_many_images_are_looked_at(tmp_path: Path, capsys: py
         (lambda f: write_all(f, draw("uint8", 2)), ["--nodata", "none"], ["nodata", "got 'none'"]),
         (lambda f: write_all(f, draw("uint8", 2)), ["--clip", "99", "1"], ["--clip 99 1"]),
         (lambda f: write_all(f, draw("uint8", 2)), ["--images", "0"], ["--images 0: must be at least 1"]),
-        (lambda f: write_all(f, draw("uint8", 5)), ["--channels", "3"], ["5 bands where 3 are wanted"]),
+        (lambda f: write_all(f, draw("uint8", 5)), ["--channels", "3"], ["5 bands, but model.in_chans is 3"]),
     ],
 )
 def test_what_has_no_statistics_gets_one_line(

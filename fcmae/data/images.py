@@ -2,6 +2,7 @@
 
 import functools
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -74,6 +75,9 @@ besides gray or colours mean, and which kind of numbers they are."""
 
 NEW_SUBFILE_TYPE, REDUCED, MASK = 254, 1, 4
 """The tag of a TIFF's page that says what it is, and the bits for a smaller version and for a transparency mask."""
+
+GRAY_MODES = ("1", "L", "LA", "La", "I", "F")
+"""Pillow's modes without colours, as far as the number of bits."""
 
 MAX_PAGES = 100
 """Pages of a TIFF at most, of which all but one are smaller versions or masks."""
@@ -400,7 +404,7 @@ def _open(file: IO[bytes] | Image.Image | Slice, reading: Reading) -> OpenImage:
         size = TURNS.get(opened.orientation, Turn()).size(opened.height, opened.width)
         read = functools.partial(_read_deep, opened, reading)
         return OpenImage(size, opened.bands, opened.colours, opened.kind, read)
-    bands = 4 if opened.has_transparency_data else 1 if opened.mode.split(";")[0] in ("1", "L", "I", "F") else 3
+    bands = (1 if opened.mode.split(";")[0] in GRAY_MODES else 3) + opened.has_transparency_data
     read = functools.partial(decode_part, opened, reading=reading)
     return OpenImage(seen_size(opened), bands, True, pillow_kind(opened), read)
 
@@ -546,7 +550,8 @@ class ImageSource:
 
     Args:
         files: that they are in.
-        channels: of what is loaded; None for as many as there are in some images, transparency not counted.
+        channels: of what is loaded; None for as many as most of some images have, those in gray and transparency
+            not counted.
         place: see `Source`.
         reading: what becomes of their pixels; without a kind, that of the deepest of some images.
 
@@ -563,7 +568,8 @@ class ImageSource:
         self.reading = reading
         seen = dict(self._look())
         first = next(iter(seen.values()), None)
-        self.channels = channels or max((image.channels for image in seen.values()), default=3)
+        counts = [image.channels for image in seen.values()]
+        self.channels = channels or statistics.mode([n for n in counts if n > 1] or counts or [3])
         if first and not any(fits(image.bands, self.channels, image.colours) for image in seen.values()):
             raise UserError(
                 f"{self.describe(next(iter(seen)))}: {first.bands} bands, but model.in_chans is {self.channels}; "
