@@ -32,7 +32,6 @@ from fcmae.data import (
 )
 from fcmae.data.batches import LARGEST_CROP
 from fcmae.data.images import decode, decode_part
-from fcmae.data.pixels import AS_STORED
 from fcmae.data.views import Part, resample
 
 CPU = torch.device("cpu")
@@ -87,10 +86,10 @@ def test_a_jpeg_is_decoded_at_the_least_resolution_that_is_enough(tmp_path: Path
     path = tmp_path / "large.jpg"
     Image.open(ROOT / "docs" / "photos" / "bird.jpg").resize((1001, 700)).save(path, quality=95)
     with Image.open(path) as image:
-        full = torch.from_numpy(decode(image, torch.uint8, 3)).permute(2, 0, 1)
+        full = torch.from_numpy(decode(image, 3)).permute(2, 0, 1)
     for divisor, enough in {1: (300, 300), 2: (160, 150), 4: (75, 80), 8: (40, 50)}.items():
         with Image.open(path) as image:
-            pixels = decode_part(image, AS_STORED, lambda *_: Part(104, 208, 400, 600, enough), 3)  # noqa: B023
+            pixels = decode_part(image, lambda *_: Part(104, 208, 400, 600, enough), 3)  # noqa: B023
         found = torch.from_numpy(pixels).permute(2, 0, 1)
         assert found.shape[1:] == (400 // divisor, 600 // divisor)
         assert all(side >= wanted for side, wanted in zip(found.shape[1:], enough, strict=True))
