@@ -109,6 +109,9 @@ class Preprocessing(NamedTuple):
     value_range: tuple[float, float] = UNKNOWN
     """Black and white, before `mean` and `std` are applied."""
     class_names: tuple[str, ...] | None = None
+    """Of classes, or of what other tasks have outputs for."""
+    task: str | None = None
+    """What the outputs are, as a configuration's `task`."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
@@ -125,13 +128,19 @@ class Preprocessing(NamedTuple):
             "interpolation": _text,
             "value_range": _range,
             "class_names": _texts,
+            "task": _text,
         }
         return cls(**{key: check(values[key]) for key, check in checked.items() if values.get(key) is not None})
+
+    @property
+    def task_name(self) -> str:
+        """What the outputs are, classes where nothing says so."""
+        return self.task or "classification"
 
     def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
-        Only class names may stay unknown.
+        Only task and class names may stay unknown.
 
         Raises:
             ValueError: if mean, std or class names do not fit `encoder`, or are unknown for other than 3 channels,
@@ -163,6 +172,7 @@ class Preprocessing(NamedTuple):
             interpolation=interpolation,
             value_range=IMAGENET.value_range,
             class_names=self.class_names,
+            task=self.task,
         )
 
 

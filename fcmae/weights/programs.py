@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,16 @@ def _preparing(use: Preprocessing) -> list[Any]:
     return nodes
 
 
+ANSWERS: dict[str, tuple[str, dict[str, Any], str, Callable[[Tensor], Tensor]]] = {
+    "classification": ("Softmax", {"axis": 1}, "probabilities", lambda outputs: outputs.softmax(1)),
+    "multilabel": ("Sigmoid", {}, "probabilities", Tensor.sigmoid),
+    "regression": ("Identity", {}, "values", lambda outputs: outputs),
+}
+"""What makes of a network's outputs what people ask for: ONNX's operator, what it gives, and the same in torch."""
+
+
 def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give probabilities.
+    """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give probabilities (or values).
 
     Raises:
         ValueError: if there is no classifier, ONNX lacks the interpolation, or the result is not the network's.
@@ -114,7 +123,8 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
         raise ValueError(f"--with-preprocessing: ONNX resizes {' or '.join(RESIZING)}, not {use.interpolation}")
     model = onnx.load(folder / ONNX_FILE, load_external_data=False)
     graph = model.graph
-    network = [*graph.node, helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1)]
+    operator, attributes, answer, compute = ANSWERS[use.task_name]
+    network = [*graph.node, helper.make_node(operator, ["logits"], [answer], **attributes)]
     for node in network:
         for i, name in enumerate(node.input):
             if name == "images":
@@ -125,7 +135,7 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     sides = ["batch", "image_height", "image_width", encoder.in_chans]
     graph.input.append(helper.make_tensor_value_info("images", TensorProto.UINT8, sides))
     classes = ["batch", encoder.num_classes]
-    graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, classes))
+    graph.output.append(helper.make_tensor_value_info(answer, TensorProto.FLOAT, classes))
     if use.class_names is not None:
         helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
     onnx.save_model(model, folder / ONNX_FILE)
@@ -136,10 +146,10 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     pixels = center_crop(images.permute(0, 3, 1, 2), list(use.image_size)).float() / 255
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (use.mean, use.std))
     with torch.no_grad():
-        wanted = encoder.float()((pixels - mean) / std).softmax(1)
+        wanted = compute(encoder.float()((pixels - mean) / std))
     difference = float((compute_onnx(folder, images) - wanted).abs().max())
-    if not difference <= 1e-4:
-        raise ValueError(f"--with-preprocessing: probabilities differ from the network's by {difference:.1e}")
+    if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
+        raise ValueError(f"--with-preprocessing: {answer} differ from the network's by {difference:.1e}")
 
 
 def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
