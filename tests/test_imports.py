@@ -77,7 +77,7 @@ ONLY_IN = {
         "evaluation.subjects",
         "finetune",
     },
-    "matplotlib": {"evaluation.diagnose_pictures", "ablation"},
+    "matplotlib": {"evaluation.diagnose_pictures", "tasks.pictures", "ablation"},
     "transformers": {"weights.*"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},

@@ -12,7 +12,7 @@ from fcmae import finetune, pretrain
 from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, load_config, shipped_configs, task_of
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
-from fcmae.tasks.classification import build_classifier
+from fcmae.tasks.base import build_classifier
 from fcmae.training import memory
 from fcmae.training.memory import require_memory
 

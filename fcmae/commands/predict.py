@@ -1,8 +1,7 @@
-"""`fcmae predict`: the top classes of images, as a table or as JSON."""
+"""`fcmae predict`: the classes or numbers of images, as a table or as JSON."""
 
 import argparse
 import json
-import math
 from typing import Any
 
 from fcmae.commands.arguments import add_images, add_source, command_parser, load_source, open_images, report_source
@@ -12,14 +11,16 @@ from fcmae.errors import UserError, blame, one_line
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "predict",
-        "Print the top classes of images, resized and cropped as the classifier was evaluated.",
+        "Print the top classes of images, all classes above a probability (of task=multilabel), or numbers (of "
+        "task=regression); images are resized and cropped as the network was evaluated.",
         examples="fcmae predict runs/finetune-tiny photos --top 3\n"
         "fcmae predict runs/finetune-tiny/model photo.jpg --json",
     )
     add_source(parser)
     add_images(parser)
+    parser.add_argument("--top", type=int, metavar="K", help="classes for each image (default: 5)")
     parser.add_argument(
-        "--top", type=int, default=5, metavar="K", help="classes for each image (default: %(default)s)"
+        "--threshold", type=float, metavar="P", help="of task=multilabel: the least probability (default: 0.5)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON (default: a table)")
     return parser
@@ -27,10 +28,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
-    if options.top < 1:
+    if options.top is not None and options.top < 1:
         raise UserError(f"--top {options.top}: must be at least 1")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise UserError(f"--threshold {options.threshold}: must be a probability, from 0 to 1")
 
-    from fcmae.evaluation.inference import best_device, classify
+    from fcmae.evaluation.inference import best_device, classes_above, compute_outputs, top_classes
     from fcmae.weights.base import build_encoder
 
     weights = load_source(options)
@@ -42,25 +45,34 @@ def main(argv: list[str]) -> int:
     report_source(weights)
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(network)
+    task, of = preprocessing.task_name, {"top": "classification", "threshold": "multilabel"}
+    for option, value in ((f"--{name}", getattr(options, name)) for name in of if task != of[name]):
+        if value is not None:
+            raise UserError(f"{option} {value}: is not for {weights.path}, of task={task}")
+    names = preprocessing.class_names or tuple(map(str, range(network.num_classes)))
     images, unreadable = open_images(options, network.in_chans)
     results: list[dict[str, Any]] = []
-    for prediction in classify(
-        network.to(best_device()),
-        images,
-        preprocessing=preprocessing,
-        top=options.top,
-    ):
-        if not math.isfinite(prediction.top_classes[0].probability):
+    for path, outputs in compute_outputs(network.to(best_device()), images, preprocessing=preprocessing):
+        if not outputs.isfinite().all():
             raise UserError(
                 f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
             )
-        if options.json:
-            classes = [entry._asdict() for entry in prediction.top_classes]
-            results.append({"image": str(prediction.path), "classes": classes})
+        if task == "regression":
+            numbers = dict(zip(names, outputs.tolist(), strict=True))
+            answer, lines = {"values": numbers}, [f"{value:10.5g}  {name}" for name, value in numbers.items()]
         else:
-            print(one_line(str(prediction.path)))
-            for entry in prediction.top_classes:
-                print(f"  {entry.probability:7.2%}  {entry.name}")
+            threshold = 0.5 if options.threshold is None else options.threshold
+            multilabel = task == "multilabel"
+            found = (
+                classes_above(outputs, names, threshold)
+                if multilabel
+                else top_classes(outputs, names, options.top or 5)
+            )
+            answer = {"classes": [entry._asdict() for entry in found]}
+            lines = [f"{entry.probability:7.2%}  {entry.name}" for entry in found]
+        results.append({"image": str(path), **answer})
+        if not options.json:
+            print("\n".join([one_line(str(path)), *(f"  {line}" for line in lines)]))
     if options.json:
         print(json.dumps(results, indent=2))
     return 2 if unreadable else 0

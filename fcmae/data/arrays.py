@@ -95,9 +95,9 @@ def save_arrays(
 
     They are uint8, uint16 or float32, and stay so.
 
-    Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`. So do those
-    of task=multilabel, 0 and 1 (n, classes), and of task=regression, floats (n,) or (n, targets), with a name for
-    each column.
+    Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`; and so do
+    those of task=multilabel, 0 and 1 (n, classes), and of task=regression, floats (n,) or (n, targets), with a name
+    for each column.
 
     Raises:
         ValueError: if shapes, types or numbers do not fit.

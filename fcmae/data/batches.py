@@ -160,8 +160,8 @@ class LabelledBatch(Batch):
     """What a step of fine-tuning, or an evaluation, sees."""
 
     labels: Tensor
-    """int64 (b,), or another task's rows (b, columns); where an evaluation has nothing to count `NOT_COUNTED`, or NaN
-    of floats."""
+    """int64 (b,), or of other tasks (b, columns); where an evaluation has nothing to count `NOT_COUNTED`, or NaN of
+    floats."""
 
     @classmethod
     def collate(cls, samples: Sequence[LabelledSample]) -> Self:

@@ -22,15 +22,12 @@ from fcmae.tasks.base import (
     Scores,
     Task,
     augment,
-    build_classifier,
     evaluation_set,
     open_training,
     open_validation,
 )
 from fcmae.training.checkpoint import State
 from fcmae.visualize import draw_confusion
-
-__all__ = ["Classification", "build_classifier"]
 
 # Labelled images
 

@@ -13,7 +13,6 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from fcmae.config import FinetuneConfig
 from fcmae.data import EvaluationDataset, LabelledDataset, Source
-from fcmae.data.labels import MAX_CLASSES
 from fcmae.data.tables import LABELS, Row, Table, as_classes
 from fcmae.errors import UserError
 from fcmae.metrics import ratios
@@ -117,13 +116,11 @@ class MultiLabel(Task):
         labels, names = read_labels(config, source, what, validation=False)
         names = names or numbered(labels.shape[1])
         require_outputs(config, names, what)
-        if len(names) > MAX_CLASSES:
-            raise UserError(f"{what}: {len(names):,} classes, more than {MAX_CLASSES:,}")
-        if never := [
-            name for name, number in zip(names, labels.sum(0, np.int64).tolist(), strict=True) if not number
-        ]:
+        numbers = labels.sum(0, np.int64).tolist()
+        if never := [name for name, number in zip(names, numbers, strict=True) if not number]:
             raise UserError(
-                f"{what}: no image is of {len(never)} of the {len(names)} classes, the first {never[0]}; remove them"
+                f"{what}: no image is of {len(never)} of the {len(names)} classes, the first {never[0]}; remove "
+                "them"
             )
         source, labels = share(source, labels, data.label_fraction, config.train.seed)
         return cls(config, names), augment(config, source, labels)

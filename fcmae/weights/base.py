@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fcmae.config import LOSSES
 from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
 from fcmae.encoder.networks import build_network
@@ -90,6 +91,12 @@ def _texts(values: Any) -> tuple[str, ...]:
     return tuple(map(_text, values))
 
 
+def _task(value: Any) -> str:
+    if value not in LOSSES:
+        raise ValueError(f"{value!r} is no task")
+    return value
+
+
 UNKNOWN: Any = None
 """Stands for a field of `Preprocessing` that no file gives; typed so that what is `completed` needs no checks."""
 
@@ -128,7 +135,7 @@ class Preprocessing(NamedTuple):
             "interpolation": _text,
             "value_range": _range,
             "class_names": _texts,
-            "task": _text,
+            "task": _task,
         }
         return cls(**{key: check(values[key]) for key, check in checked.items() if values.get(key) is not None})
 

@@ -108,7 +108,7 @@ ANSWERS: dict[str, tuple[str, dict[str, Any], str, Callable[[Tensor], Tensor]]] 
 
 
 def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give probabilities (or values).
+    """Let the ONNX model take images as they are, uint8 (b, h, w, c) of any size, and give their answers.
 
     Raises:
         ValueError: if there is no classifier, ONNX lacks the interpolation, or the result is not the network's.
