@@ -2,10 +2,13 @@
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fcmae.commands.arguments import add_images, add_source, command_parser, load_source, open_images, report_source
 from fcmae.errors import UserError, blame, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,6 +29,23 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def answer_of(
+    outputs: "Tensor", task: str, names: tuple[str, ...], options: argparse.Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what a network's outputs (outputs,) say of an image: for JSON, and as lines."""
+    from fcmae.evaluation.inference import classes_above, top_classes
+
+    if task == "regression":
+        numbers = dict(zip(names, outputs.tolist(), strict=True))
+        return {"values": numbers}, [f"{value:10.5g}  {name}" for name, value in numbers.items()]
+    if task == "multilabel":
+        classes = classes_above(outputs, names, 0.5 if options.threshold is None else options.threshold)
+    else:
+        classes = top_classes(outputs, names, options.top or 5)
+    lines = [f"{entry.probability:7.2%}  {entry.name}" for entry in classes]
+    return {"classes": [entry._asdict() for entry in classes]}, lines
+
+
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
     if options.top is not None and options.top < 1:
@@ -33,7 +53,7 @@ def main(argv: list[str]) -> int:
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold}: must be a probability, from 0 to 1")
 
-    from fcmae.evaluation.inference import best_device, classes_above, compute_outputs, top_classes
+    from fcmae.evaluation.inference import best_device, compute_outputs
     from fcmae.weights.base import build_encoder
 
     weights = load_source(options)
@@ -57,19 +77,7 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
             )
-        if task == "regression":
-            numbers = dict(zip(names, outputs.tolist(), strict=True))
-            answer, lines = {"values": numbers}, [f"{value:10.5g}  {name}" for name, value in numbers.items()]
-        else:
-            threshold = 0.5 if options.threshold is None else options.threshold
-            multilabel = task == "multilabel"
-            found = (
-                classes_above(outputs, names, threshold)
-                if multilabel
-                else top_classes(outputs, names, options.top or 5)
-            )
-            answer = {"classes": [entry._asdict() for entry in found]}
-            lines = [f"{entry.probability:7.2%}  {entry.name}" for entry in found]
+        answer, lines = answer_of(outputs, task, names, options)
         results.append({"image": str(path), **answer})
         if not options.json:
             print("\n".join([one_line(str(path)), *(f"  {line}" for line in lines)]))

@@ -41,7 +41,7 @@ class Picture(NamedTuple):
 
 
 class LikelyClass(NamedTuple):
-    """A class of an image, with its probability: by softmax of one class for each image, by sigmoid of any number."""
+    """A class of an image, with its probability: softmax of one class for each image, sigmoid of any number."""
 
     name: str
     index: int
@@ -100,17 +100,17 @@ def compute_outputs(
         yield from zip((view.path for view in batch), outputs, strict=True)
 
 
-def _likely(probabilities: Tensor, number: int, names: Sequence[str]) -> list[LikelyClass]:
+def _likely(probabilities: Tensor, number: int, names: tuple[str, ...]) -> list[LikelyClass]:
     values, indices = probabilities.topk(number)
     return [LikelyClass(names[i], i, value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
 
 
-def top_classes(logits: Tensor, names: Sequence[str], top: int) -> list[LikelyClass]:
+def top_classes(logits: Tensor, names: tuple[str, ...], top: int) -> list[LikelyClass]:
     """Return the `top` classes, or all there are, of logits (classes,), the most likely first."""
     return _likely(logits.softmax(0), min(top, len(logits)), names)
 
 
-def classes_above(logits: Tensor, names: Sequence[str], threshold: float) -> list[LikelyClass]:
+def classes_above(logits: Tensor, names: tuple[str, ...], threshold: float) -> list[LikelyClass]:
     """Return the classes of logits (classes,) of a higher probability, each by itself, the most likely first."""
     probabilities = logits.sigmoid()
     return _likely(probabilities, int((probabilities > threshold).sum()), names)
