@@ -1,4 +1,4 @@
-"""Fine-tuning for several classes or numbers for each image: learnt, resumed exactly, exported, plain about bad input."""
+"""Fine-tuning for several classes or numbers for each image: learnt, resumed, exported, plain about bad input."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def shapes(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def grays(number: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise of a brightness, with its left half by so much brighter: brightness from 1000 to 2000, left from 0 to 1."""
+    """Noise of a brightness, 1000 to 2000, whose left half is brighter by so much, 0 to 1."""
     rng = np.random.default_rng(seed)
     brightness, left = rng.uniform(0, 1, (2, number)).astype(np.float32)
     images = 60 + 100 * brightness[:, None, None, None] + rng.normal(0, 20, (number, 32, 32, 3))
@@ -143,7 +143,7 @@ def plain_average_precision(scores: list[float], labels: list[int]) -> float:
 # Learning
 
 
-@pytest.mark.parametrize(("task", "key", "chance"), [("multilabel", "map", 0.6), ("regression", "r2", 0.0)])
+@pytest.mark.parametrize(("task", "key", "chance"), [("multilabel", "map", 0.5), ("regression", "r2", 0.0)])
 def test_a_network_learns_what_chance_or_the_mean_do_not_know(
     trained: Trained, task: str, key: str, chance: float
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_network_learns_what_chance_or_the_mean_do_not_know(
 
 @pytest.mark.parametrize("task", MAKE)
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(trained: Trained, task: str, tmp_path: Path) -> None:
-    whole, settings = trained(task)
+    _, settings = trained(task)
     short = [*settings, "checkpoint.every_steps=7", "train.max_steps=20", f"output={tmp_path / 'run'}"]
     short += ["data.mixup=0.8", "data.cutmix=1"] if task == "multilabel" else ["train.loss=smooth_l1"]
     assert run(*short) == 0
@@ -261,9 +261,9 @@ def test_scores_of_numbers_are_those_of_a_plain_loop() -> None:
     assert found.columns["r2"] == pytest.approx(1 - (errors**2).sum(0) / (30 * true.double().numpy().var(0)))
     assert list(found.tabulate(TARGETS)["targets"]) == ["names", "mae", "rmse", "r2"]
     assert found.draw(TARGETS).dtype == np.uint8
+    metric = RegressionMetric(predicted.device)
+    metric.update(predicted[:1], true[:1])
     with pytest.raises(ValueError, match="at least two images"):
-        metric = RegressionMetric(predicted.device)
-        metric.update(predicted[:1], true[:1])
         metric.compute()
 
 
@@ -383,7 +383,7 @@ def test_an_evaluation_of_the_model_gives_the_figures_of_the_run(
     assert json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())[key] == pytest.approx(
         best, rel=1e-4
     )
-    line = failure(capsys, "--evaluate", str(folder / "model"), *elsewhere, "task=classification")
+    line = failure(capsys, "--evaluate", str(folder / "model"), *elsewhere, "task=classification", "--overwrite")
     assert f"was trained for task={task}, not task=classification" in line
 
 
@@ -511,6 +511,25 @@ def test_a_bad_csv_file_is_one_line_and_leaves_nothing(
     line = failure(capsys, *settings)
     assert str(labels) in line or "data.root=" in line
     assert all(part in line for part in parts), line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", MAKE)
+def test_the_shipped_recipe_runs_dry_and_writes_nothing(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = write_images(tmp_path / "images", task)
+    small = [
+        "model.stem_stride=1",
+        "model.variant=[[1,1,1,1],[8,8,8,8]]",
+        "data.image_size=32",
+        "data.batch_size=4",
+    ]
+    small += [f"data.root={tmp_path / 'images'}", f"data.labels={labels}", "data.num_workers=0", "init_from=null"]
+    assert run("--config", task, *small, f"output={tmp_path / 'run'}", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert ("classes        3" if task == "multilabel" else "targets        2") in out
+    assert "validation     8 of 8 images tried, 0 unreadable" in out
     assert not (tmp_path / "run").exists()
 
 

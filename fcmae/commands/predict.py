@@ -62,13 +62,13 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"{weights.path}: holds an encoder without a classifier; fine-tune it first: fcmae finetune"
         )
-    report_source(weights)
     with blame(str(weights.path)):
         preprocessing = weights.preprocessing.completed(network)
     task, of = preprocessing.task_name, {"top": "classification", "threshold": "multilabel"}
     for option, value in ((f"--{name}", getattr(options, name)) for name in of if task != of[name]):
         if value is not None:
             raise UserError(f"{option} {value}: is not for {weights.path}, of task={task}")
+    report_source(weights)
     names = preprocessing.class_names or tuple(map(str, range(network.num_classes)))
     images, unreadable = open_images(options, network.in_chans)
     results: list[dict[str, Any]] = []

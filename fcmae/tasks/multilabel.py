@@ -91,13 +91,19 @@ class MultiLabelMetric(Gathered):
     def compute(self) -> MultiLabelScores:
         logits, labels = self.counted(lambda labels: labels >= 0)
         found, true = logits > np.log(THRESHOLD / (1 - THRESHOLD)), labels > 0
-        number = labels.shape[1]
-        precision = multilabel_average_precision(
-            logits.sigmoid(), labels.long(), number, average="none", validate_args=False
+        occurs = true.any(0)
+        if not occurs.any():
+            raise ValueError("none of the images that could be read is of any class")
+        precision = torch.full((labels.shape[1],), torch.nan)
+        precision[occurs] = multilabel_average_precision(
+            logits[:, occurs].sigmoid(),
+            true[:, occurs].long(),
+            int(occurs.sum()),
+            average="none",
+            validate_args=False,
         )
-        assert isinstance(precision, Tensor)
         return MultiLabelScores(
-            torch.where(true.any(0), precision, torch.nan).numpy().reshape(number),
+            precision.numpy(),
             torch.stack([(found & true).sum(0), true.sum(0), found.sum(0)]).numpy(),
             len(labels),
             float(F.binary_cross_entropy_with_logits(logits.double(), labels.double())),
