@@ -56,9 +56,10 @@ def evaluate(accelerator: Accelerator, model: Network, dataset: EvaluationDatase
     model.eval()
     with accelerator.autocast(), blame(f"data.val_split={config.data.val_split}"):
         scores = score_images(
-            lambda pixels: task.predict(model, normalize(pixels)),
+            task,
+            model,
+            normalize,
             dataset,
-            task.metric(model.num_classes, accelerator.device),
             batch_size=config.data.batch_size,
             num_workers=config.data.num_workers,
             device=accelerator.device,

@@ -23,7 +23,9 @@ from fcmae.data import (
     BadImage,
     Cover,
     EvaluationDataset,
+    LabelledBatch,
     LabelledDataset,
+    PixelNormalizer,
     Source,
     load_batches,
     one_pass,
@@ -114,7 +116,7 @@ class Metric(Protocol):
     """Gathers scores, batch by batch."""
 
     def update(self, outputs: Tensor, labels: Tensor, /) -> None:
-        """Count outputs of `Task.predict` with labels, of which `NOT_COUNTED` or NaN do not count."""
+        """Count outputs with labels, of which `NOT_COUNTED` or NaN do not count."""
         ...
 
     def compute(self) -> Scores:
@@ -239,12 +241,13 @@ class Task(ABC):
 
     # Scores
 
-    def predict(self, model: Network, images: Tensor) -> Tensor:
-        """Return what `metric` scores of normalised images."""
-        return model.forward(images)  # a compiled model is compiled for training's shapes
-
     @abstractmethod
-    def metric(self, num_outputs: int, device: torch.device) -> Metric: ...
+    def metric(self, num_outputs: int, device: torch.device) -> Metric:
+        """Return what gathers the scores of a network."""
+
+    def count(self, metric: Metric, compute: Callable[[Tensor], Tensor], batch: LabelledBatch) -> None:
+        """Let a metric count a batch of the validation set; `compute` is the network, of pixels (b, c, h, w)."""
+        metric.update(compute(batch.images), batch.labels)
 
     # The model
 
@@ -357,9 +360,10 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> Network:
 
 
 def score_images(
-    predict: Callable[[Tensor], Tensor],
+    task: Task,
+    model: Network,
+    normalize: PixelNormalizer,
     dataset: EvaluationDataset,
-    metric: Metric,
     *,
     batch_size: int,
     num_workers: int,
@@ -370,7 +374,7 @@ def score_images(
     """Score a network on all images of a set, spread over the processes, each counted once.
 
     Args:
-        predict: pixels (b, c, h, w) on `device` -> what `metric` takes.
+        normalize: from pixels to what the network sees, on `device`.
         rank: of this process, which computes its share.
         world_size: number of processes.
 
@@ -380,12 +384,17 @@ def score_images(
     keys = one_pass(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
     batches = load_batches(dataset, keys, num_workers=num_workers, pin_memory=device.type == "cuda")
     hidden = rank != 0 or not sys.stderr.isatty()
+    metric = task.metric(model.num_classes, device)
+
+    def compute(pixels: Tensor) -> Tensor:
+        return model.forward(normalize(pixels))  # a compiled model is compiled for training's shapes
+
     bad: list[BadImage] = []
     with torch.inference_mode():
         for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
             bad += batch.bad
             batch = batch.to(device)
-            metric.update(predict(batch.images), batch.labels)
+            task.count(metric, compute, batch)
     if bad:
         tqdm.write(f"not counted: {len(bad)} images that do not decode, the first {bad[0].name}: {bad[0].reason}")
     return metric.compute()

@@ -15,15 +15,15 @@ from torch import Tensor
 from torchmetrics.functional.regression import r2_score
 
 from fcmae.config import FinetuneConfig
-from fcmae.data import EvaluationDataset, LabelledDataset, Source
+from fcmae.data import EvaluationDataset, LabelledBatch, LabelledDataset, Source
 from fcmae.data.tables import as_numbers
-from fcmae.encoder.base import Network
 from fcmae.errors import UserError
 from fcmae.load import rescale_outputs
 from fcmae.tasks.base import (
     Figure,
     Gathered,
     Loss,
+    Metric,
     Scores,
     Task,
     augment,
@@ -133,14 +133,14 @@ class Regression(Task):
 
         return loss
 
-    def predict(self, model: Network, images: Tensor) -> Tensor:
-        outputs = super().predict(model, images).float()
-        if self.mean is None or self.std is None:
-            return outputs
-        return outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
-
     def metric(self, num_outputs: int, device: torch.device) -> RegressionMetric:
         return RegressionMetric(device)
+
+    def count(self, metric: Metric, compute: Callable[[Tensor], Tensor], batch: LabelledBatch) -> None:
+        outputs = compute(batch.images).float()
+        if self.mean is not None and self.std is not None:
+            outputs = outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
+        metric.update(outputs, batch.labels)
 
     @property
     def facts(self) -> dict[str, Any]:
