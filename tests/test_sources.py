@@ -551,12 +551,7 @@ def test_arrays_with_labels_that_do_not_fit_are_not_written(
     [
         (np.arange(2), None, ["labels.npy", "2 labels for the 3 images"]),
         (np.array([0, -1, 2]), None, ["labels.npy", "label -1 of image 1"]),
-        (
-            np.zeros(3, complex),
-            None,
-            ["labels.npy", "expected numbers (n,) or (n, columns), found complex128 (3,)"],
-        ),
-        (np.zeros((3, 1, 1), np.int64), None, ["labels.npy", "(3, 1, 1)"]),
+        (np.zeros((3, 1, 1), np.int64), None, ["expected numbers (n,) or (n, columns), found int64 (3, 1, 1)"]),
         (np.zeros((3, 2), np.int64), b"cat\n", ["classes.txt", "1 names", "labels.npy has 2 columns"]),
         (np.array([0, 10**9, 1]), None, ["labels.npy", "label 1000000000 of image 1", "classes count from 0 to"]),
         (np.array([0, 2**64 - 1, 1], np.uint64), None, ["labels.npy", "label 18446744073709551615 of image 1"]),
