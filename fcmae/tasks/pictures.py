@@ -34,14 +34,16 @@ def _short(name: str, length: int = 30) -> str:
 
 def draw_bars(shares: Mapping[str, float], title: str) -> np.ndarray:
     """Draw a bar for each name, lowest first: uint8 (h, w, 3); NaN is left out."""
-    known = sorted(((share, name) for name, share in shares.items() if not math.isnan(share)))[:BARS_SHOWN]
+    known = sorted((share, name) for name, share in shares.items() if not math.isnan(share))
+    if len(known) > BARS_SHOWN:
+        title, known = f"{title}, the lowest {BARS_SHOWN}", known[:BARS_SHOWN]
     figure = _figure(6, 1 + 0.2 * len(known))
     axes = figure.subplots()
     values = [share for share, _ in known]
     bars = axes.barh(range(len(known)), values, color="#4477aa")
     axes.bar_label(bars, [f"{value:.0%}" for value in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(known)), [_short(name) for _, name in known], fontsize=8)
-    axes.set(xlim=(0, 1.1), title=title if len(known) == len(shares) else f"{title}, the lowest {len(known)}")
+    axes.set(xlim=(0, 1.1), title=title)
     axes.invert_yaxis()
     return _render(figure)
 
