@@ -97,7 +97,7 @@ class Arm(Section):
 class Grid(Section):
     """Everything `fcmae ablate` needs to know."""
 
-    task: ClassVar[str | None] = "ablate"
+    command: ClassVar[str | None] = "ablate"
     title: Text
     source: Text
     """The paper and table that it repeats."""

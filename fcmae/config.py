@@ -65,7 +65,7 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-    task: ClassVar[str | None] = None
+    command: ClassVar[str | None] = None
     """The command whose shipped configurations `load_config` finds by name; None for all."""
 
 
@@ -193,12 +193,18 @@ class PretrainDataSection(DataSection):
 class LabelledDataSection(DataSection):
     """Where labelled images come from, and how they are augmented and evaluated."""
 
+    labels: Place | None = None
+    """A CSV file of the images' labels, for tasks other than classification: `file`, then a column per class with 0
+    and 1, or `labels` with names such as cat|dog; or a column per number. Null for labels.npy beside arrays."""
+    val_labels: Place | None = None
+    """The same of the images to evaluate on; null for `labels`."""
     val_split: Text | None = "val"
     """The images to evaluate on; null for none."""
     val_root: Place | None = None
     """Where they are; null for `root`."""
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each class that is trained on, at least one image; chosen by `train.seed`, smaller within larger."""
+    """Share of each class, or without classes of the images, that is trained on, at least one image; chosen by
+    `train.seed`, smaller within larger."""
     crop_scale: Pair = (0.08, 1.0)
     crop_padding: Side | None = None
     """Pixels of mirrored border for a plain random crop; null for the random resized crop."""
@@ -275,6 +281,9 @@ class FinetuneTrainSection(TrainSection):
     """How long and how to compute, and what is trained."""
 
     epochs: Epochs = 100
+    loss: Literal["auto", "cross_entropy", "binary_cross_entropy", "mse", "smooth_l1"] = AUTO
+    """`auto` is the first of the task's: cross-entropy, binary cross-entropy or, of standardised targets, mean
+    squared error (or smooth L1)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of the exponential moving average (EMA) of the weights, which is evaluated beside them; null for none."""
@@ -367,7 +376,7 @@ class RunConfig(Section):
 class PretrainConfig(RunConfig):
     """Everything `pretrain.py` needs to know."""
 
-    task: ClassVar[str | None] = "pretrain"
+    command: ClassVar[str | None] = "pretrain"
     model: ModelSection
     data: PretrainDataSection
     optim: PretrainOptimSection = PretrainOptimSection()
@@ -390,15 +399,35 @@ class PretrainConfig(RunConfig):
         return self
 
 
-class FinetuneConfig(RunConfig):
+class TaskConfig(Section):
+    """What is trained, which comes first in a configuration."""
+
+    task: Literal["classification", "multilabel", "regression"] = "classification"
+    """One class for each image, any number of classes, or one or more numbers."""
+
+
+LOSSES = {
+    "classification": ("cross_entropy",),
+    "multilabel": ("binary_cross_entropy",),
+    "regression": ("mse", "smooth_l1"),
+}
+"""By task; the first is its own."""
+
+
+class FinetuneConfig(RunConfig, TaskConfig):
     """Everything `finetune.py` needs to know."""
 
-    task: ClassVar[str | None] = "finetune"
+    command: ClassVar[str | None] = "finetune"
     model: ClassifierSection
     data: LabelledDataSection
     optim: FinetuneOptimSection = FinetuneOptimSection()
     train: FinetuneTrainSection = FinetuneTrainSection()
     eval: EvalSection = EvalSection()
+
+    @property
+    def loss(self) -> str:
+        """What is minimised, the task's own for `auto`."""
+        return LOSSES[self.task][0] if self.train.loss == AUTO else self.train.loss
 
     @property
     def evaluates_ema(self) -> bool:
@@ -416,6 +445,27 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix mix pairs")
         if self.eval.ema and self.train.ema_decay is None:
             raise ValueError("eval.ema=true needs an EMA of the weights: set train.ema_decay=0.9999")
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
+        if self.loss not in LOSSES[self.task]:
+            raise ValueError(
+                f"train.loss={self.loss} is not for task={self.task}: take {' or '.join(LOSSES[self.task])}"
+            )
+        for key in ("labels", "val_labels"):
+            if getattr(self.data, key) is not None and (
+                self.task == "classification" or self.data.name == "arrays"
+            ):
+                raise ValueError(
+                    f"data.{key} is for image files of task=multilabel or task=regression: arrays have labels.npy "
+                    "beside them, and classes of task=classification are folders"
+                )
+        if self.task == "regression":
+            values = {f"data.{key}": getattr(self.data, key) for key in ("mixup", "cutmix")}
+            for key, value in (values | {"train.label_smoothing": self.train.label_smoothing}).items():
+                if value:
+                    raise ValueError(f"{key}={value} is for classes: set {key}=0 for task=regression")
         return self
 
 
@@ -667,7 +717,7 @@ def find_config(kind: type[Section], name: str | Path) -> Path:
         return Path(name)
     if os.path.exists(name) and not os.path.isdir(name):
         raise UserError(f"--config {named(str(name))}: is no file of text, but a device, pipe or socket")
-    return find_shipped(str(name), kind.task)
+    return find_shipped(str(name), kind.command)
 
 
 def load_config(kind: type[Config], name: str | Path, overrides: Sequence[str] = ()) -> Config:

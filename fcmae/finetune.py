@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt to classify labelled images (arXiv 2301.00808, section 5 and appendix A.1).
+"""Fine-tune a ConvNeXt on labelled images (arXiv 2301.00808, section 5 and appendix A.1): classes or numbers.
 
 fcmae finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
 fcmae finetune --evaluate runs/classifier
@@ -8,6 +8,7 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 import argparse
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from fcmae import arguments
@@ -24,11 +25,11 @@ from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefet
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
 from fcmae.files import require_folder, require_free, write_json
-from fcmae.load import adapt_channels, known_of, load_weights, require_network, resolve_recipe
+from fcmae.load import known_of, load_weights, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
-from fcmae.tasks import classification
-from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
+from fcmae.tasks.base import Scores, Task, score_images
+from fcmae.tasks.known import TASKS
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
 from fcmae.training.lock import Lock
@@ -39,58 +40,27 @@ from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Trainer
-from fcmae.visualize import draw_confusion, write_picture
+from fcmae.visualize import write_picture
 from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.export import write_folder
 
 
-def start_from(model: Network, source: str, class_names: tuple[str, ...]) -> str:
-    """Load an encoder's weights and, where it has these classes, its classifier; returns what was done.
-
-    What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then. The first layer is adapted
-    to another number of channels.
-
-    Raises:
-        UserError: if the weights are another network's.
-    """
-    weights = load_weights(source)
-    response = known_of(weights, ["model.response"]).get("model.response")
-    own_response = model.arguments.get("response")
-    changed = response != own_response
-    require_network(model, weights, source, may_differ=("in_chans", *(("response", "grn") if changed else ())))
-    tensors, adapted = adapt_channels(weights, model)
-    classes = weights.num_classes
-    keep = classes == model.num_classes and weights.preprocessing.class_names in (None, class_names)
-    head = f"its classifier of {classes} classes" if keep else f"a new classifier of {model.num_classes} classes"
-    parts = [f"{weights.path} ({weights.description})", *([adapted] if adapted else []), head]
-    if changed:
-        parts.append(f"{own_response} in place of {response}")
-
-    def is_new(name: str) -> bool:
-        return (not keep and name.startswith(f"{model.classifier}.")) or (changed and ".grn." in name)
-
-    own = {name: x for name, x in model.state_dict().items() if name.startswith(model.head_names) or is_new(name)}
-    taken = {name: x for name, x in tensors.items() if not is_new(name)}
-    load_network(model, own | taken, weights.path)
-    return ", ".join(parts)
-
-
-def evaluate(
-    accelerator: Accelerator, model: Network, dataset: EvaluationDataset, config: FinetuneConfig
-) -> Scores:
-    """Score a classifier on all images of a set, spread over the processes, each counted once.
+def evaluate(accelerator: Accelerator, model: Network, dataset: EvaluationDataset, task: Task) -> Scores:
+    """Score a network on all images of a set, spread over the processes, each counted once.
 
     Raises:
         UserError: if none of them could be read.
     """
+    config = task.config
     normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
     training = model.training
     model.eval()
     with accelerator.autocast(), blame(f"data.val_split={config.data.val_split}"):
-        scores = classification.evaluate(
-            lambda pixels: model.forward(normalize(pixels)),  # a compiled model is compiled for training's shapes
+        scores = score_images(
+            task,
+            model,
+            normalize,
             dataset,
-            num_classes=model.num_classes,
             batch_size=config.data.batch_size,
             num_workers=config.data.num_workers,
             device=accelerator.device,
@@ -102,7 +72,7 @@ def evaluate(
 
 
 def evaluate_weights(options: argparse.Namespace) -> int:
-    """Print how well a classifier does; write it and its confusion matrix into the run's folder.
+    """Print how well a fine-tuned network does; write it and a picture of it into the run's folder.
 
     What an earlier evaluation of the same run left is replaced; files elsewhere only with `--overwrite`.
     """
@@ -123,7 +93,8 @@ def evaluate_weights(options: argparse.Namespace) -> int:
         return 0
     require_folder(run.path, f"output={run.path}")
     is_own = own is not None and own.path == run.path.resolve()
-    for path in (run.evaluation, run.confusion):
+    name, picture = TASKS[recipe.task].scores.picture[0], run.picture(TASKS[recipe.task].scores.picture[1])
+    for path in (run.evaluation, picture):
         require_free(path, overwrite=options.overwrite or is_own)
     accelerator = start_accelerator(recipe.train.precision)
     ema = recipe.eval.ema if options.ema is None else options.ema
@@ -132,28 +103,33 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     model = build_encoder(weights).to(accelerator.device)
     if not model.num_classes:
         raise UserError(f"--evaluate {source}: {weights.kind} weights without a classifier; fine-tune them first")
+    if weights.preprocessing.task_name != config.task:
+        raise UserError(
+            f"--evaluate {source}: was trained for task={weights.preprocessing.task_name}, not task={config.task}"
+        )
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
     require_batch(config.data, model.in_chans, accelerator.device)
-    dataset = classification.validation_set(config, weights.preprocessing.class_names, model.in_chans)
+    task = TASKS[config.task](config, weights.preprocessing.class_names)
+    dataset = task.validation_set(model.in_chans)
     if len(dataset.class_names) != model.num_classes:
         raise UserError(
-            f"--evaluate {source}: classifies {model.num_classes} classes, but the images have "
+            f"--evaluate {source}: has {model.num_classes} {task.scores.outputs}, but the images have "
             f"{len(dataset.class_names)}"
         )
-    scores = evaluate(accelerator, model, dataset, config)
-    if not math.isfinite(scores.loss):
+    scores = evaluate(accelerator, model, dataset, task)
+    if not all(map(math.isfinite, scores.figures.values())):
         raise UserError(
             f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
         )
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_picture(run.confusion, draw_confusion(scores.confusion, dataset.class_names))
+        write_picture(picture, scores.draw(dataset.class_names))
         figures = {"weights": str(weights.path), "ema": weights.ema}
-        write_json(run.evaluation, figures | classification.tabulate(scores, dataset.class_names))
+        write_json(run.evaluation, figures | scores.tabulate(dataset.class_names))
         print(f"weights          {weights.path} ({weights.description})")
-        print(classification.report(scores, dataset.class_names))
-        print(f"\nconfusion matrix {run.confusion}")
+        print(scores.report(dataset.class_names))
+        print(f"\n{name:16} {picture}")
     accelerator.end_training()
     return 0
 
@@ -176,28 +152,30 @@ def train(
     dry_run: bool,
 ) -> None:
     """Do the work of a run that has begun; `taken` says which settings its weights chose."""
-    # The images: labelled, and augmented by (seed, epoch, index)
+    # The task and its images: labelled, and augmented by (seed, epoch, index)
+    if checkpoint is not None and (trained := checkpoint.state.config.get("task", "classification")) != config.task:
+        raise UserError(f"{checkpoint.path}: of task={trained}, not task={config.task}; name another output folder")
     accelerator.print(f"opening          {config.data.root}", flush=True)
-    source, class_names = training_source(config)
-    config = with_kind(config, source)
-    dataset = training_set(config, source)
+    task, dataset = TASKS[config.task].open(config, checkpoint.state if checkpoint else None)
+    config = with_kind(config, dataset.source)
+    task = replace(task, config=config)
     validation = None
     if config.data.val_split is not None:
-        validation = classification.validation_set(config, class_names, config.model.in_chans, training=source)
+        validation = task.validation_set(config.model.in_chans, training=dataset.source)
     normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
 
-    # The network: a dense ConvNeXt, pretrained, with a new classifier of small weights
+    # The network: a dense ConvNeXt, pretrained, with a new head of small weights
     with torch.device("meta"):
-        outline = build_classifier(config, len(class_names))
+        outline = task.build()
     require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
-    model = build_classifier(config, len(class_names))
+    model = task.build()
     with blame("data.image_size"):
         grid_shape(config.data.size, model.patch_size)
     with blame("train.gradient_checkpointing"):
         model.gradient_checkpointing = config.train.gradient_checkpointing
     if checkpoint is None:
-        started = start_from(model, config.init_from, class_names) if config.init_from else "from scratch"
+        started = task.start_from(model, config.init_from) if config.init_from else "from scratch"
     else:
         started = f"{checkpoint.path} (resumed)"
     if config.train.freeze_encoder:
@@ -206,10 +184,10 @@ def train(
         model.eval()  # without drop path
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
-    classification_loss = build_loss(config, len(class_names))
+    task_loss = task.loss()
 
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
-        return classification_loss(model, normalize(batch.images), batch.labels)
+        return task_loss(model, normalize(batch.images), batch.labels)
 
     trainer = Trainer(
         accelerator=accelerator,
@@ -221,10 +199,10 @@ def train(
             scales=layer_rates(model, config.optim),
         ),
         compute_loss=compute_loss,
-        plan=Plan.of(config, len(source), accelerator.num_processes),
+        plan=Plan.of(config, len(dataset), accelerator.num_processes),
         config=config,
         ema_decay=config.train.ema_decay,
-        facts={"class_names": list(class_names)},
+        facts=task.facts,
         lock=lock,
     )
     trainer.say(f"weights          {started}")
@@ -235,21 +213,23 @@ def train(
         trainer.restore(checkpoint)
     load = training_batches(trainer, dataset)
     if dry_run:
-        sources = {"data": source, **({"validation": validation.source} if validation else {})}
-        try_run(trainer, load, sources, classes=len(class_names))
+        sources = {"data": dataset.source, **({"validation": validation.source} if validation else {})}
+        try_run(trainer, load, sources, **{task.scores.outputs: model.num_classes})
         return
 
     # The evaluation: the weights and their EMA, side by side
+    best_by = task.scores.overall[0]
+
     def score(step: int, log: MetricsLog | None) -> float:
         assert validation is not None
-        scores = {"val": evaluate(accelerator, model, validation, config)}
+        scores = {"val": evaluate(accelerator, model, validation, task)}
         if trainer.ema is not None:
-            scores["ema"] = evaluate(accelerator, trainer.ema.module, validation, config)
+            scores["ema"] = evaluate(accelerator, trainer.ema.module, validation, task)
         trainer.say(" · ".join([f"step {step}", *(f"{name} {found}" for name, found in scores.items())]))
         if log is not None:
             figures = {f"{name}_{key}": v for name, found in scores.items() for key, v in found.figures.items()}
             log.record(step, figures)
-        return scores["ema" if config.evaluates_ema else "val"].top1
+        return scores["ema" if config.evaluates_ema else "val"].figures[best_by.key]
 
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
@@ -257,17 +237,19 @@ def train(
         evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
     )
 
-    # What remains: the best classifier, as timm loads it where it can
+    # What remains: the best model, as timm loads it where it can
     if accelerator.is_main_process:
         folder = trainer.run
         final = stored_model(folder.path)
         assert final is not None
-        load_network(model, final.read(), final.file)
-        preprocessing = Preprocessing.of(dict(config.data) | {"class_names": class_names})
+        load_network(model, load_weights(folder.path).tensors, final.file)
+        preprocessing = Preprocessing.of(dict(config.data) | {"class_names": task.names, "task": config.task})
         write_folder(model, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
-            places["best"] = f"{folder.best} (step {trainer.best.step}, top-1 {trainer.best.score:.2%})"
+            places["best"] = (
+                f"{folder.best} (step {trainer.best.step}, {best_by.title} {best_by.show(trainer.best.score)})"
+            )
         path = shlex.quote(str(folder.path))
         commands = [
             f"tensorboard --logdir {path}",
@@ -275,8 +257,8 @@ def train(
             f"fcmae predict {path} IMAGES",
             f"fcmae export {path} --to onnx --output {path}-onnx",
         ]
-        scores = {"top-1": "val_top1", "top-1 of the EMA": "ema_top1"}
-        trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
+        scores = {best_by.title: f"val_{best_by.key}", f"{best_by.title} of the EMA": f"ema_{best_by.key}"}
+        trainer.say(summarize(trainer, scores=scores, places=places, commands=commands, form=best_by.form))
 
 
 def main(argv: list[str]) -> int:

@@ -57,6 +57,8 @@ def load_tensors(
 def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Weights:
     """Return the weights of a ConvNeXt from a run or from a file of any format, recognised by content.
 
+    Those of a regression give targets in their own units, other than in training.
+
     Args:
         path: a run folder, which stands for its best evaluated weights, or the newest where none were evaluated; a
             checkpoint folder; an exported folder; or a file of weights (safetensors or PyTorch) of ours, timm,
@@ -71,15 +73,41 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     if stored is None:
         return read_weights(path, ema=bool(ema))
     with report_damage(stored.file.with_name(STATE)):
-        described = stored.state.config["data"] | {"class_names": stored.state.class_names}
+        of_outputs = {"class_names": stored.state.class_names, "task": stored.state.config.get("task")}
+        described = stored.state.config["data"] | of_outputs
         preprocessing = Preprocessing.of(described)
         model = stored.state.config.get("model", {})
         keys = ("variant", "in_chans", "stem_stride") if is_other(model.get("variant")) else ("response", "grn")
         network = require_arguments({key: model[key] for key in keys if key in model})
     tensors = stored.read()
     weights = interpret(stored.file, tensors, preprocessing=preprocessing, network=network)
+    if stored.state.target_mean and stored.state.target_std:
+        mean, std = torch.tensor(stored.state.target_mean), torch.tensor(stored.state.target_std)
+        with blame(str(stored.file.with_name(STATE))):
+            rescaled = rescale_outputs(weights.tensors, weights.classifier, std, mean)
+        weights = weights._replace(tensors=rescaled)
     kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
+
+
+def rescale_outputs(
+    tensors: dict[str, Tensor], classifier: str, factor: Tensor, offset: Tensor
+) -> dict[str, Tensor]:
+    """Return tensors of a network whose outputs are `factor` times those of `tensors`, plus `offset`, by output.
+
+    Args:
+        classifier: what the last layer, which alone changes, is called.
+        factor: (outputs,).
+        offset: (outputs,).
+
+    Raises:
+        ValueError: if there are other outputs.
+    """
+    weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+    if tensors[weight].shape[0] != len(factor):
+        raise ValueError(f"statistics of {len(factor)} targets for {tensors[weight].shape[0]} outputs")
+    changed = {weight: tensors[weight] * factor[:, None], bias: tensors[bias] * factor + offset}
+    return tensors | changed
 
 
 def load_encoder(
@@ -208,7 +236,7 @@ def resolve_recipe(recipe: Recipe[Complete]) -> tuple[Complete, str]:
         rest = [key for key in keys if not any(key in values for values in found.values())]
         if recipe.init_from is not None and rest:
             found[recipe.init_from] = known_of(load_weights(recipe.init_from), rest)
-        if recipe.task == "pretrain" and not found:
+        if recipe.command == "pretrain" and not found:
             raise UserError(
                 f"{keys[0]}=auto: nothing says what it is; fcmae stats {data.root} --output STATS computes it, for "
                 "data.stats=STATS/stats.json"

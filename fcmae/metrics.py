@@ -38,8 +38,17 @@ def confusion_matrix(num_classes: int, device: torch.device) -> MulticlassConfus
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Return images, recall, precision and F1 of each class of a confusion matrix; a ratio over nothing is 0."""
-    hits = confusion.diagonal()
-    images, predicted = confusion.sum(1), confusion.sum(0)
+    return ratios(confusion.diagonal(), confusion.sum(1), confusion.sum(0))
+
+
+def ratios(hits: np.ndarray, images: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
+    """Return images, recall, precision and F1 of each class; a ratio over nothing is 0.
+
+    Args:
+        hits: images of the class that were taken for it.
+        images: of the class.
+        predicted: images that were taken for it.
+    """
     return {
         "images": images,
         "recall": hits / np.maximum(images, 1),

@@ -12,19 +12,12 @@ import torch.nn.functional as F
 from fcmae.config import FinetuneConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.errors import UserError
-from fcmae.tasks.classification import (
-    ScoreMetric,
-    Scores,
-    build_classifier,
-    build_loss,
-    report,
-    tabulate,
-    training_source,
-)
+from fcmae.tasks.base import build_classifier
+from fcmae.tasks.classification import ClassMetric, ClassScores, build_loss, training_source
 
 
-def scores_of(logits: torch.Tensor, labels: torch.Tensor, batch_size: int = 7) -> Scores:
-    metric = ScoreMetric(logits.shape[1], logits.device)
+def scores_of(logits: torch.Tensor, labels: torch.Tensor, batch_size: int = 7) -> ClassScores:
+    metric = ClassMetric(logits.shape[1], logits.device)
     for batch, target in zip(logits.split(batch_size), labels.split(batch_size), strict=True):
         metric.update(batch, target)
     return metric.compute()
@@ -61,7 +54,7 @@ def test_an_evaluation_of_nothing_is_no_evaluation() -> None:
 
 def test_the_report_has_a_line_for_each_class() -> None:
     found = scores_of(torch.eye(3), torch.tensor([0, 1, 1]))
-    lines = report(found, ["cat", "a long name of a dog", "fox"]).splitlines()
+    lines = found.report(["cat", "a long name of a dog", "fox"]).splitlines()
     assert lines[0].split() == ["images", "3"]
     assert lines[1].split() == ["top-1", "66.67%"]
     assert lines[-2].split()[-4:] == ["2", "50.0%", "100.0%", "66.7%"]
@@ -69,7 +62,7 @@ def test_the_report_has_a_line_for_each_class() -> None:
 
 
 def test_the_table_is_json_with_a_column_for_each_kind_of_figure() -> None:
-    table = tabulate(scores_of(torch.eye(3), torch.tensor([0, 1, 1])), ["cat", "dog", "fox"])
+    table = scores_of(torch.eye(3), torch.tensor([0, 1, 1])).tabulate(["cat", "dog", "fox"])
     assert list(table) == ["images", "top1", "top5", "loss", "classes"]
     assert list(table["classes"]) == ["names", "images", "recall", "precision", "f1"]
     assert table["top1"] == 2 / 3

@@ -12,7 +12,7 @@ from fcmae import finetune, pretrain
 from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, load_config, shipped_configs, task_of
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
-from fcmae.tasks.classification import build_classifier
+from fcmae.tasks.base import build_classifier
 from fcmae.training import memory
 from fcmae.training.memory import require_memory
 
@@ -48,7 +48,8 @@ def test_shipped_recipes_fit_onto_a_gpu_of_24_gb_with_8_beside_it(machine: None)
     for name, path in shipped_configs().items():
         if (task := task_of(name)) != "ablate":
             kind = PretrainConfig if task == "pretrain" else FinetuneRecipe
-            config = load_config(kind, path, ["model.variant=atto"] if "small-folder" in name else [])
+            automatic = "variant: auto" in path.read_text()
+            config = load_config(kind, path, ["model.variant=atto"] if automatic else [])
             resolved = config.resolve({}, "a test") if isinstance(config, FinetuneRecipe) else config
             require_memory(resolved, outline(config), GPU)
 

@@ -81,7 +81,15 @@ def test_an_interval_that_ends_just_before_the_end_is_left_out(every: int, total
 
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "ablations")
-IMAGES = {"cifar10": 50_000, "few-labels": 10_000, "quickstart": 13, "small-": 2_000, "continue": 2_000}
+IMAGES = {
+    "cifar10": 50_000,
+    "few-labels": 10_000,
+    "quickstart": 13,
+    "small-": 2_000,
+    "multilabel": 2_000,
+    "regression": 2_000,
+    "continue": 2_000,
+}
 """How many images a configuration is for, by a part of its name; ImageNet's for others."""
 
 

@@ -562,11 +562,11 @@ def test_arrays_have_labels_and_class_names_where_they_were_saved(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [([0, 1], None), ([0, 1, -1], None), ([0.5, 1, 2], None), ([0, 1, 2], ["a", "b"]), (None, ["a"])]
+    [([0, 1], None), ([0, 1, -1], None), ([[[0]], [[1]], [[2]]], None), ([0, 1, 2], ["a", "b"]), (None, ["a"])]
     + [([0, 0, 0], [name]) for name in ("", "two\nlines", "two\rlines", "spaced ", "\udcff")],
 )
 def test_arrays_with_labels_that_do_not_fit_are_not_written(
-    tmp_path: Path, labels: list[int] | None, names: list[str] | None
+    tmp_path: Path, labels: list[Any] | None, names: list[str] | None
 ) -> None:
     with pytest.raises(ValueError, match=r"label|class name"):
         save_arrays(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), labels, names)
@@ -578,8 +578,8 @@ def test_arrays_with_labels_that_do_not_fit_are_not_written(
     [
         (np.arange(2), None, ["labels.npy", "2 labels for the 3 images"]),
         (np.array([0, -1, 2]), None, ["labels.npy", "label -1 of image 1"]),
-        (np.zeros(3), None, ["labels.npy", "expected whole numbers (n,), found float64 (3,)"]),
-        (np.zeros((3, 1), np.int64), None, ["labels.npy", "(3, 1)"]),
+        (np.zeros((3, 1, 1), np.int64), None, ["expected numbers (n,) or (n, columns), found int64 (3, 1, 1)"]),
+        (np.zeros((3, 2), np.int64), b"cat\n", ["classes.txt", "1 names", "labels.npy has 2 columns"]),
         (np.array([0, 10**9, 1]), None, ["labels.npy", "label 1000000000 of image 1", "classes count from 0 to"]),
         (np.array([0, 2**64 - 1, 1], np.uint64), None, ["labels.npy", "label 18446744073709551615 of image 1"]),
         (np.array([0, 5, 1]), b"a\nb\n", ["classes.txt", "2 names", "label 5"]),

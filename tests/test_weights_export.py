@@ -26,7 +26,7 @@ from fcmae.data import PixelNormalizer, cover
 from fcmae.encoder.convnext import ConvNeXt
 from fcmae.encoder.responses import RESPONSES
 from fcmae.errors import UserError
-from fcmae.evaluation.inference import Picture, classify
+from fcmae.evaluation.inference import Picture, compute_outputs
 from fcmae.weights.base import Weights, build_encoder
 from fcmae.weights.export import FORMATS, export, write_folder
 from fcmae.weights.read import read_weights
@@ -248,8 +248,8 @@ def predicted(weights: Weights, photo: Image.Image) -> torch.Tensor:
     network = build_encoder(weights).eval()
     pictures = [Picture(Path("photo"), pil_to_tensor(photo))]
     preprocessing = weights.preprocessing.completed(network)
-    (found,) = classify(network, pictures, preprocessing=preprocessing, top=network.num_classes)
-    return torch.tensor([e.probability for e in sorted(found.top_classes, key=lambda entry: entry.index)])
+    ((_, outputs),) = compute_outputs(network, pictures, preprocessing=preprocessing)
+    return outputs.softmax(0)
 
 
 def gentle_classifier(size: tuple[int, int], crop_pct: float) -> Weights:

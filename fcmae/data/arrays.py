@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fcmae.data.labels import CLASSES, LABELS, check_class_names, read_labels, write_labels
+from fcmae.data.labels import (
+    CLASSES,
+    LABELS,
+    are_classes,
+    are_named,
+    check_class_names,
+    read_labels,
+    write_labels,
+)
 from fcmae.data.npy import read_header, write_array
 from fcmae.data.pixels import Reading, as_kind, is_pixels, kind_of, native, without_nodata
 from fcmae.data.views import Part, whole
@@ -84,14 +92,16 @@ class ArraySource:
 def save_arrays(
     folder: str | Path,
     images: np.ndarray,
-    labels: np.ndarray | Sequence[int] | None = None,
+    labels: np.ndarray | Sequence[int] | Sequence[float] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Path:
     """Write images as `folder/images.npy`, to be read with `data.name=arrays`; returns its path.
 
     They are (n, h, w, c), or gray (n, h, w), of uint8, uint16 or float32, and stay so; NaN where nothing is known.
 
-    Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`.
+    Labels, whole numbers (n,) from 0 on, go into `labels.npy` beside it, their names into `classes.txt`; and so do
+    those of task=multilabel, 0 and 1 (n, classes), and of task=regression, floats (n,) or (n, targets), with a name
+    for each column.
 
     Raises:
         ValueError: if shapes, types or numbers do not fit.
@@ -104,10 +114,12 @@ def save_arrays(
         raise ValueError(f"{images.shape} looks like one image; give (1, h, w, c), or gray as (n, h, w, 1)")
     if labels is not None:
         labels = np.asarray(labels)
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or labels.min(initial=0) < 0:
+        if labels.dtype.kind not in "biuf" or labels.ndim not in (1, 2):
+            raise ValueError(f"labels must be numbers (n,) or (n, columns), got {labels.dtype} {labels.shape}")
+        if len(labels) != len(images) or (are_classes(labels) and labels.min(initial=0) < 0):
             raise ValueError(f"labels must be whole numbers from 0 on, one for each of {len(images)} images")
     if class_names is not None:
-        if labels is None or labels.max(initial=-1) >= len(class_names):
+        if labels is None or not are_named(labels, len(class_names)):
             raise ValueError(f"{len(class_names)} class names do not fit the labels")
         check_class_names(class_names)
     path = Path(folder, IMAGES)

@@ -66,7 +66,8 @@ class MaskedSample(Sample):
 class LabelledSample(Sample):
     """A sample of fine-tuning."""
 
-    label: int
+    label: np.ndarray | np.generic
+    """Its row of the labels."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,14 @@ class LabelledBatch(Batch):
     """What a step of fine-tuning, or an evaluation, sees."""
 
     labels: Tensor
-    """int64 (b,); `NOT_COUNTED` where an evaluation has nothing to count."""
+    """int64 (b,), or of other tasks (b, columns); where an evaluation has nothing to count `NOT_COUNTED`, or NaN of
+    floats."""
 
     @classmethod
     def collate(cls, samples: Sequence[LabelledSample]) -> Self:
         images = torch.stack([sample.image for sample in samples])
-        return cls(**_collate(samples), images=images, labels=torch.tensor([sample.label for sample in samples]))
+        labels = torch.from_numpy(np.stack([sample.label for sample in samples]))
+        return cls(**_collate(samples), images=images, labels=labels)
 
 
 class TrainDataset(Dataset[Any]):
@@ -262,16 +265,29 @@ class PretrainDataset(TrainDataset):
 
 
 class LabelledDataset(TrainDataset):
-    """Samples by (epoch, index) of a source with labels; the augmentation depends on (seed, epoch, index) alone."""
+    """Samples by (epoch, index) of a source with labels; the augmentation depends on (seed, epoch, index) alone.
+
+    Args:
+        labels: (n,) or (n, columns); None for the source's.
+    """
 
     collate = staticmethod(LabelledBatch.collate)
 
+    def __init__(self, source: Source, *, view: View, seed: int, labels: np.ndarray | None = None) -> None:
+        super().__init__(source, view=view, seed=seed)
+        labels = source.labels if labels is None else labels
+        assert labels is not None
+        self.labels = labels
+
+    @property
+    def sample_bytes(self) -> int:
+        return super().sample_bytes + self.labels[0].nbytes
+
     def __getitem__(self, key: Key) -> LabelledSample:
-        assert self.source.labels is not None
         epoch, index = key
         with seeded(self.seed, epoch, index):
             image, index, bad = self.load(index)
-            return LabelledSample(self.view.finish(image), index, bad, int(self.source.labels[index]))
+            return LabelledSample(self.view.finish(image), index, bad, self.labels[index])
 
 
 class EvaluationDataset(Dataset[LabelledSample]):
@@ -279,8 +295,8 @@ class EvaluationDataset(Dataset[LabelledSample]):
 
     Args:
         source: the images.
-        labels: int64 (n,).
-        class_names: by label.
+        labels: int64 (n,), or of another task (n, columns), whole numbers or floats.
+        class_names: by label, or by column.
         view: from an image (c, h, w) to `shape`, without randomness.
         shape: of the images that the model sees, (c, h, w).
     """
@@ -308,7 +324,7 @@ class EvaluationDataset(Dataset[LabelledSample]):
     @property
     def sample_bytes(self) -> int:
         """Of a sample's tensors."""
-        return math.prod(self.shape) * self.source.dtype.itemsize + 8
+        return math.prod(self.shape) * self.source.dtype.itemsize + self.labels[0].nbytes
 
     def __getitem__(self, index: int) -> LabelledSample:
         bad: tuple[BadImage, ...] = ()
@@ -318,8 +334,9 @@ class EvaluationDataset(Dataset[LabelledSample]):
             except Exception as error:  # a broken file can make a decoder raise anything
                 bad = (BadImage.of(index, self.source, error),)
             else:
-                return LabelledSample(self.view(image).contiguous(), index, bad, int(self.labels[index]))
-        return LabelledSample(torch.zeros(self.shape, dtype=self.source.dtype), index, bad, NOT_COUNTED)
+                return LabelledSample(self.view(image).contiguous(), index, bad, self.labels[index])
+        nothing = np.full_like(self.labels[0], np.nan if self.labels.dtype.kind == "f" else NOT_COUNTED)
+        return LabelledSample(torch.zeros(self.shape, dtype=self.source.dtype), index, bad, nothing)
 
 
 class _PipedCollate:

@@ -12,7 +12,10 @@ from fcmae.errors import UserError
 from fcmae.files import write_text
 
 LABELS, CLASSES = "labels.npy", "classes.txt"
-"""Files beside an array of images: whole numbers (n,) from 0 on, and a class name per line."""
+"""Files beside an array of images: whole numbers (n,) from 0 on, and a class name per line.
+
+Of tasks other than classification 0 and 1 (n, classes), or floats (n,) or (n, targets), and a name per column.
+"""
 
 
 MAX_CLASSES = 1 << 20
@@ -20,12 +23,12 @@ MAX_CLASSES = 1 << 20
 
 
 class Labelled(Protocol):
-    """What has a class for each image."""
+    """What has a class, or other labels, for each image."""
 
     labels: np.ndarray | None
-    """int64 (n,), each image's class from 0 on; None where images have none."""
+    """int64 (n,), each image's class from 0 on, or what else `LABELS` holds; None where images have none."""
     class_names: tuple[str, ...] | None
-    """By label; None without labels, or where nothing names them."""
+    """By label, or by column; None without labels, or where nothing names them."""
 
 
 def check_labels(labels: np.ndarray, what: str) -> None:
@@ -37,6 +40,21 @@ def check_labels(labels: np.ndarray, what: str) -> None:
     for extreme, image in ((labels.min(), labels.argmin()), (labels.max(), labels.argmax())):
         if not 0 <= extreme < MAX_CLASSES:
             raise UserError(f"{what}: label {extreme} of image {image}: classes count from 0 to {MAX_CLASSES:,}")
+
+
+def are_classes(labels: np.ndarray) -> bool:
+    """Whether labels are one class for each image: whole numbers (n,)."""
+    return labels.ndim == 1 and labels.dtype.kind in "iu"
+
+
+def num_columns(labels: np.ndarray) -> int:
+    """Return how many numbers each image has in labels (n,) or (n, columns)."""
+    return 1 if labels.ndim == 1 else labels.shape[1]
+
+
+def are_named(labels: np.ndarray, number: int) -> bool:
+    """Whether so many names do for labels: one for each class that occurs, or exactly one for each column."""
+    return labels.max(initial=-1) < number if are_classes(labels) else num_columns(labels) == number
 
 
 def _names_in(text: str) -> tuple[str, ...]:
@@ -66,27 +84,29 @@ def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple
     if not path.is_file():
         return None, None
     labels = read_array(path)
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise UserError(f"{path}: expected whole numbers (n,), found {labels.dtype} {labels.shape}")
+    if labels.dtype.kind not in "biuf" or labels.ndim not in (1, 2) or 0 in labels.shape[1:]:
+        raise UserError(f"{path}: expected numbers (n,) or (n, columns), found {labels.dtype} {labels.shape}")
     if len(labels) != num_images:
         raise UserError(f"{path}: {len(labels)} labels for the {num_images} images beside it; give one per image")
-    check_labels(labels, str(path))
-    labels = np.asarray(labels, np.int64)
+    if are_classes(labels):
+        check_labels(labels, str(path))
+        labels = np.asarray(labels, np.int64)
     if not names_path.is_file():
         return labels, None
     try:
         names = _names_in(names_path.read_bytes().decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{names_path}: not a text file; write one class name per line") from error
-    if labels.max() >= len(names):
-        raise UserError(f"{names_path}: {len(names)} names, but {path} has label {labels.max()}; one name per line")
+    if not are_named(labels, len(names)):
+        has = f"label {labels.max()}" if are_classes(labels) else f"{num_columns(labels)} columns"
+        raise UserError(f"{names_path}: {len(names)} names, but {path} has {has}; one name per line")
     return labels, names
 
 
 def write_labels(folder: Path, labels: np.ndarray | None, class_names: Sequence[str] | None) -> None:
     """Write what there is of labels and class names, to be read by `read_labels`."""
     if labels is not None:
-        write_array(folder / LABELS, labels.astype(np.int64))
+        write_array(folder / LABELS, labels.astype(np.int64) if are_classes(labels) else labels)
     if class_names is not None:
         write_text(folder / CLASSES, "\n".join(class_names) + "\n")
 
@@ -106,6 +126,12 @@ def labels_by(source: Labelled, class_names: Sequence[str] | None, what: str) ->
         raise UserError(
             f"{what}: no labels; put the images of each class into a sub-folder named for it and none beside them, "
             "or a labels.npy beside images.npy"
+        )
+    if not are_classes(source.labels):
+        found = f"{source.labels.dtype} {source.labels.shape}"
+        raise UserError(
+            f"{what}: {LABELS} has {found}, but classes are whole numbers (n,); task=multilabel takes 0 and 1 "
+            "(n, classes), task=regression floats (n, targets)"
         )
     if class_names is None or source.class_names is None or source.class_names == tuple(class_names):
         return source.labels

@@ -1,4 +1,4 @@
-"""Inference on image files: top-k classes and reconstructions; knows no command line and no files of weights."""
+"""Inference on image files: classes, numbers and reconstructions; knows no command line and no files of weights."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
 
 BATCH = 32
-"""Images that are classified at once."""
+"""Images that are computed at once."""
 
 
 class Unreadable(NamedTuple):
@@ -41,19 +41,12 @@ class Picture(NamedTuple):
     """(c, h, w)."""
 
 
-class TopClass(NamedTuple):
-    """One of the top-k classes of an image, with its softmax probability."""
+class LikelyClass(NamedTuple):
+    """A class of an image, with its probability: softmax of one class for each image, sigmoid of any number."""
 
     name: str
     index: int
     probability: float
-
-
-class Prediction(NamedTuple):
-    """The top-k classes of an image, highest probability first."""
-
-    path: Path
-    top_classes: tuple[TopClass, ...]
 
 
 def best_device() -> torch.device:
@@ -119,36 +112,44 @@ def read_images(
                 yield Unreadable(file, brief(error))
 
 
-# Classes
+# Outputs, and what they say
 
 
 @torch.inference_mode()
-def classify(
-    network: Network,
-    images: Iterable[Picture],
-    *,
-    preprocessing: Preprocessing,
-    top: int,
-) -> Iterator[Prediction]:
-    """Yield the top-k classes of each image in turn.
+def compute_outputs(
+    network: Network, images: Iterable[Picture], *, preprocessing: Preprocessing
+) -> Iterator[tuple[Path, Tensor]]:
+    """Yield each image's path and what the network gives for it, (outputs,), in turn.
 
     Args:
-        network: a classifier in evaluation mode, on any device.
+        network: in evaluation mode, on any device.
         images: from `read_images`.
-        preprocessing: that the network was trained for, `completed`; classes without names are numbered.
-        top: k, at most all classes are yielded.
+        preprocessing: that the network was trained for, `completed`.
     """
     device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std, preprocessing.clip).to(device)
-    names = preprocessing.class_names or tuple(str(i) for i in range(network.num_classes))
     use = preprocessing.image_size, preprocessing.crop_pct, preprocessing.interpolation
     views = (image._replace(pixels=cover(image.pixels, *use)) for image in images)
     while batch := list(islice(views, BATCH)):
         normalised = torch.stack([normalize(view.pixels.to(device)) for view in batch])
-        topk = network(normalised).softmax(1).topk(min(top, network.num_classes))
-        for view, values, indices in zip(batch, topk.values.tolist(), topk.indices.tolist(), strict=True):
-            top_classes = (TopClass(names[int(i)], i, value) for i, value in zip(indices, values, strict=True))
-            yield Prediction(view.path, tuple(top_classes))
+        outputs = network(normalised).float().cpu()
+        yield from zip((view.path for view in batch), outputs, strict=True)
+
+
+def _likely(probabilities: Tensor, number: int, names: tuple[str, ...]) -> list[LikelyClass]:
+    values, indices = probabilities.topk(number)
+    return [LikelyClass(names[i], i, value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+def top_classes(logits: Tensor, names: tuple[str, ...], top: int) -> list[LikelyClass]:
+    """Return the `top` classes, or all there are, of logits (classes,), the most likely first."""
+    return _likely(logits.softmax(0), min(top, len(logits)), names)
+
+
+def classes_above(logits: Tensor, names: tuple[str, ...], threshold: float) -> list[LikelyClass]:
+    """Return the classes of logits (classes,) of a higher probability, each by itself, the most likely first."""
+    probabilities = logits.sigmoid()
+    return _likely(probabilities, int((probabilities > threshold).sum()), names)
 
 
 # Reconstructions

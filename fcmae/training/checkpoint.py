@@ -101,6 +101,11 @@ class State(Record):
     num_processes: Annotated[int, Field(ge=1, lt=2**31)]
     config: dict[str, Any]
     class_names: tuple[Text, ...] | None = None
+    """Of the network's outputs."""
+    target_mean: tuple[float, ...] | None = None
+    """Of a regression, what its outputs are 0 for; by output."""
+    target_std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """And what they are 1 above it for."""
     fcmae: str
     torch: str
 

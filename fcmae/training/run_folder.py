@@ -36,6 +36,7 @@ HARMLESS = (
     "init_from",
     "data.root",
     "data.dtype",  # which follows from the images
+    "data.labels",
     "data.num_workers",
     "data.max_bad",
     "data.val_",
@@ -66,9 +67,12 @@ class RunFolder:
         self.model = self.path / "model"
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
-        self.confusion = self.path / "confusion.png"
         self.folders = (self.path, self.checkpoints, self.reconstructions, self.encoder, self.model)
         """Where a run writes; folders of others may lie between."""
+
+    def picture(self, name: str) -> Path:
+        """What --evaluate draws."""
+        return self.path / name
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"

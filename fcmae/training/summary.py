@@ -33,16 +33,22 @@ def updates_s(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def summarize(
-    trainer: Trainer, *, scores: Mapping[str, str], places: Mapping[str, object], commands: Sequence[str]
+    trainer: Trainer,
+    *,
+    scores: Mapping[str, str],
+    places: Mapping[str, object],
+    commands: Sequence[str],
+    form: str = ".2%",
 ) -> str:
     """Describe a run that has ended: how far its loss fell, its scores, how long it took, where what is, what next.
 
     All of the run counts, what was before an interruption too, but for the time between updates.
 
     Args:
-        scores: name to show -> name in metrics.jsonl of shares of images that were classified correctly.
+        scores: name to show -> name in metrics.jsonl of scores of which more is better.
         places: name -> what lies where.
         commands: to type next.
+        form: how scores are written.
     """
     run, plan = trainer.run, trainer.plan
     records = read_records(run.metrics.read_text(encoding="utf-8"))
@@ -51,8 +57,8 @@ def summarize(
         rows["loss"] = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
     for name, key in scores.items():
         if values := [record[key] for record in records if key in record]:
-            best = f" (best {max(values):.2%})" if max(values) > values[-1] else ""
-            rows[name] = f"{values[0]:.2%} -> {values[-1]:.2%}{best}"
+            best = f" (best {max(values):{form}})" if max(values) > values[-1] else ""
+            rows[name] = f"{values[0]:{form}} -> {values[-1]:{form}}{best}"
     seconds = updates_s(records)
     epochs = trainer.seen_images / plan.num_samples
     rows["updates"] = f"{trainer.step:,} ({epochs:.1f} epochs, {trainer.seen_images:,} images)"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fcmae.config import LOSSES
 from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
 from fcmae.encoder.networks import build_network
@@ -117,6 +118,13 @@ KINDS = ("uint8", "uint16", "float32")
 Limit = float | tuple[float, ...]
 """Of all channels, or one of each."""
 
+
+def _task(value: Any) -> str:
+    if value not in LOSSES:
+        raise ValueError(f"{value!r} is no task")
+    return value
+
+
 UNKNOWN: Any = None
 """Stands for a field of `Preprocessing` that no file gives; typed so that what is `completed` needs no checks."""
 
@@ -139,6 +147,7 @@ class Preprocessing(NamedTuple):
     value_range: tuple[float, float] = UNKNOWN
     """Black and white, before `mean` and `std` are applied."""
     class_names: tuple[str, ...] | None = None
+    """Of classes, or of what other tasks have outputs for."""
     dtype: str | None = None
     """Kind of the pixels, one of `KINDS`: whole numbers count as shares of the largest, floats as they are."""
     nodata: float | str | None = None
@@ -147,6 +156,8 @@ class Preprocessing(NamedTuple):
     """Whether a DICOM image's own window is applied."""
     clip: tuple[Limit, Limit] | None = None
     """Least and most that pixels are clipped to, in [0, 1] for whole numbers; None for no clipping."""
+    task: str | None = None
+    """What the outputs are, as a configuration's `task`."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
@@ -167,13 +178,19 @@ class Preprocessing(NamedTuple):
             "nodata": _nodata,
             "window": _flag,
             "clip": _limits,
+            "task": _task,
         }
         return cls(**{key: check(values[key]) for key, check in checked.items() if values.get(key) is not None})
+
+    @property
+    def task_name(self) -> str:
+        """What the outputs are, classes where nothing says so."""
+        return self.task or "classification"
 
     def completed(self, encoder: Network) -> "Preprocessing":
         """Fill in what is unknown as the released weights have it (ImageNet's), for pixels in [0, 1].
 
-        Only class names, and what files hold (from `dtype` on), may stay unknown.
+        Only task and class names, and what files hold (from `dtype` on), may stay unknown.
 
         Raises:
             ValueError: if mean, std, clip or class names do not fit `encoder`, mean and std are unknown for other

@@ -71,7 +71,8 @@ def write_card(
     name = encoder.variant if isinstance(encoder.variant, str) else ", ".join(map(str, encoder.variant))
     if isinstance(encoder, ConvNeXt):
         name = f"ConvNeXt V{encoder.version} {name.capitalize()}"
-    what = f"{encoder.num_classes} classes" if encoder.num_classes else "features, without classifier"
+    outputs = "targets" if use.task == "regression" else "classes"
+    what = f"{encoder.num_classes} {outputs}" if encoder.num_classes else "features, without classifier"
     height, width = use.image_size
     text = f"""# {name}: {what}
 {warning}

@@ -72,6 +72,7 @@ def write_timm(network: "TimmNetwork", preprocessing: Preprocessing, folder: Pat
         "num_features": network.dims[-1],
         **({"model_args": {"in_chans": network.in_chans}} if network.in_chans != 3 else {}),
         **describe_pixels(use),
+        **({"task": use.task} if use.task is not None else {}),
         "pretrained_cfg": {
             "num_classes": network.num_classes,
             "input_size": [network.in_chans, *use.image_size],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,14 @@ def _preparing(use: Preprocessing) -> list[Any]:
     return nodes
 
 
+ANSWERS: dict[str, tuple[str, dict[str, Any], str, Callable[[Tensor], Tensor]]] = {
+    "classification": ("Softmax", {"axis": 1}, "probabilities", lambda outputs: outputs.softmax(1)),
+    "multilabel": ("Sigmoid", {}, "probabilities", Tensor.sigmoid),
+    "regression": ("Identity", {}, "values", lambda outputs: outputs),
+}
+"""What makes of a network's outputs what people ask for: ONNX's operator, what it gives, and the same in torch."""
+
+
 def _prepare(pixels: Tensor, use: Preprocessing) -> Tensor:
     """Do what the last of these nodes do, to pixels (b, c, h, w), 1.0 for the full range."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (use.mean, use.std))
@@ -155,7 +164,7 @@ def _random_pixels(use: Preprocessing, b: int, height: int, width: int) -> Tenso
 
 
 def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    """Let the ONNX model take images as they are, (b, h, w, c) of any size, and give probabilities.
+    """Let the ONNX model take images as they are, (b, h, w, c) of any size, and give its answers.
 
     They are uint8 for a network that was trained on such; else float32, in shares of the full range if they were
     whole numbers.
@@ -173,7 +182,8 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
         raise ValueError(f"--with-preprocessing: ONNX resizes {' or '.join(RESIZING)}, not {use.interpolation}")
     model = onnx.load(folder / ONNX_FILE, load_external_data=False)
     graph = model.graph
-    network = [*graph.node, helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1)]
+    operator, attributes, answer, compute = ANSWERS[use.task_name]
+    network = [*graph.node, helper.make_node(operator, ["logits"], [answer], **attributes)]
     for node in network:
         for i, name in enumerate(node.input):
             if name == "images":
@@ -185,23 +195,23 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     kind, elements = ("uint8", TensorProto.UINT8) if is_eight_bit(use) else ("float32", TensorProto.FLOAT)
     graph.input.append(helper.make_tensor_value_info("images", elements, sides))
     classes = ["batch", encoder.num_classes]
-    graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, classes))
+    graph.output.append(helper.make_tensor_value_info(answer, TensorProto.FLOAT, classes))
     if use.class_names is not None:
         helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
     onnx.save_model(model, folder / ONNX_FILE)
     kind += " / 65535" if use.dtype == "uint16" else ""
     taken = f"{kind} (batch, height, width, {encoder.in_chans}): the program resizes, clips and normalises"
-    write_description(encoder, use, folder, input=taken, output="probabilities")
+    write_description(encoder, use, folder, input=taken, output=answer)
 
     # images that need no resizing, whose preprocessing is exact
     height, width = (math.floor(side / use.crop_pct) for side in use.image_size)
     images = _random_pixels(use, 2, height, width)
     pixels = center_crop(images.permute(0, 3, 1, 2), list(use.image_size)).float()
     with torch.no_grad():
-        wanted = encoder.float()(_prepare(pixels / 255 if is_eight_bit(use) else pixels, use)).softmax(1)
+        wanted = compute(encoder.float()(_prepare(pixels / 255 if is_eight_bit(use) else pixels, use)))
     difference = float((compute_onnx(folder, images) - wanted).abs().max())
-    if not difference <= 1e-4:
-        raise ValueError(f"--with-preprocessing: probabilities differ from the network's by {difference:.1e}")
+    if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
+        raise ValueError(f"--with-preprocessing: {answer} differ from the network's by {difference:.1e}")
 
 
 def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:

@@ -142,7 +142,7 @@ def interpret(
     weights = Weights(file, tensors, form.kind, network=network, classifier=classifier)
     known = preprocessing or described
     if not num_classes:
-        known = known._replace(class_names=None)
+        known = known._replace(class_names=None, task=None)
     elif known.class_names and len(known.class_names) != num_classes:
         raise UserError(f"{file}: {num_classes} classes, but the files beside it name {len(known.class_names)}")
     if problems:

@@ -122,6 +122,7 @@ def read_preprocessing(config: Mapping[str, Any], enlargement: int = 1) -> Prepr
     cfg = config.get("pretrained_cfg", config)
     values = {key: cfg.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
     values |= config.get(PIXELS, {})
+    values["task"] = config.get("task")
     values["class_names"] = config.get("label_names", cfg.get("label_names"))
     if "input_size" in cfg:
         values["image_size"] = [side // enlargement for side in cfg["input_size"][1:]]
@@ -210,6 +211,7 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
         **({"model_args": model_args} if model_args else {}),
         **({"stem_stride": encoder.stem_stride} if enlargement != 1 else {}),
         **describe_pixels(use),
+        **({"task": use.task} if use.task is not None else {}),
         "pretrained_cfg": pretrained_cfg,
     }
 

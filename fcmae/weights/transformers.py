@@ -86,6 +86,14 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return without_idle_norm(convert(plain, table, "a transformers ConvNext or ConvNextV2"))
 
 
+PROBLEMS = {
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+"""What transformers calls our tasks."""
+
+
 def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     names = config.get("id2label")
     if not names or list(names.values()) == [f"LABEL_{i}" for i in range(len(names))]:  # which stand for none
@@ -121,8 +129,9 @@ def read(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Te
         if "hidden_sizes" not in config:
             return tensors, Preprocessing()
         class_names = _class_names(config)
+        task = next((task for task, problem in PROBLEMS.items() if problem == config.get("problem_type")), None)
     with description(folder, PREPROCESSOR) as processor:
-        return tensors, _preprocessing(processor)._replace(class_names=class_names)
+        return tensors, _preprocessing(processor)._replace(class_names=class_names, task=task)
 
 
 def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
@@ -147,6 +156,7 @@ def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None
         image_size=min(height, width),
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
+        problem_type=PROBLEMS.get(use.task or ""),
         **arguments,
     )
     model = getattr(transformers, f"{kind}{'ForImageClassification' if encoder.num_classes else 'Model'}")(config)

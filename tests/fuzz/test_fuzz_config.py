@@ -41,7 +41,7 @@ from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.plain_yaml import read_yaml, write_value
 from fcmae.recipe import Images, Machine, assignments, choose
-from fcmae.tasks.classification import build_classifier
+from fcmae.tasks.base import build_classifier
 from fcmae.training.memory import require_batch, require_memory
 from fcmae.training.schedule import Plan
 

@@ -1,0 +1,401 @@
+"""What a task is to fine-tuning, and what tasks share; knows no one of them, and no schedule, processes or files.
+
+A task is the labelled images, the network with its head, the loss, the scores and what is said of the model. To add
+one, write a `Task`, and name it in `fcmae.tasks.known` and as a `task` of the configuration.
+"""
+
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.aggregation import CatMetric
+from tqdm import tqdm
+
+from fcmae.config import FinetuneConfig
+from fcmae.data import (
+    AugmentedView,
+    BadImage,
+    Cover,
+    EvaluationDataset,
+    LabelledBatch,
+    LabelledDataset,
+    PixelNormalizer,
+    Reading,
+    Source,
+    load_batches,
+    one_pass,
+    open_source,
+    overlap,
+)
+from fcmae.data.pixels import kind_name
+from fcmae.encoder.base import Network
+from fcmae.encoder.networks import build_network
+from fcmae.errors import UserError, blame
+from fcmae.load import adapt_channels, known_of, load_weights, require_network
+from fcmae.training.checkpoint import State
+from fcmae.weights.base import Weights, load_network
+
+Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+"""(network, normalised images, labels) -> scalar; the network is called on images that it may mix."""
+
+
+class Figure(NamedTuple):
+    """How a figure of an evaluation is called and written."""
+
+    title: str
+    """For people, such as "top-1"."""
+    key: str
+    """In files, such as "top1"."""
+    form: str = ".2%"
+
+    def show(self, value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:{self.form}}"
+
+
+class Scores(ABC):
+    """What an evaluation found, over the images of all processes."""
+
+    overall: ClassVar[tuple[Figure, ...]]
+    """Of all outputs together; `best` goes by the first, of which more is better."""
+    by_output: ClassVar[tuple[Figure, ...]]
+    """Of each output."""
+    output, outputs = "class", "classes"
+    """What the network has outputs for."""
+    picture: ClassVar[tuple[str, str]]
+    """What is drawn, for people, and the name of its file."""
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """By the keys of `overall`; finite where the outputs are."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """By the keys of `by_output`, a value for each output; NaN where there is none."""
+
+    @abstractmethod
+    def draw(self, names: Sequence[str]) -> np.ndarray:
+        """Draw the scores of outputs with these names: uint8 (h, w, 3)."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{figure.title} {figure.show(self.figures[figure.key])}" for figure in self.overall)
+
+    def report(self, names: Sequence[str]) -> str:
+        """Describe scores: the figures of all images, then a line for each output."""
+        lines = [f"{'images':17}{self.num_images:,}"]
+        lines += [f"{figure.title:17}{figure.show(self.figures[figure.key])}" for figure in self.overall]
+        width = max(map(len, (self.output, *names)))
+        table = [[self.output, *names]]
+        for figure in self.by_output:
+            cells = [figure.title, *map(figure.show, self.columns[figure.key].tolist())]
+            table.append([f"{cell:>{max(7, *map(len, cells))}}" for cell in cells])
+        return "\n".join(
+            [*lines, "", *("  ".join([f"{name:{width}}", *row]) for name, *row in zip(*table, strict=True))]
+        )
+
+    def tabulate(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return scores as JSON takes them: the figures of all images, then a column per figure of outputs."""
+        columns = {
+            figure.key: [None if math.isnan(value) else value for value in self.columns[figure.key].tolist()]
+            for figure in self.by_output
+        }
+        return {"images": self.num_images} | self.figures | {self.outputs: {"names": list(names)} | columns}
+
+
+class Metric(Protocol):
+    """Gathers scores, batch by batch."""
+
+    def update(self, outputs: Tensor, labels: Tensor, /) -> None:
+        """Count outputs with labels, of which `NOT_COUNTED` or NaN do not count."""
+        ...
+
+    def compute(self) -> Scores:
+        """Return the scores over all processes.
+
+        Raises:
+            ValueError: if nothing counts.
+        """
+        ...
+
+
+class Gathered:
+    """Outputs and labels of all images of all processes, (n, outputs) each, for scores that need them all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.outputs, self.labels = (CatMetric(nan_strategy="disable").to(device) for _ in range(2))
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        self.outputs.update(outputs.float())
+        self.labels.update(labels.float())
+
+    def counted(self, is_counted: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return outputs and labels, float32 on the CPU, of the rows whose labels all count.
+
+        Raises:
+            ValueError: if none does.
+        """
+        outputs, labels = (gathered.compute().cpu() for gathered in (self.outputs, self.labels))
+        rows = is_counted(labels).all(1)
+        if not rows.any():
+            raise ValueError("none of the images could be read")
+        return outputs[rows], labels[rows]
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What is trained: labelled images, network, loss and scores."""
+
+    config: FinetuneConfig
+    names: tuple[str, ...] | None
+    """Of the network's outputs, such as classes; None only for finished weights that do not name theirs."""
+
+    scores: ClassVar[type[Scores]]
+    head: ClassVar[str] = "classifier of {} classes"
+    """What the network's last layer is called, with its number of outputs."""
+
+    # Labelled images
+
+    @classmethod
+    @abstractmethod
+    def open(cls, config: FinetuneConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
+        """Open the training images, augmented by (seed, epoch, index), and the task that they are for.
+
+        Args:
+            state: of the run that goes on, which a task may take statistics from; None for a new one.
+
+        Raises:
+            UserError: if they have no labels, or not those of this task.
+        """
+
+    @abstractmethod
+    def validation_set(self, in_chans: int, training: Source | None = None) -> EvaluationDataset:
+        """Open the images to evaluate on, labelled by `names`, or by their own where these are None.
+
+        Raises:
+            UserError: if there are none, they are those of `training`, or their labels are others.
+        """
+
+    # The network and its loss
+
+    def build(self) -> Network:
+        """Return an untrained network with an output for each of `names`.
+
+        Raises:
+            UserError: if there is no such network.
+        """
+        assert self.names is not None
+        return build_classifier(self.config, len(self.names))
+
+    def start_from(self, model: Network, source: str) -> str:
+        """Load an encoder's weights and, where it was trained for the same, its head; returns what was done.
+
+        What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then. The first layer is
+        adapted to another number of channels.
+
+        Raises:
+            UserError: if the weights are another network's.
+        """
+        weights = load_weights(source)
+        response = known_of(weights, ["model.response"]).get("model.response")
+        own_response = model.arguments.get("response")
+        changed = response != own_response
+        require_network(model, weights, source, may_differ=("in_chans", *(("response", "grn") if changed else ())))
+        tensors, adapted = adapt_channels(weights, model)
+        keep = self.has_head_of(weights) and weights.num_classes == model.num_classes
+        head = self.head.format(model.num_classes)
+        parts = [f"{weights.path} ({weights.description})", *([adapted] if adapted else [])]
+        parts.append(f"its {head}" if keep else f"a new {head}")
+        if changed:
+            parts.append(f"{own_response} in place of {response}")
+
+        def is_new(name: str) -> bool:
+            return (not keep and name.startswith(f"{model.classifier}.")) or (changed and ".grn." in name)
+
+        own = {n: x for n, x in model.state_dict().items() if n.startswith(model.head_names) or is_new(n)}
+        taken = {n: x for n, x in tensors.items() if not is_new(n)}
+        load_network(model, own | (self.as_trained(taken, model.classifier) if keep else taken), weights.path)
+        return ", ".join(parts)
+
+    def has_head_of(self, weights: Weights) -> bool:
+        """Whether weights were trained for this task and its names, as far as they say."""
+        known = weights.preprocessing
+        return known.task_name == self.config.task and known.class_names in (None, self.names)
+
+    def as_trained(self, tensors: dict[str, Tensor], classifier: str) -> dict[str, Tensor]:
+        """Return the tensors of finished weights as `loss` trains them."""
+        return tensors
+
+    @abstractmethod
+    def loss(self) -> Loss:
+        """Return what is minimised."""
+
+    # Scores
+
+    @abstractmethod
+    def metric(self, num_outputs: int, device: torch.device) -> Metric:
+        """Return what gathers the scores of a network."""
+
+    def count(self, metric: Metric, compute: Callable[[Tensor], Tensor], batch: LabelledBatch) -> None:
+        """Let a metric count a batch of the validation set; `compute` is the network, of pixels (b, c, h, w)."""
+        metric.update(compute(batch.images), batch.labels)
+
+    # The model
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What checkpoints say of the model, arguments of `fcmae.training.checkpoint.State`."""
+        assert self.names is not None
+        return {"class_names": list(self.names)}
+
+
+# Images
+
+
+def open_training(config: FinetuneConfig) -> Source:
+    """Open the training images.
+
+    Raises:
+        UserError: if there are none, or they are not for `data.auto_augment`.
+    """
+    data = config.data
+    source = open_source(data.name, data.root, data.split, config.model.in_chans, reading=Reading.of(data))
+    if data.auto_augment is not None and source.dtype != torch.uint8:
+        raise UserError(
+            f"data.auto_augment={data.auto_augment}: is for pixels of 8 bits, and data.root={data.root} has "
+            f"{kind_name(source.dtype)}; set data.auto_augment=null"
+        )
+    return source
+
+
+def augment(config: FinetuneConfig, source: Source, labels: np.ndarray | None = None) -> LabelledDataset:
+    """Return samples of the training images, augmented by (seed, epoch, index).
+
+    Args:
+        labels: of the images, a row for each; None for the source's.
+
+    Raises:
+        UserError: if timm does not know `data.auto_augment`.
+    """
+    data = config.data
+    with blame("data.auto_augment"):
+        view = AugmentedView(
+            data.size,
+            crop_scale=data.crop_scale,
+            crop_padding=data.crop_padding,
+            hflip=data.hflip,
+            auto_augment=data.auto_augment,
+            erase_prob=data.erase_prob,
+            mean=data.mean,
+            std=data.std,
+        )
+    return LabelledDataset(source, view=view, seed=config.train.seed, labels=labels)
+
+
+def open_validation(config: FinetuneConfig, in_chans: int, training: Source | None) -> tuple[Source, str]:
+    """Open the images to evaluate on; returns them, and how messages name them.
+
+    Raises:
+        UserError: if there are none, or they are those of `training`.
+    """
+    data = config.data
+    if data.val_split is None:
+        raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
+    root = data.root if data.val_root is None else data.val_root
+    key = "data.root" if data.val_root is None else "data.val_root"
+    what = f"{key}={root}, data.val_split={data.val_split}"
+    remedy = "name data.val_split or data.val_root, or data.val_split=null for none"
+    whole_root = data.val_root is not None
+    source = open_source(
+        data.name,
+        root,
+        data.val_split,
+        in_chans,
+        whole_root=whole_root,
+        reading=Reading.of(data),
+        key=key,
+        remedy=remedy,
+    )
+    if training is not None and data.val_split != data.split and overlap(training, source):
+        raise UserError(f"{what}: training's own images would be evaluated; {remedy}")
+    return source, what
+
+
+def evaluation_set(
+    config: FinetuneConfig, source: Source, labels: np.ndarray, names: Sequence[str], in_chans: int
+) -> EvaluationDataset:
+    """Return samples of images to evaluate on, with their labels."""
+    size = config.data.size
+    view = Cover(size, config.data.crop_pct)
+    return EvaluationDataset(source, labels, class_names=names, view=view, shape=(in_chans, *size))
+
+
+# Networks
+
+
+def build_classifier(config: FinetuneConfig, num_classes: int) -> Network:
+    """Return an untrained dense network whose classifier has small weights.
+
+    Raises:
+        UserError: if there is no such network.
+    """
+    with blame("model"):
+        model = build_network(**config.model.network, num_classes=num_classes)
+    assert isinstance(model.classifier_layer, nn.Linear)
+    with torch.no_grad():
+        model.classifier_layer.weight.mul_(config.model.head_init_scale)
+    return model
+
+
+# Scores
+
+
+def score_images(
+    task: Task,
+    model: Network,
+    normalize: PixelNormalizer,
+    dataset: EvaluationDataset,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Scores:
+    """Score a network on all images of a set, spread over the processes, each counted once.
+
+    Args:
+        normalize: from pixels to what the network sees, on `device`.
+        rank: of this process, which computes its share.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: if none of them could be read.
+    """
+    keys = one_pass(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+    batches = load_batches(dataset, keys, num_workers=num_workers, pin_memory=device.type == "cuda")
+    hidden = rank != 0 or not sys.stderr.isatty()
+    metric = task.metric(model.num_classes, device)
+
+    def compute(pixels: Tensor) -> Tensor:
+        return model.forward(normalize(pixels))  # a compiled model is compiled for training's shapes
+
+    bad: list[BadImage] = []
+    with torch.inference_mode():
+        for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
+            bad += batch.bad
+            batch = batch.to(device)
+            task.count(metric, compute, batch)
+    if bad:
+        tqdm.write(f"not counted: {len(bad)} images that do not decode, the first {bad[0].name}: {bad[0].reason}")
+    return metric.compute()
