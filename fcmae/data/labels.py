@@ -56,6 +56,18 @@ def check_class_names(names: Sequence[str]) -> None:
             )
 
 
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read class names, a line each.
+
+    Raises:
+        UserError: if it is no text file.
+    """
+    try:
+        return _names_in(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file; write one class name per line") from error
+
+
 def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     """Read the labels and class names in a folder of `num_images` images; None for each file that is missing.
 
@@ -74,10 +86,7 @@ def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple
     labels = np.asarray(labels, np.int64)
     if not names_path.is_file():
         return labels, None
-    try:
-        names = _names_in(names_path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{names_path}: not a text file; write one class name per line") from error
+    names = read_class_names(names_path)
     if labels.max() >= len(names):
         raise UserError(f"{names_path}: {len(names)} names, but {path} has label {labels.max()}; one name per line")
     return labels, names

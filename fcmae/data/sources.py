@@ -118,7 +118,7 @@ def _holds_arrays(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in (IMAGES, INDEX, PLAN))
 
 
-def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
+def find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
     """Return the folder of a split: ROOT/SPLIT, under any of its names, or else ROOT.
 
     ROOT itself is the training images (or ".", or with `whole_root` any split) where arrays lie right in it, or no
@@ -192,7 +192,7 @@ def open_source(
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
-    place = _find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
+    place = find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
     if not arrays:
         return open_images(name, place, None, in_chans or 3, what, kind)
     folder = Path(place)
