@@ -14,6 +14,17 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
+class Windows(NamedTuple):
+    """How large images are cut for a network."""
+
+    window: tuple[int, int]
+    """Height and width."""
+    stride: tuple[int, int]
+    """From window to window, down and across; at most the window's sides."""
+    batch_size: int = 8
+    """Windows that are given to the network at once."""
+
+
 class Strip(NamedTuple):
     """Rows of an image's logits that are complete."""
 
@@ -22,14 +33,7 @@ class Strip(NamedTuple):
     """(b, num_classes, rows, w)."""
 
 
-def slide(
-    network: Callable[[Tensor], Tensor],
-    images: Tensor,
-    *,
-    window: tuple[int, int],
-    stride: tuple[int, int],
-    batch_size: int = 8,
-) -> Iterator[Strip]:
+def slide(network: Callable[[Tensor], Tensor], images: Tensor, windows: Windows) -> Iterator[Strip]:
     """Yield the logits of images strip by strip, from the top: the mean over all windows that see a pixel.
 
     Logits of one row of windows are in memory at a time, however large the images are.
@@ -37,13 +41,12 @@ def slide(
     Args:
         network: (b, c, *window) -> logits (b, num_classes, *window).
         images: (b, c, h, w), normalised; zeros are put below and on the right of smaller ones than a window.
-        window: height and width.
-        stride: from window to window, down and across; at most the window's sides.
-        batch_size: windows that are given to the network at once.
+        windows: their size and distance.
 
     Raises:
         ValueError: if windows would leave gaps.
     """
+    window, stride, batch_size = windows
     if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
         raise ValueError(f"stride {stride} leaves gaps between windows of {window}; it is from 1 to these")
     height, width = images.shape[-2:]
@@ -58,8 +61,8 @@ def slide(
     sums, down = torch.empty(0), across.new_zeros(window[0])  # of the rows from `top` on
     for top, following in zip(tops, [*tops[1:], images.shape[-2]], strict=True):
         band = images[..., top : top + window[0], :]
-        windows = torch.cat([band[..., left : left + window[1]] for left in lefts])
-        logits = torch.cat([network(some).float() for some in windows.split(batch_size)])
+        cut = torch.cat([band[..., left : left + window[1]] for left in lefts])
+        logits = torch.cat([network(some).float() for some in cut.split(batch_size)])
         if top == 0:
             sums = logits.new_zeros(len(images), logits.shape[1], window[0], images.shape[-1])
         for left, some in zip(lefts, logits.split(len(images)), strict=True):
@@ -70,3 +73,31 @@ def slide(
         yield Strip(top, strip[..., : height - top, :width])
         sums = F.pad(sums[..., rows:, :], (0, 0, 0, rows))
         down = F.pad(down[rows:], (0, rows))
+
+
+def pixel_logits(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    windows: Windows | None = None,
+    short_side: int | None = None,
+) -> Iterator[Strip]:
+    """Yield the logits of each pixel of images (b, c, h, w), normalised, strip by strip from the top.
+
+    Args:
+        network: images of any size -> logits (b, num_classes, h, w).
+        images: (b, c, h, w).
+        windows: how to cut them; None gives the network whole images.
+        short_side: of the images that the network sees, in pixels, to and from which all is resized; None leaves
+            images as they are. Where they are not, all their logits are in memory at once.
+    """
+    height, width = images.shape[-2:]
+    factor = short_side / min(height, width) if short_side else 1.0
+    if factor != 1.0:
+        size = round(height * factor), round(width * factor)
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+    strips = iter([Strip(0, network(images))]) if windows is None else slide(network, images, windows)
+    if factor == 1.0:
+        yield from strips
+    else:
+        logits = torch.cat([strip.logits for strip in strips], 2)
+        yield Strip(0, F.interpolate(logits, (height, width), mode="bilinear"))
