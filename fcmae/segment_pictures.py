@@ -86,29 +86,28 @@ def draw_legend(class_names: Sequence[str], classes: Sequence[int], width: int) 
 
 def draw_segmentations(
     pixels: Tensor,
-    predicted: Tensor,
-    truth: Tensor | None = None,
     *,
+    truth: Tensor | None = None,
+    predicted: Tensor | None = None,
     class_names: Sequence[str],
     bands: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Draw image | truth | prediction | prediction over the image, a row each, with names: uint8 (h, w, 3).
+    """Draw image | truth | prediction | the last of them over the image, a row each, with names: uint8 (h, w, 3).
 
     Args:
         pixels: (b, c, h, w), see `display_range`.
-        predicted: classes (b, h, w).
         truth: classes (b, h, w), -1 where there is none; None where nothing is known.
+        predicted: classes (b, h, w); None for pictures of the truth alone.
         class_names: by class; those that occur are named below.
         bands: see `as_rgb`.
     """
     images = shown(pixels.cpu(), bands)
-    columns = {"image": images}
-    if truth is not None:
-        columns["truth"] = paint(truth.cpu())
-    columns |= {"prediction": paint(predicted.cpu()), "overlay": overlay(images, predicted.cpu())}
-    panels = draw_panels(columns)
-    both = torch.cat([x.flatten().cpu() for x in (predicted, truth) if x is not None])
-    legend = draw_legend(class_names, both[both >= 0].unique().tolist(), panels.shape[1])
+    maps = {"truth": truth, "prediction": predicted}
+    known = {title: classes.cpu() for title, classes in maps.items() if classes is not None}
+    columns = {"image": images} | {title: paint(classes) for title, classes in known.items()}
+    panels = draw_panels(columns | {"overlay": overlay(images, list(known.values())[-1])})
+    occurring = torch.cat([classes.flatten() for classes in known.values()]).unique().tolist()
+    legend = draw_legend(class_names, [label for label in occurring if label >= 0], panels.shape[1])
     return np.concatenate([panels, legend])
 
 
