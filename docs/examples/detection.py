@@ -34,6 +34,9 @@ from fcmae.encoder.base import Network
 from fcmae.heads.segmentation import NormedMaps
 
 DETECTORS = {"Faster R-CNN": FasterRCNN, "Mask R-CNN": MaskRCNN}
+BOXES = 32
+"""Of an image that count in a step: few, as there are few shapes; COCO's detectors take 256 and 512."""
+
 SHAPES = ("background", "disk", "square", "triangle")
 
 
@@ -59,6 +62,8 @@ def build_detector(name: str, encoder: Network, *, side: int, dim: int = 256) ->
         PyramidBackbone(encoder, dim),
         num_classes=len(SHAPES),
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        rpn_batch_size_per_image=BOXES,
+        box_batch_size_per_image=BOXES,
         min_size=side,
         max_size=side,
         size_divisible=encoder.patch_size,
@@ -103,7 +108,7 @@ def draw_shapes(number: int, side: int, generator: torch.Generator) -> tuple[lis
     return images, targets
 
 
-def train(detector: FasterRCNN, *, steps: int, batch_size: int, side: int, rate: float = 3e-4) -> list[float]:
+def train(detector: FasterRCNN, *, steps: int, batch_size: int, side: int, rate: float = 1e-3) -> list[float]:
     """Train on drawn shapes, others in each step; returns the sum of the detector's losses in each."""
     device = next(detector.parameters()).device
     generator = torch.Generator().manual_seed(0)

@@ -127,7 +127,7 @@ def find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: s
     holds_images = _holds_arrays if arrays else os.path.isdir
     synonyms = next((names for names in SYNONYMS if split in names), ())
     for name in (split, *synonyms):
-        folder = os.path.join(root, name)
+        folder = root if name == "." else os.path.join(root, name)
         if holds_images(folder):
             return folder
     inside = sorted(os.listdir(root)) if os.path.isdir(root) else []
