@@ -20,8 +20,9 @@ from fcmae.encoder.base import Network
 
 HeadName = Literal["fpn", "upernet"]
 
-GROUPS = 32
-"""Of GroupNorm, at most (its paper's default)."""
+GROUPS, CHANNELS_OF_GROUP = 32, 8
+"""Of GroupNorm, at most (its paper's default), and at least: a single channel of a map pooled to one site has no
+variance."""
 
 POOLED_SIDES = (1, 2, 3, 6)
 """Sides of the maps that UPerNet pools the last one to (PSPNet's pyramid)."""
@@ -31,8 +32,8 @@ AUXILIARY_STAGE, AUXILIARY_DIM = 2, 256
 
 
 def group_norm(dim: int) -> nn.GroupNorm:
-    """Return GroupNorm of as many groups, up to `GROUPS`, as divide `dim`."""
-    return nn.GroupNorm(math.gcd(dim, GROUPS), dim)
+    """Return GroupNorm of as many groups as `GROUPS` and `CHANNELS_OF_GROUP` allow and `dim` is divided by."""
+    return nn.GroupNorm(math.gcd(dim, min(GROUPS, max(dim // CHANNELS_OF_GROUP, 1))), dim)
 
 
 class ConvNorm(nn.Sequential):
