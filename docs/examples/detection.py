@@ -35,7 +35,8 @@ from fcmae.heads.segmentation import NormedMaps
 
 DETECTORS = {"Faster R-CNN": FasterRCNN, "Mask R-CNN": MaskRCNN}
 BOXES = 32
-"""Of an image that count in a step: few, as there are few shapes; COCO's detectors take 256 and 512."""
+"""Of an image that count in a step, of four times as many that are looked at: few, as there are few shapes; COCO's
+detectors take 256 and 512, of 2,000."""
 
 SHAPES = ("background", "disk", "square", "triangle")
 
@@ -64,6 +65,8 @@ def build_detector(name: str, encoder: Network, *, side: int, dim: int = 256) ->
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         rpn_batch_size_per_image=BOXES,
         box_batch_size_per_image=BOXES,
+        rpn_post_nms_top_n_train=4 * BOXES,
+        rpn_post_nms_top_n_test=4 * BOXES,
         min_size=side,
         max_size=side,
         size_divisible=encoder.patch_size,
@@ -174,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
         print(f"{name} over {', '.join(map(str, encoder.dims))} channels")
         detector = build_detector(name, encoder, side=args.side, dim=args.dim).to(args.device)
         losses[name] = train(detector, steps=args.steps, batch_size=args.batch_size, side=args.side)
-        print(f"  {share_found(detector, number=50, side=args.side):.0%} of the shapes in 50 new images are found")
+        print(f"  {share_found(detector, number=20, side=args.side):.0%} of the shapes in 20 new images are found")
     return losses
 
 
