@@ -38,10 +38,10 @@ def exported(tmp_path: Path) -> Path:
 
 
 def test_detectors_learn_from_an_exported_encoder(detection: Any, exported: Path) -> None:
-    sizes = ["--side=64", "--dim=16", "--batch-size=1", "--device=cpu"]
-    for name, losses in detection.main([str(exported), "--steps=12", *sizes]).items():
+    sizes = ["--side=64", "--dim=16", "--batch-size=2", "--device=cpu"]
+    for name, losses in detection.main([str(exported), "--steps=16", *sizes]).items():
         assert all(map(math.isfinite, losses))
-        assert sum(losses[-3:]) < 0.7 * sum(losses[:3]), name
+        assert sum(losses[-4:]) / 4 < 0.7 * losses[0], name
 
 
 def test_drawn_boxes_are_those_of_the_masks(detection: Any) -> None:
@@ -60,7 +60,7 @@ def test_drawn_boxes_are_those_of_the_masks(detection: Any) -> None:
 
 def test_timms_features_only_gives_the_pyramid_of_an_exported_encoder(exported: Path) -> None:
     ours = fcmae.load_encoder(exported).eval()
-    theirs = timm.create_model(f"local-dir:{exported}", pretrained=True, features_only=True).eval()
+    theirs: Any = timm.create_model(f"local-dir:{exported}", pretrained=True, features_only=True).eval()
     images = torch.randn(2, 3, 64, 96)
     maps = theirs(images)
     assert tuple(theirs.feature_info.channels()) == ours.dims

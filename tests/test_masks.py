@@ -194,9 +194,9 @@ def test_masks_may_lie_in_a_root_of_their_own(tmp_path: Path) -> None:
     for split in ("training", "validation"):
         write_image(tmp_path / f"images/{split}/a.png")
         write_values(tmp_path / f"annotations/{split}/a.png")
-    roots = {"mask_root": str(tmp_path / "annotations")}
+    root, masks = str(tmp_path / "images"), str(tmp_path / "annotations")
     for split in ("train", "val"):
-        source = open_segmentation("folder", str(tmp_path / "images"), split, 3, **roots)
+        source = open_segmentation("folder", root, split, 3, mask_root=masks)
         assert np.array_equal(source.load(0).classes, VALUES)
 
 
@@ -360,7 +360,7 @@ def test_arrays_of_masks_must_fit_the_images(tmp_path: Path) -> None:
 def test_pixels_are_counted_as_a_plain_loop_counts_them(pairs: Path) -> None:
     masks = MaskFiles([str(pairs / f"train/masks/{name}.png") for name in ("a", "b", "deep/c")])
     counted = count_pixels(masks, 255)
-    assert counted.pixels.tolist() == [3 * int((label == VALUES).sum()) for label in range(4)]
+    assert counted.pixels.tolist() == [3 * int(np.equal(VALUES, label).sum()) for label in range(4)]
     assert counted.highest == {0: 3, 1: 3, 2: 3}
     assert counted.complete
     assert not count_pixels(masks, 255, most=2).complete

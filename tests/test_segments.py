@@ -44,7 +44,7 @@ def view_of(view: SegmentationView, pixels: Tensor, classes: Tensor, seed: int =
         return classes[top : top + height, left : left + width]
 
     with seeded(seed):
-        part = view.part(*classes.shape, read)
+        part = view.part(classes.shape[0], classes.shape[1], read)
         top, left, height, width, _ = part
         box = pixels[:, top : top + height, left : left + width]
         return *view.finish(Pair(box, read(part[:4]), part)), part
