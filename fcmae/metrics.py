@@ -1,4 +1,4 @@
-"""Top-k accuracy, confusion matrix and per-class scores (torchmetrics); knows no models, images or files."""
+"""Top-k accuracy, confusion matrix, per-class scores and IoU (torchmetrics); knows no models, images or files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,3 +55,19 @@ def ratios(hits: np.ndarray, images: np.ndarray, predicted: np.ndarray) -> dict[
         "precision": hits / np.maximum(predicted, 1),
         "f1": 2 * hits / np.maximum(images + predicted, 1),
     }
+
+
+def per_class_of_pixels(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Return pixels, intersection over union, recall and precision of each class of a confusion matrix of pixels.
+
+    A ratio over nothing is NaN, which a mean over classes leaves out (`np.nanmean`).
+    """
+    hits = confusion.diagonal().astype(np.float64)
+    pixels, predicted = confusion.sum(1), confusion.sum(0)
+    with np.errstate(invalid="ignore"):
+        return {
+            "pixels": pixels,
+            "iou": hits / (pixels + predicted - hits),
+            "recall": hits / pixels,
+            "precision": hits / predicted,
+        }

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,18 @@ SUBSTITUTES = 64
 PREFETCH_FACTOR = 4
 """Batches that each worker has ready, at most."""
 
+Loaded = TypeVar("Loaded")
+
 NOT_COUNTED = -1
 """Label of what an evaluation leaves out: the padding of a last batch, and images that did not decode."""
+
+
+class Described(Protocol):
+    """What has images by index, each of which can be named."""
+
+    def __len__(self) -> int: ...
+
+    def describe(self, index: int, /) -> str: ...
 
 
 class BadImage(NamedTuple):
@@ -38,7 +48,7 @@ class BadImage(NamedTuple):
     reason: str
 
     @classmethod
-    def of(cls, index: int, source: Source, error: Exception) -> Self:
+    def of(cls, index: int, source: Described, error: Exception) -> Self:
         return cls(index, one_line(source.describe(index)), brief(error))
 
 
@@ -170,6 +180,29 @@ class LabelledBatch(Batch):
         return cls(**_collate(samples), images=images, labels=labels)
 
 
+def load_or_substitute(
+    source: Described, index: int, load: Callable[[int], Loaded]
+) -> tuple[Loaded, int, tuple[BadImage, ...]]:
+    """Load image `index` or, where it does not decode, a random other; returns it, its index and what was bad.
+
+    Raises:
+        UserError: if none of `SUBSTITUTES` decodes.
+    """
+    bad: list[BadImage] = []
+    for _ in range(SUBSTITUTES):
+        state = torch.default_generator.get_state()
+        try:
+            return load(index), index, tuple(bad)
+        except Exception as error:  # a broken file can make a decoder raise anything
+            torch.default_generator.set_state(state)  # the same substitute, whether or not a part was drawn
+            bad.append(BadImage.of(index, source, error))
+            index = int(torch.randint(len(source), ()))
+    raise UserError(
+        f"{SUBSTITUTES} images drawn in a row did not decode, the first {bad[0].name}: {bad[0].reason}",
+        everywhere=False,
+    )
+
+
 class TrainDataset(Dataset[Any]):
     """Images to train on, others in the places of those that do not decode.
 
@@ -194,19 +227,7 @@ class TrainDataset(Dataset[Any]):
 
     def load(self, index: int) -> tuple[Tensor, int, tuple[BadImage, ...]]:
         """Load the part of image `index` that the view draws, or of a random other where it does not decode."""
-        bad: list[BadImage] = []
-        for _ in range(SUBSTITUTES):
-            state = torch.default_generator.get_state()
-            try:
-                return self.source.load_part(index, self.view.part), index, tuple(bad)
-            except Exception as error:  # a broken file can make a decoder raise anything
-                torch.default_generator.set_state(state)  # the same substitute, whether or not a part was drawn
-                bad.append(BadImage.of(index, self.source, error))
-                index = int(torch.randint(len(self.source), ()))
-        raise UserError(
-            f"{SUBSTITUTES} images drawn in a row did not decode, the first {bad[0].name}: {bad[0].reason}",
-            everywhere=False,
-        )
+        return load_or_substitute(self.source, index, lambda i: self.source.load_part(i, self.view.part))
 
 
 LARGEST_CROP = 2
@@ -349,8 +370,24 @@ class _PipedCollate:
         return Piped.of(self.collate(samples))
 
 
+class Batched(Protocol):
+    """A dataset of samples by key."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's tensors, at most."""
+        ...
+
+    @property
+    def collate(self) -> Callable[[Any], Batch]:
+        """Makes a batch of samples."""
+        ...
+
+    def __getitem__(self, key: Any, /) -> Sample: ...
+
+
 def load_batches(
-    dataset: PretrainDataset | LabelledDataset | EvaluationDataset,
+    dataset: Batched,
     keys: Iterable[Any],
     *,
     num_workers: int,
@@ -378,7 +415,7 @@ def load_batches(
     with warnings.catch_warnings():  # of more workers than cores, which the story says in words of its own
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: Any = DataLoader(  # of batches: collate_fn makes them, which its type does not know
-            dataset,
+            cast(Dataset[Any], dataset),
             batch_sampler=keys,
             num_workers=num_workers,
             pin_memory=pin_memory,

@@ -74,6 +74,18 @@ def check_class_names(names: Sequence[str]) -> None:
             )
 
 
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read class names, a line each.
+
+    Raises:
+        UserError: if it is no text file.
+    """
+    try:
+        return _names_in(path.read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file; write one class name per line") from error
+
+
 def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     """Read the labels and class names in a folder of `num_images` images; None for each file that is missing.
 
@@ -93,10 +105,7 @@ def read_labels(folder: Path, num_images: int) -> tuple[np.ndarray | None, tuple
         labels = np.asarray(labels, np.int64)
     if not names_path.is_file():
         return labels, None
-    try:
-        names = _names_in(names_path.read_bytes().decode())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{names_path}: not a text file; write one class name per line") from error
+    names = read_class_names(names_path)
     if not are_named(labels, len(names)):
         has = f"label {labels.max()}" if are_classes(labels) else f"{num_columns(labels)} columns"
         raise UserError(f"{names_path}: {len(names)} names, but {path} has {has}; one name per line")

@@ -15,7 +15,7 @@ import numpy as np
 from fcmae.errors import UserError, brief
 from fcmae.files import BoundedFile, SharedFile
 
-ARRAYS = ("images.npy", "labels.npy", "sizes.npy")
+ARRAYS = ("images.npy", "labels.npy", "sizes.npy", "masks.npy")
 """Of data.name=arrays: no images, but arrays of them."""
 
 VISITS = 1000

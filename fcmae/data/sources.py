@@ -131,7 +131,7 @@ def holds_arrays(root: str, split: str) -> bool:
     return any(map(_holds_arrays, folders))
 
 
-def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
+def find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: str, remedy: str) -> str:
     """Return the folder of a split: ROOT/SPLIT, under any of its names, or else ROOT.
 
     ROOT itself is the training images (or ".", or with `whole_root` any split) where arrays lie right in it, or no
@@ -140,7 +140,7 @@ def _find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: 
     holds_images = _holds_arrays if arrays else os.path.isdir
     synonyms = next((names for names in SYNONYMS if split in names), ())
     for name in (split, *synonyms):
-        folder = os.path.join(root, name)
+        folder = root if name == "." else os.path.join(root, name)
         if holds_images(folder):
             return folder
     inside = sorted(os.listdir(root)) if os.path.isdir(root) else []
@@ -205,7 +205,7 @@ def open_source(
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
-    place = _find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
+    place = find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
     if not arrays:
         return open_images(name, place, None, in_chans, what, reading)
     folder = Path(place)

@@ -79,6 +79,17 @@ class Network(nn.Module, ABC):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (b, num_classes), or pooled features (b, c) when `num_classes` is 0."""
 
+    @abstractmethod
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Return the stages' maps (b, dims[i], h_i, w_i), finest first, for detection and segmentation.
+
+        They are as the stages leave them, without a norm, like those of timm's `features_only`. The sides of the
+        last are those of the image by `patch_size`, and each map before has twice those of the next.
+
+        Raises:
+            ValueError: if the images' shape does not fit.
+        """
+
 
 class MaskedNetwork(Network):
     """A network that can be computed on visible patches alone, and so be pretrained."""
@@ -102,6 +113,9 @@ class MaskedNetwork(Network):
 
         Arguments and errors are those of `features`.
         """
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        return [x.permute(0, 3, 1, 2) for x in self.feature_maps(images)]
 
     @abstractmethod
     def features(self, images: Tensor, visible_ids: Tensor | None = None, layout: Layout = "auto") -> Tensor:

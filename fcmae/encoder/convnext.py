@@ -352,17 +352,6 @@ class ConvNeXt(MaskedNetwork):
         x, sites = self.stage_outputs(images, self.sites(images, visible_ids, layout))[-1]
         return sites.scatter(x)
 
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Return the four stages' maps (b, c_i, h_i, w_i), finest first, for detection and segmentation.
-
-        c_i is `dims[i]`; the strides are stem_stride times 1, 2, 4 and 8: in the official network 4, 8, 16 and 32.
-        The maps are as the stages leave them, without a norm, like those of timm's `features_only`.
-
-        Raises:
-            ValueError: as `features`.
-        """
-        return [x.permute(0, 3, 1, 2) for x in self.feature_maps(images)]
-
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (b, num_classes), or pooled, normalised features (b, c) when `num_classes` is 0.
 

@@ -1,0 +1,103 @@
+"""Sliding-window inference: logits of large images, averaged over windows; knows no networks or files."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Return where windows begin that cover `length`: every `stride`, and the last at the end."""
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
+
+
+class Windows(NamedTuple):
+    """How large images are cut for a network."""
+
+    window: tuple[int, int]
+    """Height and width."""
+    stride: tuple[int, int]
+    """From window to window, down and across; at most the window's sides."""
+    batch_size: int = 8
+    """Windows that are given to the network at once."""
+
+
+class Strip(NamedTuple):
+    """Rows of an image's logits that are complete."""
+
+    top: int
+    logits: Tensor
+    """(b, num_classes, rows, w)."""
+
+
+def slide(network: Callable[[Tensor], Tensor], images: Tensor, windows: Windows) -> Iterator[Strip]:
+    """Yield the logits of images strip by strip, from the top: the mean over all windows that see a pixel.
+
+    Logits of one row of windows are in memory at a time, however large the images are.
+
+    Args:
+        network: (b, c, *window) -> logits (b, num_classes, *window).
+        images: (b, c, h, w), normalised; zeros are put below and on the right of smaller ones than a window.
+        windows: their size and distance.
+
+    Raises:
+        ValueError: if windows would leave gaps.
+    """
+    window, stride, batch_size = windows
+    if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
+        raise ValueError(f"stride {stride} leaves gaps between windows of {window}; it is from 1 to these")
+    height, width = images.shape[-2:]
+    images = F.pad(images, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
+    tops, lefts = (
+        window_starts(length, side, step)
+        for length, side, step in zip(images.shape[-2:], window, stride, strict=True)
+    )
+    across = images.new_zeros(images.shape[-1], dtype=torch.float32)
+    for left in lefts:
+        across[left : left + window[1]] += 1
+    sums, down = torch.empty(0), across.new_zeros(window[0])  # of the rows from `top` on
+    for top, following in zip(tops, [*tops[1:], images.shape[-2]], strict=True):
+        band = images[..., top : top + window[0], :]
+        cut = torch.cat([band[..., left : left + window[1]] for left in lefts])
+        logits = torch.cat([network(some).float() for some in cut.split(batch_size)])
+        if top == 0:
+            sums = logits.new_zeros(len(images), logits.shape[1], window[0], images.shape[-1])
+        for left, some in zip(lefts, logits.split(len(images)), strict=True):
+            sums[..., left : left + window[1]] += some
+        down += 1
+        rows = following - top
+        strip = sums[..., :rows, :] / (down[:rows, None] * across)
+        yield Strip(top, strip[..., : height - top, :width])
+        sums = F.pad(sums[..., rows:, :], (0, 0, 0, rows))
+        down = F.pad(down[rows:], (0, rows))
+
+
+def pixel_logits(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    windows: Windows | None = None,
+    short_side: int | None = None,
+) -> Iterator[Strip]:
+    """Yield the logits of each pixel of images (b, c, h, w), normalised, strip by strip from the top.
+
+    Args:
+        network: images of any size -> logits (b, num_classes, h, w).
+        images: (b, c, h, w).
+        windows: how to cut them; None gives the network whole images.
+        short_side: of the images that the network sees, in pixels, to and from which all is resized; None leaves
+            images as they are. Where they are not, all their logits are in memory at once.
+    """
+    height, width = images.shape[-2:]
+    factor = short_side / min(height, width) if short_side else 1.0
+    if factor != 1.0:
+        size = round(height * factor), round(width * factor)
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+    strips = iter([Strip(0, network(images))]) if windows is None else slide(network, images, windows)
+    if factor == 1.0:
+        yield from strips
+    else:
+        logits = torch.cat([strip.logits for strip in strips], 2)
+        yield Strip(0, F.interpolate(logits, (height, width), mode="bilinear"))
