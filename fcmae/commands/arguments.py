@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fcmae import arguments
-from fcmae.errors import one_line
+from fcmae.errors import UserError, one_line, shown
+from fcmae.files import require_folder
 
 if TYPE_CHECKING:
     from fcmae.config import DataSection
@@ -18,6 +19,30 @@ if TYPE_CHECKING:
 def command_parser(name: str, description: str, *, examples: str, notes: str = "") -> argparse.ArgumentParser:
     """Return the parser of `fcmae NAME`, whose help ends with example command lines and notes."""
     return arguments.command_parser(f"fcmae {name}", description, examples=examples, notes=notes)
+
+
+def require_bounds(options: argparse.Namespace, bounds: Mapping[str, tuple[int, int]]) -> None:
+    """Check that options, where they are given, lie between least and most of `bounds`, by name.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
+
+
+def require_empty(out: Path, *, overwrite: bool, inputs: list[str]) -> None:
+    """Check that --output is a folder apart from `inputs`, and new or empty unless with --overwrite.
+
+    Raises:
+        UserError: if it is not.
+    """
+    require_folder(out, f"--output {out}", inputs=inputs)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"--output {out}: not empty; name another folder, or add --overwrite")
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fcmae import arguments
-from fcmae.commands.arguments import command_parser
-from fcmae.errors import UserError, blame, named, shown
-from fcmae.files import require_folder, write_json
+from fcmae.commands.arguments import command_parser, require_bounds, require_empty
+from fcmae.errors import UserError, blame, named
+from fcmae.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,19 +111,13 @@ def check_options(options: argparse.Namespace) -> None:
     Raises:
         UserError: naming the option.
     """
-    for name, (least, most) in BOUNDS.items():
-        if not least <= (value := getattr(options, name)) <= most:
-            limit = f"at least {least}" if value < least else f"at most {most}"
-            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
+    require_bounds(options, BOUNDS)
     if options.size and (len(options.size) > 2 or min(options.size) < 1 or max(options.size) > MOST_SIDE):
         size = named(" ".join(map(str, options.size)))
         raise UserError(f"--size {size}: give a side in pixels, or height and width, of at most {MOST_SIDE}")
     for name in (options.data, *options.models):
         name.encode()  # which fails where no picture could show it
-    out: Path = options.output
-    require_folder(out, f"--output {out}", inputs=[options.data])
-    if out.is_dir() and any(out.iterdir()) and not options.overwrite:
-        raise UserError(f"--output {out}: not empty; name another folder, or add --overwrite")
+    require_empty(options.output, overwrite=options.overwrite, inputs=[options.data])
     if not os.path.exists(options.data):
         raise UserError(f"--data {options.data}: no such folder or file; name a folder with images in it")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fcmae import arguments
-from fcmae.commands.arguments import command_parser
+from fcmae.commands.arguments import command_parser, require_bounds, require_empty
 from fcmae.config import MOST_CHANNELS, DataSection, parse_config
-from fcmae.errors import UserError, named, shown
-from fcmae.files import require_folder, write_text
+from fcmae.errors import UserError, named
+from fcmae.files import write_text
 from fcmae.plain_yaml import write_yaml
 
 if TYPE_CHECKING:
@@ -81,20 +81,13 @@ def check_options(options: argparse.Namespace) -> DataSection:
     Raises:
         UserError: naming the option.
     """
-    for name, (least, most) in BOUNDS.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            limit = f"at least {least}" if value < least else f"at most {most}"
-            raise UserError(f"--{name.replace('_', '-')} {shown(value)}: must be {limit}")
+    require_bounds(options, BOUNDS)
     if options.clip and not 0 <= options.clip[0] < options.clip[1] <= 100:
         raise UserError(f"--clip {options.clip[0]:g} {options.clip[1]:g}: give two percentiles, least and most")
     if not os.path.exists(options.root):
         raise UserError(f"{named(options.root)}: no such folder or file; name a folder with images in it")
-    out: Path | None = options.output
-    if out is not None:
-        require_folder(out, f"--output {out}", inputs=[options.root])
-        if out.is_dir() and any(out.iterdir()) and not options.overwrite:
-            raise UserError(f"--output {out}: not empty; name another folder, or add --overwrite")
+    if options.output is not None:
+        require_empty(options.output, overwrite=options.overwrite, inputs=[options.root])
     given = {key: getattr(options, key) for key in ("root", "split", "dtype", "nodata", "window")}
     return parse_config(DataSection, given, "fcmae stats")
 

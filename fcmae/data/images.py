@@ -227,6 +227,8 @@ class Turn(NamedTuple):
         return pixels[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
 
 
+UPRIGHT = Turn()
+
 TURNS = {
     2: Turn(mirrored=True),
     3: Turn(upside_down=True, mirrored=True),
@@ -242,7 +244,7 @@ TURNS = {
 def pillow_turn(image: Image.Image) -> Turn:
     """Return how an image opened by Pillow, which need not be loaded, is turned."""
     if image.format == "TIFF":  # which Pillow turns itself
-        return Turn()
+        return UPRIGHT
     exif = Image.Image.getexif(image)  # a PNG's own would decode it, to look behind the pixels
     file = getattr(image, "fp", None)
     if image.format == "PNG" and "exif" not in image.info and file:
@@ -250,27 +252,26 @@ def pillow_turn(image: Image.Image) -> Turn:
         if behind := png_chunks(file).get(b"eXIf"):
             exif.load(behind)
         file.seek(place)
-    return TURNS.get(exif.get(ORIENTATION, 1), Turn())
-
-
-def seen_size(image: Image.Image) -> tuple[int, int]:
-    """Return height and width of an image opened by Pillow as a person sees it, without decoding it."""
-    return pillow_turn(image).size(image.height, image.width)
+    return TURNS.get(exif.get(ORIENTATION, 1), UPRIGHT)
 
 
 def decode_part(
-    image: Image.Image, choose: Callable[[int, int], Part], channels: int, reading: Reading = AS_STORED
+    image: Image.Image,
+    choose: Callable[[int, int], Part],
+    channels: int,
+    reading: Reading = AS_STORED,
+    turn: Turn = UPRIGHT,
 ) -> np.ndarray:
-    """Turn the part of a PIL image, which need not be loaded, that `choose` takes into pixels (h, w, channels).
+    """Return the part of a PIL image, which need not be loaded, that `choose` takes: pixels (h, w, channels).
 
-    The image is turned as its EXIF orientation says. A JPEG is decoded at 1/2, 1/4 or 1/8 of its sides where that
-    leaves as many pixels as wanted.
+    `choose` and what is returned are of the image as a person sees it, after `turn`. A JPEG is decoded at 1/2, 1/4
+    or 1/8 of its sides where that leaves as many pixels as wanted.
 
     Raises:
         ValueError: if it has several pages; damaged ones raise whatever Pillow does.
     """
     refuse_pages(image)
-    turn, tagged = pillow_turn(image), geotiff_nodata(getattr(image, "tag_v2", {}).get(GDAL_NODATA))
+    tagged = geotiff_nodata(getattr(image, "tag_v2", {}).get(GDAL_NODATA))
     if image.format not in ("JPEG", "MPO"):
         image.load()  # before its size is asked for, which decoding may change
     full_width, full_height = image.size
@@ -346,7 +347,7 @@ Read = Callable[[Callable[[int, int], Part], int], np.ndarray]
 
 
 def _read_deep(image: Opened, reading: Reading, choose: Callable[[int, int], Part], channels: int) -> np.ndarray:
-    turn = TURNS.get(image.orientation, Turn())
+    turn = TURNS.get(image.orientation, UPRIGHT)
     seen = turn.size(image.height, image.width)
     top, left, height, width, _ = turn.stored(choose(*seen), seen)
     require_decodable(height, width, bands=image.bands)
@@ -401,12 +402,13 @@ def _open(file: IO[bytes] | Image.Image | Slice, reading: Reading) -> OpenImage:
     else:
         opened = _open_file(file, reading)
     if isinstance(opened, Opened):
-        size = TURNS.get(opened.orientation, Turn()).size(opened.height, opened.width)
+        size = TURNS.get(opened.orientation, UPRIGHT).size(opened.height, opened.width)
         read = functools.partial(_read_deep, opened, reading)
         return OpenImage(size, opened.bands, opened.colours, opened.kind, read)
     bands = (1 if opened.mode.split(";")[0] in GRAY_MODES else 3) + opened.has_transparency_data
-    read = functools.partial(decode_part, opened, reading=reading)
-    return OpenImage(seen_size(opened), bands, True, pillow_kind(opened), read)
+    turn = pillow_turn(opened)
+    read = functools.partial(decode_part, opened, reading=reading, turn=turn)
+    return OpenImage(turn.size(opened.height, opened.width), bands, True, pillow_kind(opened), read)
 
 
 def open_pixels(file: IO[bytes], reading: Reading = AS_STORED) -> tuple[torch.dtype, Read]:
