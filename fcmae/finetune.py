@@ -179,9 +179,7 @@ def train(
     else:
         started = f"{checkpoint.path} (resumed)"
     if config.train.freeze_encoder:
-        model.requires_grad_(False)
-        model.classifier_layer.requires_grad_()
-        model.eval()  # without drop path
+        model.freeze()
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
     task_loss = task.loss()

@@ -9,7 +9,7 @@ depends on others of its batch or on how many processes there are.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -157,19 +157,24 @@ def init_head(module: nn.Module) -> None:
         nn.init.normal_(conv.weight, std=0.01)
 
 
-class Segmenter(nn.Module):
+class Segmenter(Network):
     """An encoder and a head: images to logits for each of their pixels.
 
+    Its state dict has the encoder's names behind `encoder.`, and those of `head.` and `auxiliary.`. What the
+    pyramid does not come from, such as a norm after the pooling, gets no gradient.
+
     Args:
-        encoder: gives the pyramid; its classifier, if it has one, is not used.
+        encoder: gives the pyramid; it has no classifier.
         num_classes: of the logits.
         head: "fpn", light, or "upernet", the paper's.
         dim: channels of the head's maps; None for the head's own.
         auxiliary: whether there is a second head on the third stage in training.
 
     Raises:
-        ValueError: if there is no such head.
+        ValueError: if there is no such head, or the encoder has a classifier.
     """
+
+    classifier = "head.classifier.1"
 
     def __init__(
         self,
@@ -183,12 +188,57 @@ class Segmenter(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"no head {head!r}: choose from {', '.join(HEADS)}")
-        self.encoder, self.num_classes = encoder, num_classes
+        if encoder.num_classes:
+            raise ValueError("the encoder of a segmenter has no classifier: build it with num_classes=0")
+        self.family, self.variant, self.in_chans = encoder.family, encoder.variant, encoder.in_chans
+        self.patch_size, self.dims, self.num_classes = encoder.patch_size, encoder.dims, num_classes
+        self.encoder = encoder
+        for name, parameter in encoder.named_parameters():
+            if name.startswith(encoder.above_pyramid):
+                parameter.requires_grad_(False)
         self.head = HEADS[head](encoder.dims, num_classes, **({} if dim is None else {"dim": dim}))
         self.auxiliary = FCNHead(encoder.dims, num_classes) if auxiliary else None
         for module in (self.head, self.auxiliary):
             if module is not None:
                 module.apply(init_head)
+
+    @property
+    def classifier_layer(self) -> nn.Module:
+        return self.head.classifier[1]
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return ("head.", "auxiliary.")
+
+    @property
+    def layer_depths(self) -> tuple[int, ...] | None:
+        return self.encoder.layer_depths
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.encoder.arguments
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.encoder.gradient_checkpointing = value
+
+    def freeze(self) -> None:
+        """Train the heads alone: the encoder gets no gradient, and computes as in evaluation."""
+        self.encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):  # frozen
+            self.encoder.eval()
+        return self
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        return self.encoder.pyramid(images)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (b, num_classes, H, W) of images (b, in_chans, H, W); in training the second head's, too.
@@ -197,9 +247,8 @@ class Segmenter(nn.Module):
         normalised.
         """
         height, width = images.shape[-2:]
-        patch = self.encoder.patch_size
-        images = F.pad(images, (0, -width % patch, 0, -height % patch))
-        maps = self.encoder.pyramid(images)
+        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        maps = self.pyramid(images)
 
         def at_full_resolution(logits: Tensor) -> Tensor:
             return resize_maps(logits, images)[..., :height, :width]
