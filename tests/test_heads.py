@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from fcmae.encoder.base import Network, Variant
 from fcmae.encoder.networks import build_network
-from fcmae.heads.segmentation import HEADS, FCNHead, FPNHead, HeadName, Segmenter, UPerNetHead
+from fcmae.heads.segmentation import (
+    HEADS,
+    POOLED_SIDES,
+    FCNHead,
+    FPNHead,
+    HeadName,
+    Segmenter,
+    UPerNetHead,
+    pool_maps,
+)
 from fcmae.heads.windows import Strip, Windows, pixel_logits, slide, window_starts
 
 DIMS = (8, 16, 24, 32)
@@ -180,12 +189,16 @@ def test_an_unknown_head_is_refused() -> None:
         Segmenter(build_network(((1, 1, 1, 1), DIMS), num_classes=3), 5)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_segmenter_exports_as_a_program_of_any_batch(head: HeadName) -> None:
-    model, images = small(head).eval(), torch.randn(2, 3, 64, 64)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    others = torch.randn(3, 3, 64, 64)
-    assert torch.allclose(program.module()(others), model(others), atol=1e-5)
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 7), (6, 12), (13, 8)])
+@pytest.mark.parametrize("side", POOLED_SIDES)
+def test_maps_are_pooled_as_torch_pools_them(side: int, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, side, side, dtype=torch.float64)
+    found, wanted = pool_maps(x, side), F.adaptive_avg_pool2d(x, side)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), x)
+    (expected,) = torch.autograd.grad((wanted * weight).sum(), x)
+    assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
 
 
 # Sliding windows

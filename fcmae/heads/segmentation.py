@@ -49,6 +49,22 @@ def resize_maps(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[-2:], mode="bilinear")
 
 
+def bin_weights(side: int, x: Tensor, axis: int) -> Tensor:
+    """Return weights (side, n) of the n sites of an axis of x whose sums over them are means of `side` equal bins.
+
+    Where n is no multiple of `side` neighbouring bins share sites, as in `F.adaptive_avg_pool2d`.
+    """
+    n = x.shape[axis]
+    bins, sites = torch.arange(side, device=x.device)[:, None], torch.arange(n, device=x.device)
+    inside = (sites >= bins * n // side) & (sites < ((bins + 1) * n + side - 1) // side)
+    return inside.to(x.dtype) / inside.sum(1, keepdim=True)
+
+
+def pool_maps(x: Tensor, side: int) -> Tensor:
+    """Pool maps (b, c, h, w) to (b, c, side, side): `F.adaptive_avg_pool2d`, for exported programs of any size, too."""
+    return bin_weights(side, x, 2) @ x @ bin_weights(side, x, 3).T
+
+
 class NormedMaps(nn.Module):
     """LayerNorm over the channels of each map of a pyramid."""
 
@@ -115,7 +131,7 @@ class UPerNetHead(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         """Return the last map with what it holds on the whole, by quarters, and so on."""
         pooled = [
-            resize_maps(conv(F.adaptive_avg_pool2d(x, side)), x)
+            resize_maps(conv(pool_maps(x, side)), x)
             for conv, side in zip(self.pooled, POOLED_SIDES, strict=True)
         ]
         return self.bottleneck(torch.cat([x, *pooled], 1))
@@ -247,11 +263,15 @@ class Segmenter(Network):
         normalised.
         """
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        below, beside = -height % self.patch_size, -width % self.patch_size
+        images = F.pad(images, (0, beside, 0, below))
         maps = self.pyramid(images)
 
         def at_full_resolution(logits: Tensor) -> Tensor:
-            return resize_maps(logits, images)[..., :height, :width]
+            logits = resize_maps(logits, images)
+            if torch.compiler.is_exporting():  # which cannot leave the strides of a view open
+                return F.pad(logits, (0, -beside, 0, -below))
+            return logits[..., :height, :width]
 
         logits = at_full_resolution(self.head(maps))
         if self.auxiliary is None or not self.training:

@@ -18,13 +18,13 @@ from fcmae.weights.base import Format, Preprocessing, write_description
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 
 
-def _example(encoder: Network) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Example inputs of the network, and their axes that may take other sizes."""
+AXES = {0: "batch", 2: "height", 3: "width"}
+"""Of the images, which may have any length."""
+
+
+def _example(encoder: Network) -> tuple[Tensor]:
     patch = encoder.patch_size
-    # sides of less than two patches end as one site, which torch would take for a constant
-    height, width = (torch.export.Dim(side, min=2 * patch) for side in ("height", "width"))
-    axes = {0: torch.export.Dim("batch", min=1), 2: height, 3: width}
-    return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),), (axes,)
+    return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),)
 
 
 def _interface(encoder: Network) -> dict[str, str]:
@@ -38,10 +38,15 @@ def _interface(encoder: Network) -> dict[str, str]:
 def write_onnx(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     import onnxruntime  # noqa: F401  # before the export, which takes longer than reporting that it is missing
 
-    images, axes = _example(encoder)
     names = ["logits" if encoder.num_classes else "features"]
     program = torch.onnx.export(
-        encoder, images, input_names=["images"], output_names=names, dynamic_shapes=axes, dynamo=True, verbose=False
+        encoder,
+        _example(encoder),
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=(AXES,),
+        dynamo=True,
+        verbose=False,
     )
     assert program is not None
     program.save(folder / ONNX_FILE)
@@ -215,10 +220,10 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
 
 
 def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    images, (axes,) = _example(encoder)
-    # torch 2.8 cannot prove for dimensions with names what it need not prove for those without
-    free = {axis: torch.export.Dim.DYNAMIC(min=dim.min) for axis, dim in axes.items()}
-    program = torch.export.export(encoder, images, dynamic_shapes=(free,))
+    # sides of less than two patches end as one site, which torch would take for a constant
+    least = {"batch": 1, "height": 2 * encoder.patch_size, "width": 2 * encoder.patch_size}
+    free = {axis: torch.export.Dim.DYNAMIC(min=least[name]) for axis, name in AXES.items()}
+    program = torch.export.export(encoder, _example(encoder), dynamic_shapes=(free,))
     write_by(lambda file: torch.export.save(program, file), folder / PROGRAM_FILE)
     write_description(encoder, preprocessing, folder, **_interface(encoder))
 
