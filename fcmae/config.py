@@ -276,7 +276,7 @@ class MaskDataSection(LabelledDataSection):
     """A folder of the masks of all splits, `root` having nothing but images; null for SPLIT/images and SPLIT/masks
     in `root`, or masks.npy beside arrays."""
     val_mask_root: Place | None = None
-    """The same of the images to evaluate on; null for `mask_root`."""
+    """The same of the images to evaluate on; null for `mask_root`, or with `val_root` for masks in that."""
     ignore_index: Annotated[int, Field(ge=-1, le=65_535)] | None = 255
     """The value of masks that is no class; null for none."""
     scale: Pair = (0.5, 2.0)
