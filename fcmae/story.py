@@ -18,6 +18,7 @@ from fcmae.data import (
 from fcmae.data.batches import PREFETCH_FACTOR
 from fcmae.data.pixels import kind_name
 from fcmae.data.sampling import spread
+from fcmae.data.segments import SegmentationDataset
 from fcmae.data.views import Part
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
@@ -97,14 +98,16 @@ def warn_of_units(trainer: Trainer, source: Source) -> None:
         )
 
 
-def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDataset) -> Callable[..., Iterator[Any]]:
+def training_batches(
+    trainer: Trainer, dataset: PretrainDataset | LabelledDataset | SegmentationDataset
+) -> Callable[..., Iterator[Any]]:
     """Return a function of `num_workers=` that gives this process's batches, from where the run stands on.
 
     Says what of the settings is odd for these images and this machine.
     """
     accelerator, config = trainer.accelerator, trainer.config
     if accelerator.is_main_process:
-        warn_of_units(trainer, dataset.source)
+        warn_of_units(trainer, dataset.images)
     cores = cores_per_process()
     if config.data.num_workers > cores:
         trainer.say(f"data.num_workers={config.data.num_workers}: more than the {cores} cores of each process here")

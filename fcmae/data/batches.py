@@ -217,6 +217,10 @@ class TrainDataset(Dataset[Any]):
         self.view = view
         self.seed = seed
 
+    @property
+    def images(self) -> Source:
+        return self.source
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -338,6 +342,10 @@ class EvaluationDataset(Dataset[LabelledSample]):
         self.class_names = tuple(class_names)
         self.view = view
         self.shape = shape
+
+    @property
+    def images(self) -> Source:
+        return self.source
 
     def __len__(self) -> int:
         return len(self.source)

@@ -334,14 +334,17 @@ class SegmentationSource:
 
     def share(self, fraction: float, seed: int) -> "SegmentationSource":
         """Return `fraction` of the images, at least one; those of a smaller fraction are among them."""
+        if fraction == 1:
+            return self
         order = np.random.default_rng(derive_seed(seed)).permutation(self.rows)
         rows = np.sort(order[: max(1, round(fraction * len(order)))])
+        found = count_pixels(self.masks, self.ignored, rows=rows).pixels[: self.num_classes]
         return SegmentationSource(
             self.images,
             self.masks,
             class_names=self.class_names,
             ignored=self.ignored,
-            class_pixels=self.class_pixels,
+            class_pixels=np.pad(found, (0, self.num_classes - len(found))),
             rows=rows,
         )
 
@@ -392,8 +395,10 @@ class Counted(NamedTuple):
     """Whether all masks were looked at."""
 
 
-def count_pixels(masks: Masks, ignored: int | None, most: int = LOOKED_AT) -> Counted:
-    """Count the pixels of each class in up to `most` masks, spread over all.
+def count_pixels(
+    masks: Masks, ignored: int | None, most: int = LOOKED_AT, rows: np.ndarray | None = None
+) -> Counted:
+    """Count the pixels of each class in up to `most` masks, spread over all, or over those in `rows`.
 
     Masks that cannot be read are left to training, which names them, unless none can.
 
@@ -406,7 +411,8 @@ def count_pixels(masks: Masks, ignored: int | None, most: int = LOOKED_AT) -> Co
             classes = as_classes(mask.read((0, 0, mask.height, mask.width)), ignored)
         return np.bincount(classes[classes >= 0])
 
-    indices = spread(len(masks), most)
+    rows = np.arange(len(masks)) if rows is None else rows
+    indices = [int(rows[i]) for i in spread(len(rows), most)]
     counts: dict[int, np.ndarray] = {}
     errors: dict[int, Exception] = {}
     with ThreadPoolExecutor() as pool:

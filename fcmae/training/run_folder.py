@@ -62,12 +62,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.best = self.checkpoints / BEST
         self.reconstructions = self.path / "reconstructions"
+        self.predictions = self.path / "predictions"
+        """Pictures of what fine-tuning's network makes of some images."""
         self.encoder = self.path / "encoder"
         """What pretraining leaves, as timm reads it."""
         self.model = self.path / "model"
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
-        self.folders = (self.path, self.checkpoints, self.reconstructions, self.encoder, self.model)
+        drawn = self.reconstructions, self.predictions
+        self.folders = (self.path, self.checkpoints, *drawn, self.encoder, self.model)
         """Where a run writes; folders of others may lie between."""
 
     def picture(self, name: str) -> Path:
@@ -76,6 +79,9 @@ class RunFolder:
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
+
+    def prediction(self, step: int) -> Path:
+        return self.predictions / f"step-{step:08d}.png"
 
     def non_finite(self, step: int) -> Path:
         """Where the samples are named whose loss was not finite."""

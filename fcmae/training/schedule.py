@@ -2,14 +2,20 @@
 
 import dataclasses
 import math
-from typing import Self
+from typing import Literal, Self
 
 from fcmae.config import MOST_UPDATES, FinetuneConfig, RunConfig
 from fcmae.errors import UserError
 
 
-def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `floor` (official main_pretrain.py).
+Decline = Literal["cosine", "linear"]
+"""How the rate falls after the warm-up."""
+
+
+def learning_rate(
+    step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int, decline: Decline = "cosine"
+) -> float:
+    """Linear warm-up from 0 to `peak`, then half a cosine (official main_pretrain.py), or a line, down to `floor`.
 
     Args:
         step: the update that is about to be made, from 0.
@@ -17,7 +23,8 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, to
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if decline == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * left
 
 
 def peak_rate(images_per_update: int, variant: object) -> float:
@@ -59,6 +66,7 @@ class Plan:
     warmup_steps: int
     peak_lr: float
     min_lr: float
+    decline: Decline = "cosine"
 
     @classmethod
     def of(cls, config: RunConfig, num_samples: int, num_processes: int) -> Self:
@@ -83,6 +91,7 @@ class Plan:
             warmup_steps=round(config.optim.warmup_epochs * num_samples / images_per_step),
             peak_lr=config.optim.base_lr * images_per_step / 256,
             min_lr=config.optim.min_lr,
+            decline=config.optim.schedule if isinstance(config, FinetuneConfig) else "cosine",
         )
 
     def lr(self, step: int) -> float:
@@ -93,6 +102,7 @@ class Plan:
             floor=self.min_lr,
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
+            decline=self.decline,
         )
 
     def steps_before(self, epochs: float) -> int:

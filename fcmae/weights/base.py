@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.config import LOSSES
+from fcmae.config import TaskName
 from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
 from fcmae.encoder.networks import build_network
@@ -120,7 +120,7 @@ Limit = float | tuple[float, ...]
 
 
 def _task(value: Any) -> str:
-    if value not in LOSSES:
+    if value not in get_args(TaskName):
         raise ValueError(f"{value!r} is no task")
     return value
 
