@@ -7,7 +7,6 @@ from typing import Literal, Self
 from fcmae.config import MOST_UPDATES, FinetuneConfig, RunConfig
 from fcmae.errors import UserError
 
-
 Decline = Literal["cosine", "linear"]
 """How the rate falls after the warm-up."""
 
