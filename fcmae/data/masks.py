@@ -14,13 +14,22 @@ from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fcmae.data.arrays import IMAGES
 from fcmae.data.batches import NOT_COUNTED
-from fcmae.data.deep import Box, find_reader, is_tiff, open_tiff
-from fcmae.data.images import MAX_PIXELS, ImageSource, extensions, is_deep_tiff, open_image, refuse_pages
+from fcmae.data.deep import Box
+from fcmae.data.images import (
+    MAX_PIXELS,
+    TURNS,
+    UPRIGHT,
+    ImageSource,
+    extensions,
+    open_file,
+    pillow_turn,
+    refuse_pages,
+)
 from fcmae.data.labels import CLASSES, check_class_names, read_class_names, write_labels
 from fcmae.data.listing import FolderFiles, images_below, natural_key
 from fcmae.data.npy import read_header, write_array
@@ -117,31 +126,29 @@ def _refuse_colours(image: Image.Image) -> None:
 
 
 def open_mask(file: IO[bytes]) -> Mask:
-    """Open a mask of any type that images have, by its content: of a palette the indices, never the colours.
+    """Open a mask of any type that images have, as a person sees it: of a palette the indices, never the colours.
 
     Raises:
         Exception: whatever libraries raise for a damaged one; ValueError says that it is no mask.
     """
-    open_deep = find_reader(file)
-    if open_deep is None:
-        try:
-            image = open_image(file)
-            if not is_deep_tiff(image):
-                refuse_pages(image)
-                _refuse_colours(image)
-                values = np.asarray(ImageOps.exif_transpose(image))
-                return Mask(*values.shape, read=lambda box: _crop(values, box))
-        except UnidentifiedImageError:
-            if not is_tiff(file):
-                raise
-        file.seek(0)
-        open_deep = open_tiff
-    opened = open_deep(file)
+    opened = open_file(file)
+    if isinstance(opened, Image.Image):
+        refuse_pages(opened)
+        _refuse_colours(opened)
+        turn = pillow_turn(opened)
+        values = turn(np.asarray(opened)[..., None])[..., 0]
+        return Mask(*values.shape, read=lambda box: _crop(values, box))
     if opened.bands != 1:
         raise ValueError(f"{opened.bands} bands in place of one of class numbers")
     if opened.height * opened.width > MAX_PIXELS:
         raise ValueError(f"{opened.width:,} x {opened.height:,} pixels, over {MAX_PIXELS:,}; cut it into tiles")
-    return Mask(opened.height, opened.width, lambda box: opened.read(box)[..., 0])
+    turn = TURNS.get(opened.orientation, UPRIGHT)
+    seen = turn.size(opened.height, opened.width)
+
+    def read(box: Box) -> np.ndarray:
+        return turn(opened.read(turn.stored(Part(*box, box[2:]), seen)[:4]))[..., 0]
+
+    return Mask(*seen, read)
 
 
 def _crop(values: np.ndarray, box: Box) -> np.ndarray:

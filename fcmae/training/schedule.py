@@ -128,7 +128,7 @@ class Plan:
     def concerns(self, config: RunConfig) -> list[str]:
         """Say, a line each, what of a plan is far from what recipes have, with the values that would do.
 
-        Bounds: a fifth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune
+        Bounds: a fifth of `peak_rate` to five times it; for fine-tuning half of the lowest of configs/finetune
         to three times the highest, and ten times that for the classifier alone.
         """
         finetuning = isinstance(config, FinetuneConfig)
