@@ -15,7 +15,7 @@ from fcmae.data import (
     load_batches,
     unreadable,
 )
-from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.data.batches import PREFETCH_FACTOR, Loadable
 from fcmae.data.pixels import kind_name
 from fcmae.data.sampling import spread
 from fcmae.data.segments import SegmentationDataset
@@ -123,7 +123,7 @@ def training_batches(
 
 
 def try_run(
-    trainer: Trainer, load: Callable[..., Iterator[Any]], sources: Mapping[str, Source], **facts: object
+    trainer: Trainer, load: Callable[..., Iterator[Any]], sources: Mapping[str, Loadable], **facts: object
 ) -> None:
     """Print what a run would take, other `facts` of it, and whether some images of each source can be read."""
     trainer.say(rehearse(trainer, load, queue=PREFETCH_FACTOR))

@@ -8,8 +8,8 @@ depends on others of its batch or on how many processes there are.
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ POOLED_SIDES = (1, 2, 3, 6)
 
 AUXILIARY_STAGE, AUXILIARY_DIM = 2, 256
 """Where UPerNet's recipe has a second head, an FCN, counted from 0; and its width."""
+
+AUXILIARY = "auxiliary."
+"""Before the names of the second head's tensors."""
 
 
 def group_norm(dim: int) -> nn.GroupNorm:
@@ -61,7 +64,7 @@ def bin_weights(side: int, x: Tensor, axis: int) -> Tensor:
 
 
 def pool_maps(x: Tensor, side: int) -> Tensor:
-    """Pool maps (b, c, h, w) to (b, c, side, side): `F.adaptive_avg_pool2d`, for exported programs of any size, too."""
+    """Pool maps (b, c, h, w) to (b, c, side, side): `F.adaptive_avg_pool2d` that exports with maps of any size."""
     return bin_weights(side, x, 2) @ x @ bin_weights(side, x, 3).T
 
 
@@ -173,6 +176,28 @@ def init_head(module: nn.Module) -> None:
         nn.init.normal_(conv.weight, std=0.01)
 
 
+class HeadShape(NamedTuple):
+    """What is given to make a head."""
+
+    head: HeadName
+    dim: int
+    num_classes: int
+
+
+def read_head(tensors: Mapping[str, Tensor]) -> HeadShape:
+    """Tell which head of a `Segmenter` has these tensors, named `head.*`.
+
+    Raises:
+        ValueError: if those that show its sizes are missing, or no convolution's.
+    """
+    sizes: list[int] = []
+    for name in ("head.fuse.0.weight", "head.classifier.1.weight"):
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(f"no head that is known: {name} is missing, or no convolution's weight")
+        sizes.append(tensors[name].shape[0])
+    return HeadShape("upernet" if any(name.startswith("head.pooled.") for name in tensors) else "fpn", *sizes)
+
+
 class Segmenter(Network):
     """An encoder and a head: images to logits for each of their pixels.
 
@@ -224,7 +249,7 @@ class Segmenter(Network):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        return ("head.", "auxiliary.")
+        return ("head.", AUXILIARY)
 
     @property
     def layer_depths(self) -> tuple[int, ...] | None:

@@ -168,6 +168,8 @@ class Task(ABC, Generic[Settings]):
     scores: ClassVar[type[Scores]]
     head: ClassVar[str] = "classifier of {} classes"
     """What the network's last layer is called, with its number of outputs."""
+    predict_options: ClassVar[str] = ""
+    """What `fcmae predict` is given besides `{run}` and images."""
 
     # Labelled images
 
@@ -326,13 +328,13 @@ class ValidationPlace(NamedTuple):
     def __str__(self) -> str:
         return f"{self.key}={self.root}, data.val_split={self.split}"
 
-    def require_apart(self, training: Source | None, source: Source, config: FinetuneConfig) -> None:
+    def require_apart(self, training: Training | None, source: Source, config: FinetuneConfig) -> None:
         """Check that images to evaluate on are not those of training.
 
         Raises:
             UserError: if they are.
         """
-        if training is not None and self.split != config.data.split and overlap(training, source):
+        if training is not None and self.split != config.data.split and overlap(training.images, source):
             raise UserError(f"{self}: training's own images would be evaluated; {self.remedy}")
 
 
@@ -353,7 +355,7 @@ def open_validation(config: FinetuneConfig, in_chans: int, training: Training | 
         key=place.key,
         remedy=place.remedy,
     )
-    place.require_apart(training and training.images, source, config)
+    place.require_apart(training, source, config)
     return source, str(place)
 
 
@@ -396,7 +398,7 @@ def start_network(
     to another number of channels.
 
     Args:
-        head: (tensors, what the last layer is called) -> the tensors as they are trained; None for a new classifier.
+        head: (tensors, what the last layer is called) -> the tensors as they are trained; None for a new one.
 
     Returns:
         What was changed, for people.
@@ -415,7 +417,9 @@ def start_network(
 
     state = network.state_dict()
     own = {n: x for n, x in state.items() if n.startswith(network.head_names) or is_new(n)}
-    taken = {n: x for n, x in tensors.items() if not is_new(n) and (n in state or not n.startswith(network.head_names))}
+    taken = {
+        n: x for n, x in tensors.items() if not is_new(n) and (n in state or not n.startswith(network.head_names))
+    }
     load_network(network, own | (head(taken, network.classifier) if head else taken), weights.path)
     return [*([adapted] if adapted else []), *([f"{own_response} in place of {response}"] if changed else [])]
 
@@ -428,6 +432,7 @@ def describe_start(weights: Weights, head: str, keep: bool, done: Sequence[str])
 # Scores
 
 
+@torch.inference_mode()
 def score_images(
     task: Task[Any],
     model: Network,
@@ -443,6 +448,7 @@ def score_images(
     """Score a network on all images of a set, spread over the processes, each counted once.
 
     Args:
+        model: in evaluation mode.
         normalize: from pixels to what the network sees, on `device`.
         rank: of this process, which computes its share.
         world_size: number of processes.
@@ -455,12 +461,11 @@ def score_images(
     hidden = rank != 0 or not sys.stderr.isatty()
     metric = task.metric(model.num_classes, device)
     bad: list[BadImage] = []
-    with torch.inference_mode():
-        for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
-            bad += batch.bad
-            batch = batch.to(device)
-            # not a compiled network, which is compiled for training's shapes
-            task.count(metric, model.forward, normalize(batch.images), batch)
+    for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
+        bad += batch.bad
+        batch = batch.to(device)
+        # not a compiled network, which is compiled for training's shapes
+        task.count(metric, model.forward, normalize(batch.images), batch)
     if bad:
         tqdm.write(f"not counted: {len(bad)} images that do not decode, the first {bad[0].name}: {bad[0].reason}")
     return metric.compute()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import r2_score
 
 from fcmae.config import ImageConfig
-from fcmae.data import EvaluationDataset, LabelledBatch, LabelledDataset, Source
+from fcmae.data import EvaluationDataset, LabelledDataset, Source
 from fcmae.data.tables import as_numbers
 from fcmae.errors import UserError
 from fcmae.load import rescale_outputs

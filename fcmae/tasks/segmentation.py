@@ -46,7 +46,6 @@ from fcmae.tasks.base import (
 from fcmae.tasks.pictures import draw_bars
 from fcmae.tensors import load_strictly, misfits
 from fcmae.training.checkpoint import State
-from fcmae.weights.base import Weights
 
 # The images
 
@@ -144,7 +143,7 @@ def loss_of_heads(
 
 @dataclass(frozen=True)
 class SegmentationScores(Scores):
-    """How well the classes of pixels were found, over the pixels of all images of all processes, each counted once."""
+    """How well the classes of pixels were found, over those of all images of all processes, each counted once."""
 
     confusion: np.ndarray
     """int64 (num_classes, num_classes): pixels by (true class, predicted class)."""
@@ -225,6 +224,7 @@ class Segmentation(Task[SegmentationConfig]):
 
     scores = SegmentationScores
     head = "head of {} classes"
+    predict_options = " --output {run}-masks"
 
     @classmethod
     def open(cls, config: SegmentationConfig, state: State | None = None) -> tuple[Self, SegmentationDataset]:
@@ -271,7 +271,7 @@ class Segmentation(Task[SegmentationConfig]):
             key=place.key,
             remedy=place.remedy,
         )
-        place.require_apart(training and training.images, source.images, self.config)
+        place.require_apart(training, source.images, self.config)
         return SegmentationEvaluation(source)
 
     def build(self) -> Segmenter:
