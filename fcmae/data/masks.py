@@ -498,6 +498,7 @@ def open_segmentation(
     reading: Reading = AS_STORED,
     key: str = "data.root",
     remedy: str = "name one that is there with data.split=NAME, or all there is with data.split=.",
+    mask_key: str = "data.mask_root",
 ) -> SegmentationSource:
     """Open images and their masks: `ROOT/SPLIT/images` and `ROOT/SPLIT/masks`, or arrays in `ROOT/SPLIT`.
 
@@ -514,6 +515,7 @@ def open_segmentation(
         reading: what becomes of the images' pixels.
         key: that names `root`, for messages.
         remedy: for the message where the split is not there.
+        mask_key: that names `mask_root`, for messages.
 
     Class names are read from `classes.txt` in the split's folder, that of the masks, or `root`.
 
@@ -538,8 +540,12 @@ def open_segmentation(
     else:
         image_place, mask_place = os.path.join(place, IMAGE_FOLDER), os.path.join(place, MASK_FOLDER)
         if mask_root is not None:
+            if not os.path.isdir(mask_root):
+                raise UserError(
+                    f"{mask_key}={mask_root}: no such folder; name the one with the masks of all splits"
+                )
             own = {"arrays": False, "whole_root": whole_root, "remedy": remedy}
-            image_place, mask_place = place, find_split(mask_root, split, what=f"data.mask_root={mask_root}", **own)
+            image_place, mask_place = place, find_split(mask_root, split, what=f"{mask_key}={mask_root}", **own)
         for folder in (image_place, mask_place):
             if not os.path.isdir(folder):
                 raise UserError(

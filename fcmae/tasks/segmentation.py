@@ -270,6 +270,7 @@ class Segmentation(Task[SegmentationConfig]):
             reading=Reading.of(data),
             key=place.key,
             remedy=place.remedy,
+            mask_key="data.val_mask_root" if data.val_mask_root else "data.mask_root",
         )
         place.require_apart(training, source.images, self.config)
         return SegmentationEvaluation(source)
