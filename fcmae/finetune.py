@@ -162,8 +162,6 @@ def train(
 ) -> None:
     """Do the work of a run that has begun; `taken` says which settings its weights chose."""
     # The task and its images: labelled, and augmented by (seed, epoch, index)
-    if checkpoint is not None and (trained := checkpoint.state.config.get("task", "classification")) != config.task:
-        raise UserError(f"{checkpoint.path}: of task={trained}, not task={config.task}; name another output folder")
     accelerator.print(f"opening          {config.data.root}", flush=True)
     task, dataset = TASKS[config.task].open(config, checkpoint.state if checkpoint else None)
     config = with_kind(config, dataset.images)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fcmae.config import RunConfig, Section, load_config, parse_config, to_yaml
+from fcmae.config import RunConfig, Section, TaskConfig, load_config, parse_config, to_yaml
 from fcmae.errors import UserError
 from fcmae.files import WRITING, free_bytes, real_path
 from fcmae.training.checkpoint import (
@@ -39,7 +39,9 @@ HARMLESS = (
     "data.labels",
     "data.num_workers",
     "data.max_bad",
+    "data.mask_root",
     "data.val_",
+    "data.stride",
     "data.crop_pct",
     "train.max_hours",
     "checkpoint",
@@ -155,6 +157,12 @@ def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> C
         if not _is_begun(run, type(config)):
             raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
         return None
+    if isinstance(config, TaskConfig):
+        trained = checkpoint.state.config.get("task", TaskConfig().task)
+        if trained != config.task:
+            raise UserError(
+                f"{checkpoint.path}: of task={trained}, not task={config.task}; name another output folder"
+            )
     stored = parse_config(type(config), checkpoint.state.config, str(checkpoint.path))
     for name, value in stored.model:
         if name != "layout" and getattr(config.model, name) != value:
