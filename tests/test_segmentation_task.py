@@ -19,6 +19,11 @@ from fcmae.data import save_arrays
 from fcmae.heads.segmentation import Segmenter
 
 CLASSES = ("ground", "disk", "square")
+RECIPES = [
+    path
+    for path in sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
+    if "\ntask: segmentation\n" in path.read_text()
+]
 SECTIONS = """
 task: segmentation
 model: {variant: [[1,1,1,1],[16,24,32,48]], stem_stride: 2, head_dim: 32, drop_path: 0.1}
@@ -235,6 +240,28 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
     assert "images         8, 8 per update" in out
     assert "classes        3" in out
     assert "data           8 of 8 images tried, 0 unreadable" in out
+    assert "validation     9 of 9 images tried, 0 unreadable" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_runs_dry(
+    path: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["model.variant=[[1,1,1,1],[8,16,24,32]]", "model.stem_stride=1", "model.head_dim=16", "init_from=null"]
+    small += ["data.image_size=32", "data.num_workers=0", "data.batch_size=2"]
+    root = data
+    if path.stem.startswith("upernet"):  # as ADE20K has it
+        for split, ours in (("training", "train"), ("validation", "val")):
+            shutil.copytree(data / ours / "images", tmp_path / "images" / split)
+            shutil.copytree(data / ours / "masks", tmp_path / "annotations" / split)
+            for mask in (tmp_path / "annotations" / split).iterdir():
+                Image.fromarray(np.asarray(Image.open(mask)) + 1).save(mask)  # 0 is no class, of 255 become so
+        root = tmp_path / "images"
+        small += [f"data.mask_root={tmp_path / 'annotations'}", "model.num_classes=null", "data.stride=16"]
+    assert run("--config", str(path), *small, f"data.root={root}", f"output={tmp_path / 'run'}", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "classes        3" in out
     assert "validation     9 of 9 images tried, 0 unreadable" in out
     assert not (tmp_path / "run").exists()
 
