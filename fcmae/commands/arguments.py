@@ -103,7 +103,7 @@ class ImageFile(NamedTuple):
 
 
 def list_images(paths: Iterable[str | Path]) -> list[ImageFile]:
-    """Return the image files that paths mean: of a folder those at any depth; what cannot be read stays as it is."""
+    """Return the image files that paths mean, those of a folder at any depth; a path without any stays as it is."""
     from fcmae.evaluation.inference import image_files
 
     return [
@@ -116,9 +116,9 @@ def list_images(paths: Iterable[str | Path]) -> list[ImageFile]:
 def plan_files(
     folder: Path, images: Sequence[ImageFile], endings: Sequence[str], *, overwrite: bool
 ) -> list[list[Path]]:
-    """Return where what is made of each image goes: FOLDER/PLACE/STEM and each of the endings, arranged as they are.
+    """Return where what is made of each image goes: FOLDER/PLACE and, in place of its end, each of the endings.
 
-    Of several that would have the same name, in any case of letters, the second gets STEM-2, and so on.
+    Of several that would have the same name, in any case of letters, the second gets NAME-2, and so on.
 
     Raises:
         UserError: if a file is there already and may not be replaced, or is one of the images.

@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="of task=segmentation: a folder for IMAGE.png, the mask, and IMAGE-overlay.png, arranged as the images",
+        help="of task=segmentation: a folder for IMAGE.png, the mask, and IMAGE-overlay.png, arranged as they are",
     )
     parser.add_argument(
         "--overwrite", action="store_const", const=True, help="replace these in DIR (default: refuse)"
@@ -92,7 +92,8 @@ def answer_of(
             classes = top_classes(outputs, names, options.top or 5)
         values = {"classes": [entry._asdict() for entry in classes]}
         lines = [f"{entry.probability:7.2%}  {entry.name}" for entry in classes]
-    return Answer({"image": str(path), **values}, "\n".join([one_line(str(path)), *(f"  {line}" for line in lines)]))
+    lines = [one_line(str(path)), *(f"  {line}" for line in lines)]
+    return Answer({"image": str(path), **values}, "\n".join(lines))
 
 
 def write_masks(

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     places = zip(options.images, planned, strict=True)
     with blame("--mask-ratios"):
         for outcome in reconstruct_images(model, images, config=config, mask_ratios=options.mask_ratios):
-            (path,) = next(paths for image, paths in places if image == outcome.path)  # others before it do not decode
+            (path,) = next(paths for image, paths in places if image == outcome.path)  # some do not decode
             options.output.mkdir(parents=True, exist_ok=True)
             write_picture(path, outcome.picture)
             (height, width), (new_height, new_width) = outcome.before, outcome.after

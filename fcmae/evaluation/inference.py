@@ -212,7 +212,8 @@ def segment_images(
             strips = slide(lambda cut: network(normalize(cut)), batch, windows)  # floats of some windows alone
         else:
             strips = pixel_logits(network, normalize(batch), windows, short_side)
-        yield Segmentation(path, pixels, torch.cat([*map(_classes_of, strips)]))  # none is kept longer than it takes
+        classes = torch.cat([*map(_classes_of, strips)])  # each strip for as long as that takes
+        yield Segmentation(path, pixels, classes)
 
 
 class ClassShare(NamedTuple):

@@ -87,10 +87,10 @@ def resize_rows(logits: Tensor, size: tuple[int, int]) -> Iterator[Strip]:
     (height, width), least = size, logits.shape[2]
     for top in range(0, height, ROWS):
         places = torch.arange(top, min(top + ROWS, height), device=logits.device)
-        rows = ((places + 0.5) * (least / height) - 0.5).clamp(0, least - 1)  # pixels' centres, as `interpolate` has
+        rows = ((places + 0.5) * (least / height) - 0.5).clamp(0, least - 1)  # of pixels' centres
         above = rows.long()
         below = (above + 1).clamp(max=least - 1)
-        tall = torch.lerp(logits[:, :, above], logits[:, :, below], (rows - above)[:, None])
+        tall = torch.lerp(logits[:, :, above].float(), logits[:, :, below].float(), (rows - above)[:, None])
         yield Strip(top, F.interpolate(tall, (len(places), width), mode="bilinear"))
 
 
