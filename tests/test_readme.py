@@ -106,7 +106,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "pyproject.toml", "configs", "docs", "pretrain.py", "finetune.py"):
         (folder / name).symlink_to(ROOT / name)
     label_halves(folder / "path" / "to" / "labelled")
-    mask_brightness(folder / "path" / "to" / "segmented")
+    mask_brightness(folder / "path" / "to" / "masked")
     (folder / "path" / "to" / "images").symlink_to(ROOT / "docs" / "photos")
     return folder
 
