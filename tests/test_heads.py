@@ -21,7 +21,7 @@ from fcmae.heads.segmentation import (
     UPerNetHead,
     pool_maps,
 )
-from fcmae.heads.windows import Strip, Windows, pixel_logits, slide, window_starts
+from fcmae.heads.windows import Strip, Windows, pixel_logits, resize_rows, slide, window_starts
 
 DIMS = (8, 16, 24, 32)
 
@@ -289,6 +289,13 @@ def test_windows_with_gaps_are_refused() -> None:
     for stride in ((17, 8), (8, 0)):
         with pytest.raises(ValueError, match="leaves gaps between windows"):
             next(slide(Local(), torch.randn(1, 3, 40, 40), Windows((16, 16), stride)))
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((30, 40), (200, 90)), ((30, 40), (7, 130)), ((1, 1), (70, 3))])
+def test_rows_are_resized_as_all_at_once(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    logits = torch.randn(2, 3, *size)
+    found = stacked(resize_rows(logits, wanted))
+    assert torch.allclose(found, F.interpolate(logits, wanted, mode="bilinear"), atol=1e-5)
 
 
 @torch.no_grad()

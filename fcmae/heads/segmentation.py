@@ -134,8 +134,7 @@ class UPerNetHead(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         """Return the last map with what it holds on the whole, by quarters, and so on."""
         pooled = [
-            resize_maps(conv(pool_maps(x, side)), x)
-            for conv, side in zip(self.pooled, POOLED_SIDES, strict=True)
+            resize_maps(conv(pool_maps(x, side)), x) for conv, side in zip(self.pooled, POOLED_SIDES, strict=True)
         ]
         return self.bottleneck(torch.cat([x, *pooled], 1))
 
