@@ -6,7 +6,6 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 """
 
 import argparse
-import math
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
 from fcmae.data import LabelledBatch, PixelNormalizer, prefetch
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
+from fcmae.evaluation.inference import require_finite
 from fcmae.files import make_folder, require_folder, require_free, write_json
 from fcmae.load import known_of, load_weights, resolve_recipe
 from fcmae.patches import grid_shape
@@ -127,10 +127,10 @@ def evaluate_weights(options: argparse.Namespace) -> int:
             f"{len(dataset.class_names)}"
         )
     scores = evaluate(accelerator, model, dataset, task)
-    if not all(map(math.isfinite, scores.figures.values())):
-        raise UserError(
-            f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
-        )
+    try:
+        require_finite(torch.tensor([*scores.figures.values()]))
+    except FloatingPointError as error:
+        raise UserError(f"{weights.path}: {error}") from error
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
         write_picture(picture, scores.draw(dataset.class_names))

@@ -163,6 +163,7 @@ FINETUNING = {
 def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -> None:
     recipe = load_config(FinetuneRecipe, ROOT / "configs" / "finetune" / f"{name}.yaml")
     config = recipe.resolve({}, "a test")
+    assert isinstance(config, ImageConfig)
     assert (config.data.size, config.model.in_chans, config.model.stem_stride) == ((224, 224), 3, 4)
     data, optim, train = config.data, config.optim, config.train
     assert (
@@ -190,6 +191,7 @@ def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -
 def test_there_is_a_recipe_of_the_v1_paper_for_each_of_its_sizes(name: str, drop_path: float) -> None:
     """V1 paper, table 5."""
     config = load_config(FinetuneRecipe, ROOT / "configs" / "finetune" / f"v1-{name}.yaml").resolve({}, "a test")
+    assert isinstance(config, ImageConfig)
     data, optim, train = config.data, config.optim, config.train
     assert (config.model.variant, config.model.version, config.init_from) == (name, 1, None)
     assert (config.model.drop_path, config.model.head_init_scale) == (drop_path, 1)

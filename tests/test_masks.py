@@ -248,7 +248,7 @@ def test_a_mask_is_turned_as_a_person_sees_it_whole_and_in_parts(tmp_path: Path,
     exif[0x0112] = orientation
     Image.fromarray(VALUES).save(tmp_path / "a.png", exif=exif)
     seen = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
-    deep, tag = tmp_path / "a.tif", [(274, "H", 1, orientation)]
+    deep, tag = tmp_path / "a.tif", [(274, "H", 1, orientation, True)]
     tifffile.imwrite(deep, VALUES.astype(np.uint16), extratags=tag)
     tifffile.imwrite(tmp_path / "b.tif", VALUES, extratags=tag)
     for path in (tmp_path / "a.png", deep, tmp_path / "b.tif"):

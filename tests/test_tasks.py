@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import fcmae.__main__
 from fcmae import finetune, load_encoder
-from fcmae.config import FinetuneConfig, parse_config
+from fcmae.config import FinetuneConfig, ImageConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.load import load_weights
 from fcmae.tasks.multilabel import MultiHotMixup, MultiLabel, MultiLabelMetric
@@ -300,6 +300,7 @@ def test_the_losses_are_those_of_torch(data: Path) -> None:
     def loss_of(kind: Any, **train: Any) -> Any:
         task = "multilabel" if kind is MultiLabel else "regression"
         config = parse_config(FinetuneConfig, values | {"task": task, "train": train}, "test")
+        assert isinstance(config, ImageConfig)
         return kind(config, ("a", "b")).loss()(lambda _: outputs, torch.zeros(3, 3, 8, 8), labels)
 
     outputs, labels = torch.randn(3, 2), torch.randint(0, 2, (3, 2), dtype=torch.int8)
