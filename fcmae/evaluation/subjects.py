@@ -23,6 +23,7 @@ from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame, brief
 from fcmae.evaluation.inference import as_deep, kind_for
+from fcmae.heads.segmentation import Segmenter
 from fcmae.load import load_weights
 from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.patches import grid_shape
@@ -164,6 +165,8 @@ def open_subject(source: str, size: tuple[int, int] | None = None) -> Subject:
         preprocessing = preprocessing._replace(image_size=size)
     with blame(str(weights.path)):
         preprocessing = preprocessing.completed(network)
+    if isinstance(network, Segmenter):
+        network = network.encoder
     return Subject(
         network,
         getattr(network, "features", network),  # with no work for a classifier where that can be left out

@@ -64,11 +64,11 @@ def spell_segmenting(use: Preprocessing) -> str:
     if is_picture(use):
         images = f"""
 import torch
-from torchvision.io import decode_image
-from torchvision.transforms.v2.functional import normalize
+from PIL import Image
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-pixels = decode_image("photo.jpg", "{"RGB" if len(use.mean) == 3 else "GRAY"}")[None] / 255
-images = normalize(pixels, {list(use.mean)}, {list(use.std)})"""
+photo = Image.open("photo.jpg").convert("{"RGB" if len(use.mean) == 3 else "L"}")
+images = normalize(pil_to_tensor(photo)[None] / 255, {list(use.mean)}, {list(use.std)})"""
     imports, logits = "import fcmae", "model(images)"
     given = [f"Windows({use.image_size}, {use.stride})"] if use.stride is not None else []
     given += [f"short_side={use.short_side}"] if use.short_side is not None else []
