@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_main
+from conftest import ROOT, TINY, run_main, state_of
 from PIL import Image
 from torch import Tensor
 
 from fcmae import ConvNeXt
 from fcmae.__main__ import run
+from fcmae.config import FinetuneConfig, parse_config
 from fcmae.data import PixelNormalizer
 from fcmae.data.masks import as_classes, open_mask
 from fcmae.evaluation.inference import Picture, class_shares, segment_images
 from fcmae.heads.segmentation import Segmenter
 from fcmae.heads.windows import Windows, pixel_logits
+from fcmae.training.checkpoint import MODEL, OPTIMIZER, save_checkpoint
 from fcmae.weights.base import Preprocessing
 from fcmae.weights.export import write_folder
 
@@ -69,7 +71,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = run_main(run, *map(str, arguments))
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
 
     return call
 
@@ -324,3 +327,32 @@ def test_deep_images_of_many_bands_have_masks_and_overlays(tmp_path: Path, comma
     assert command("predict", model, tmp_path / "x.npy", "--output", tmp_path / "out")[0] == 0
     assert read_mask(tmp_path / "out" / "x.png").shape == (70, 90)
     assert Image.open(tmp_path / "out" / "x-overlay.png").width == 270  # enlarged three times
+
+
+# What other commands take of a segmenter
+
+
+def test_an_encoder_is_diagnosed_without_its_head(model: Path, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "out"
+    code, _, err = command("diagnose", model, "--data", PHOTOS, "--images", 2, "--output", out)
+    assert code == 0, err
+    assert "ConvNeXt V2 depths [1, 1, 2, 1], dims [8, 16, 24, 32], plain; of 5 layers" in err
+
+
+def test_masks_are_no_classes_of_images(tmp_path: Path, command: Command) -> None:
+    values = {
+        "task": "segmentation",
+        "output": str(tmp_path / "run"),
+        "model": {"variant": TINY},
+        "data": {"root": str(tmp_path / "data"), "image_size": 64, "mean": MEAN, "std": STD},
+    }
+    config = parse_config(FinetuneConfig, values, "a test").model_dump(mode="json")
+    state = state_of(1, config=config, class_names=list(NAMES))
+    files = {MODEL: small_segmenter().state_dict(), OPTIMIZER: {}}
+    save_checkpoint(tmp_path / "run" / "checkpoints", state, files, keep=1)
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):  # folders that look like classes
+            save_noise(tmp_path / "data" / split / kind / "1.png", 20, 20)
+    code, printed, err = command("evaluate", tmp_path / "run", "--knn")
+    assert (code, printed) == (2, "")
+    assert "data.root: missing" in err
