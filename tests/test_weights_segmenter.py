@@ -157,7 +157,11 @@ def test_what_looks_into_a_network_looks_into_a_segmenters_encoder(variant: Vari
 
 
 def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
-    return lambda state: [state.pop(key) for key in [*state] if key.startswith(name)] and None
+    def change(state: dict[str, Tensor]) -> None:
+        for key in [key for key in state if key.startswith(name)]:
+            del state[key]
+
+    return change
 
 
 def put(name: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
