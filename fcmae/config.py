@@ -538,13 +538,12 @@ class FinetuneConfig(RunConfig, TaskConfig):
 
     @classmethod
     def place_of(cls, key: str) -> str:
-        if issubclass(cls, SegmentationConfig):
-            return (
-                "is for whole images; for task=segmentation take --config segmentation"
-                if key in _keys(ImageConfig)
-                else ""
-            )
-        return "is for task=segmentation; take --config segmentation" if key in _keys(SegmentationConfig) else ""
+        pixels = issubclass(cls, SegmentationConfig)
+        if key not in _keys(ImageConfig if pixels else SegmentationConfig):
+            return ""
+        if pixels:
+            return "is for whole images; leave it out with task=segmentation, see --config segmentation"
+        return "is for task=segmentation, see --config segmentation"
 
     @property
     def evaluates_ema(self) -> bool:

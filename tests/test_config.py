@@ -244,7 +244,7 @@ def test_wrong_values_of_finetuning_are_reported_in_one_line(
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["data.mixup=0.8"], ["argument data.mixup: is for whole images; for task=segmentation"]),
+        (["data.mixup=0.8"], ["argument data.mixup: is for whole images; leave it out"]),
         (["data.labels=x.csv"], ["data.labels: is for whole images"]),
         (["data.crop_pct=1"], ["data.crop_pct: is for whole images"]),
         (["train.label_smoothing=0"], ["train.label_smoothing: is for whole images"]),
