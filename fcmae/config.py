@@ -539,7 +539,7 @@ class FinetuneConfig(RunConfig, TaskConfig):
     @classmethod
     def place_of(cls, key: str) -> str:
         pixels = issubclass(cls, SegmentationConfig)
-        if key not in _keys(ImageConfig if pixels else SegmentationConfig):
+        if "." not in key or key not in _keys(ImageConfig if pixels else SegmentationConfig):
             return ""
         if pixels:
             return "is for whole images; leave it out with task=segmentation, see --config segmentation"

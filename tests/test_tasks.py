@@ -566,7 +566,7 @@ def test_the_shipped_recipe_runs_dry_and_writes_nothing(
         ("classification", ["data.labels=labels.csv", "data.name=folder"], ["data.labels is for image files of"]),
         ("multilabel", ["data.labels=labels.csv"], ["arrays have labels.npy"]),
         ("regression", ["model.num_classes=3"], ["model.num_classes=3", "2 columns", "brightness, left"]),
-        ("everything", [], ["'classification', 'multilabel' or 'regression'"]),
+        ("everything", [], ["'multilabel', 'regression' or 'segmentation'"]),
     ],
 )
 def test_keys_that_are_another_tasks_are_refused(

@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{weights.path}: {error}") from error
     if options.json:
         print(json.dumps(results, indent=2))
-    if unreadable:
-        total = len(results) + len(unreadable)
+    total = len(results) + len(unreadable)
+    if unreadable and total > 1:
         print(f"{len(unreadable)} of {total} images could not be read", file=sys.stderr)
     return 2 if unreadable else 0
