@@ -5,9 +5,10 @@
 
 Run from the root of the repository. Backgrounds are random crops of real photographs, those in docs/photos unless
 others are named; what is to be found in them is drawn. The classes are the background and the nine groups of
-emoji, all drawn equally often. The splits are train, val to choose settings by, and test. No emoji is in two of
-them, nor is one of its skin tones, nor a photograph; but those of one group resemble each other (clocks, flags, the
-same person in several trades). The same arguments make the same files.
+emoji, all drawn equally often, or with --one-class the background and any emoji. The splits are train, val to
+choose settings by, and test. No emoji is in two of them, nor is one of its skin tones, nor a photograph; but those
+of one group resemble each other (clocks, flags, the same person in several trades). The same arguments make the
+same files.
 
 It writes `images.npy`, `masks.npy` and `classes.txt` for each split, which data.name=arrays reads, and
 `samples.png`.
@@ -68,6 +69,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     prepare.add_argument("--train", type=int, default=20_000, metavar="N", help="images to train on")
     prepare.add_argument("--val", type=int, default=2_000, metavar="N", help="images to choose settings by")
     prepare.add_argument("--test", type=int, default=2_000, metavar="N", help="images to evaluate on")
+    prepare.add_argument("--one-class", action="store_true", help="all emoji are one class")
     prepare.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -163,6 +165,8 @@ def prepare(args: argparse.Namespace) -> None:
         for index in range(total):
             rng = np.random.default_rng(derive_seed(args.seed, number, index))
             images[index], masks[index] = compose(own_photos, own, args.size, rng)
+        if args.one_class:
+            masks, names = np.minimum(masks, 1), (BACKGROUND, "emoji")
         path = save_arrays(args.output / split, images)
         save_masks(args.output / split, masks, names)
         print(f"{path}: {total:,} images, {sum(map(len, own)):,} emoji on {len(own_photos)} photographs")

@@ -88,6 +88,17 @@ def test_a_pixel_has_the_class_of_the_emoji_that_is_seen_there(emoji: Any, packa
         assert (classes[(pixels == 250).sum(0) == 2] == 0).all()
 
 
+def test_with_one_class_the_images_are_the_same_and_all_emoji_are_alike(
+    emoji: Any, package: Path, tmp_path: Path
+) -> None:
+    groups, alike = (prepared(emoji, package, tmp_path / f"data{more}", *more) for more in ([], ["--one-class"]))
+    by_group, by_one = (open_segmentation("arrays", str(data), "train", 3) for data in (groups, alike))
+    assert by_one.class_names == ("background", "emoji")
+    for index in range(len(by_group)):
+        assert torch.equal(by_group.load(index).pixels, by_one.load(index).pixels)
+        assert torch.equal(by_group.load(index).classes > 0, by_one.load(index).classes == 1)
+
+
 def test_the_same_seed_makes_the_same_files(emoji: Any, package: Path, tmp_path: Path) -> None:
     made = [prepared(emoji, package, tmp_path / f"{i}", f"--seed={seed}") for i, seed in enumerate((0, 0, 1))]
     first, again, other = ((folder / "train/images.npy").read_bytes() for folder in made)
