@@ -31,7 +31,7 @@ from fcmae import ConvNeXtV2, load_encoder
 from fcmae.data import PixelNormalizer
 from fcmae.data.masks import SegmentationSource, open_segmentation
 from fcmae.data.sampling import IndexStream
-from fcmae.data.segments import SegmentationDataset, SegmentationView, SegmentationEvaluation, fixed_pairs
+from fcmae.data.segments import SegmentationDataset, SegmentationEvaluation, SegmentationView, fixed_pairs
 from fcmae.heads.segmentation import Segmenter
 from fcmae.metrics import confusion_matrix, per_class_of_pixels
 from fcmae.segment_pictures import draw_legend, paint, shown
@@ -225,21 +225,21 @@ def table(path: Path) -> str:
         return f"{statistics.mean(values):.1f} ({values[0]:.1f} to {values[-1]:.1f})" if values else ""
 
     results = read_results(path)
-    shown: list[str] = []
+    rows: list[str] = []
     for title, key in (("mIoU, %", "miou"), ("pixel accuracy, %", "accuracy")):
-        shown += [" | ".join([f"| {title}", *(f"{fraction:.0%} of the masks" for fraction in FRACTIONS)]) + " |"]
-        shown += ["|---|" + "---:|" * len(FRACTIONS)]
+        rows += [" | ".join([f"| {title}", *(f"{fraction:.0%} of the masks" for fraction in FRACTIONS)]) + " |"]
+        rows += ["|---|" + "---:|" * len(FRACTIONS)]
         for start, lines in results.items():
             cells = [show(line[key] for line in lines.get(fraction, ())) for fraction in FRACTIONS]
-            shown.append(f"| {start} | {' | '.join(cells)} |")
-        shown.append("")
-    shown += [" | ".join(["| mIoU on val, %", *(f"rate {rate:g}" for rate in RATES)]) + " |"]
-    shown += ["|---|" + "---:|" * len(RATES)]
+            rows.append(f"| {start} | {' | '.join(cells)} |")
+        rows.append("")
+    rows += [" | ".join(["| mIoU on val, %", *(f"rate {rate:g}" for rate in RATES)]) + " |"]
+    rows += ["|---|" + "---:|" * len(RATES)]
     for start in results:
         on_val = [line for line in read_lines(path) if line["start"] == start and line["split"] == "val"]
         cells = [show(line["miou"] for line in on_val if line["rate"] == rate).split(" ")[0] for rate in RATES]
-        shown.append(f"| {start} | {' | '.join(cells)} |")
-    return "\n".join(shown)
+        rows.append(f"| {start} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def plot(path: Path, picture: Path) -> None:
