@@ -39,6 +39,8 @@ LEFT_OUT = "Component"
 HELD_OUT = {"val": 0.1, "test": 0.2}
 """Shares of the emoji of each group, and of the photographs."""
 
+PHOTOS = (".jpg", ".jpeg", ".png")
+
 EMOJI_SIDES = 0.3, 0.75
 """Of an emoji, least and most, in sides of the image."""
 
@@ -96,15 +98,16 @@ def read_emoji(package: Path) -> tuple[list[Emoji], tuple[str, ...]]:
 
 
 def read_photos(folders: Sequence[Path]) -> list[Image.Image]:
-    """Read the photographs in some folders, in the order of their names, as a person sees them.
+    """Read the photographs in some folders, in the order of their names, as a person sees them; each once.
 
     Raises:
         SystemExit: if there are none.
     """
-    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
-    if len(paths) <= len(HELD_OUT):
+    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in PHOTOS)
+    different = {path.read_bytes(): path for path in reversed(paths)}.values()
+    if len(different) <= len(HELD_OUT):
         raise SystemExit(f"error: {' '.join(map(str, folders))}: fewer than three photographs, one for each split")
-    return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
+    return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in sorted(different)]
 
 
 def split_up(number: int, seed: int) -> dict[str, list[int]]:

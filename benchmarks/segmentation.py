@@ -43,7 +43,7 @@ from fcmae.visualize import draw_panels, write_picture
 STARTS = ("FCMAE", "FCMAE, frozen", "scratch")
 FRACTIONS = (0.01, 0.1, 1.0)
 SEEDS = (0, 1, 2)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 CHOSEN_WITH, CHOSEN_SEED = 0.1, 3
 """Share of the masks with which rates are chosen, and the seed."""
 
@@ -56,12 +56,12 @@ PRETRAINING = (
     f"data.image_size={SIDE}",
     f"data.mean={list(MEAN)}",
     f"data.std={list(STD)}",
-    "train.epochs=56",
-    "optim.warmup_epochs=4",
+    "train.epochs=40",
+    "optim.warmup_epochs=2",
 )
 """Overrides of PRETRAIN, whose network is `VARIANT`."""
 
-UPDATES, WARMUP_UPDATES, BATCH_SIZE = 500, 50, 16
+UPDATES, WARMUP_UPDATES, BATCH_SIZE = 300, 30, 16
 WEIGHT_DECAY, BETAS = 0.05, (0.9, 0.999)
 
 COLOURS = {"FCMAE": "tab:blue", "FCMAE, frozen": "tab:green", "scratch": "tab:orange"}
