@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,9 @@ def emoji(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A package of two groups of five emoji, each a disk of a colour of its own; and three photographs."""
+    """A package of two groups of five emoji, each a disk of a colour of its own; and three photographs, one of them
+    in eight files.
+    """
     package = tmp_path / "package"
     (package / "img/google/64").mkdir(parents=True)
     entries = []
@@ -48,6 +51,8 @@ def package(tmp_path: Path) -> Path:
     (tmp_path / "photos").mkdir()
     for number in range(3):
         Image.new("RGB", (80, 60), (250, BEHIND[number], 250)).save(tmp_path / f"photos/{number}.png")
+    for number in range(7):
+        shutil.copy(tmp_path / "photos/0.png", tmp_path / f"photos/again-{number}.png")
     return package
 
 
