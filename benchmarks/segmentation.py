@@ -227,7 +227,9 @@ def table(path: Path) -> str:
     results = read_results(path)
     rows: list[str] = []
     for title, key in (("mIoU, %", "miou"), ("pixel accuracy, %", "accuracy")):
-        rows += [" | ".join([f"| {title}", *(f"{fraction:.0%} of the masks" for fraction in FRACTIONS)]) + " |"]
+        rows += [
+            " | ".join([f"| {title}", *(f"{100 * fraction:g} % of the masks" for fraction in FRACTIONS)]) + " |"
+        ]
         rows += ["|---|" + "---:|" * len(FRACTIONS)]
         for start, lines in results.items():
             cells = [show(line[key] for line in lines.get(fraction, ())) for fraction in FRACTIONS]
@@ -258,7 +260,7 @@ def plot(path: Path, picture: Path) -> None:
         dots = [(fraction, value) for fraction, some in zip(fractions, values, strict=True) for value in some]
         axes.scatter(*zip(*dots, strict=True), color=COLOURS[start], s=14)
     axes.set_xscale("log")
-    axes.set_xticks(FRACTIONS, [f"{fraction:.0%}" for fraction in FRACTIONS])
+    axes.set_xticks(FRACTIONS, [f"{100 * fraction:g} %" for fraction in FRACTIONS])
     axes.minorticks_off()
     axes.set_xlabel("share of the 8,000 masks")
     axes.set_ylabel("mIoU on the 500 test images, %")

@@ -214,3 +214,19 @@ def test_a_frozen_encoder_stays_as_it_was_and_all_starts_see_the_same_images(
 def test_no_results_are_an_error(segmentation: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no results"):
         segmentation.table(tmp_path / "none.jsonl")
+
+
+def test_the_shipped_results_are_what_the_documents_show(
+    segmentation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    results = ROOT / "benchmarks/results/segmentation-cpu.jsonl"
+    reported = [line for line in segmentation.read_lines(results) if line["split"] == "test"]
+    assert [(line["start"], line["fraction"], line["seed"]) for line in reported] == [
+        (start, fraction, seed)
+        for start in segmentation.STARTS
+        for seed in segmentation.SEEDS
+        for fraction in segmentation.FRACTIONS
+    ]
+    text = (ROOT / "docs/results.md").read_text()
+    assert all(table in text for table in segmentation.table(results).split("\n\n"))
