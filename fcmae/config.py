@@ -68,6 +68,16 @@ class Section(BaseModel):
     command: ClassVar[str | None] = None
     """The command whose shipped configurations `load_config` finds by name; None for all."""
 
+    @classmethod
+    def kind_of(cls, values: Mapping[str, Any]) -> type[Self]:
+        """Return the class that `values` are a configuration of: this one, or the one for their task."""
+        return cls
+
+    @classmethod
+    def place_of(cls, key: str) -> str:
+        """Say what an unknown dotted key is for, if it is known elsewhere; empty if not."""
+        return ""
+
 
 class GRNSection(Section):
     """The parts of GRN, arguments of `fcmae.encoder.responses.GRN` by the same names (paper, table 2)."""
@@ -122,13 +132,29 @@ class ModelSection(EncoderSection):
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
 
 
-class ClassifierSection(EncoderSection):
+class OutputsSection(EncoderSection):
     """The network of fine-tuning: arguments of `fcmae.ConvNeXt`, by the same names."""
 
     num_classes: Batch | None = None
     """Outputs; null for as many as the training set has classes."""
+
+
+class ClassifierSection(OutputsSection):
+    """As for all fine-tuning, with outputs for whole images."""
+
     head_init_scale: NotNegative = 0.001
     """Factor on a new classifier's first weights."""
+
+
+class SegmenterSection(OutputsSection):
+    """As for all fine-tuning, with outputs for each pixel: arguments of `Segmenter`."""
+
+    head: Literal["fpn", "upernet"] = "fpn"
+    """A feature pyramid network, light; or UPerNet, the paper's."""
+    head_dim: Width | None = None
+    """Channels of the head's maps; null for 128 of fpn, 512 of upernet."""
+    auxiliary: bool = False
+    """Whether a second head on the third stage is trained, too, as in UPerNet's recipes."""
 
 
 class DataSection(Section):
@@ -159,8 +185,6 @@ class DataSection(Section):
     """Least and most that pixels are clipped to, in the units of `mean`: a number, or one per channel."""
     stats: Place | None = None
     """`stats.json` of `fcmae stats`, which `mean`, `std` and `clip` are taken from where they are `auto`."""
-    crop_scale: Pair = (0.2, 1.0)
-    """Share of the image's area that a random crop covers, least and most."""
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of a horizontal flip."""
 
@@ -170,9 +194,7 @@ class DataSection(Section):
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError("crop_scale must be two shares of the area, 0 < least <= most <= 1")
+    def _check_clip(self) -> Self:
         if AUTO not in (self.clip, self.mean) and self.clip is not None:
             least, most = (x if isinstance(x, tuple) else (x,) * len(self.mean) for x in self.clip)
             if {len(least), len(most)} != {len(self.mean)} or any(a >= b for a, b in zip(least, most, strict=True)):
@@ -183,7 +205,20 @@ class DataSection(Section):
         return self
 
 
-class PretrainDataSection(DataSection):
+class CroppedDataSection(DataSection):
+    """As for all runs; what is seen of an image is a random crop of any size."""
+
+    crop_scale: Pair = (0.2, 1.0)
+    """Share of the image's area that a random crop covers, least and most."""
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError("crop_scale must be two shares of the area, 0 < least <= most <= 1")
+        return self
+
+
+class PretrainDataSection(CroppedDataSection):
     """As for all runs; large images may be cut."""
 
     tile: Side | Sizes | None = None
@@ -191,13 +226,8 @@ class PretrainDataSection(DataSection):
 
 
 class LabelledDataSection(DataSection):
-    """Where labelled images come from, and how they are augmented and evaluated."""
+    """Where labelled images come from, and those to evaluate on."""
 
-    labels: Place | None = None
-    """A CSV file of the images' labels, for tasks other than classification: `file`, then a column per class with 0
-    and 1, or `labels` with names such as cat|dog; or a column per number. Null for labels.npy beside arrays."""
-    val_labels: Place | None = None
-    """The same of the images to evaluate on; null for `labels`."""
     val_split: Text | None = "val"
     """The images to evaluate on; null for none."""
     val_root: Place | None = None
@@ -205,6 +235,16 @@ class LabelledDataSection(DataSection):
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each class, or without classes of the images, that is trained on, at least one image; chosen by
     `train.seed`, smaller within larger."""
+
+
+class ImageDataSection(LabelledDataSection, CroppedDataSection):
+    """Images with labels for the whole of each, and how they are augmented and evaluated."""
+
+    labels: Place | None = None
+    """A CSV file of the images' labels, for tasks other than classification: `file`, then a column per class with 0
+    and 1, or `labels` with names such as cat|dog; or a column per number. Null for labels.npy beside arrays."""
+    val_labels: Place | None = None
+    """The same of the images to evaluate on; null for `labels`."""
     crop_scale: Pair = (0.08, 1.0)
     crop_padding: Side | None = None
     """Pixels of mirrored border for a plain random crop; null for the random resized crop."""
@@ -226,6 +266,47 @@ class LabelledDataSection(DataSection):
                 f"crop_padding={self.crop_padding} must be less than image_size={min(self.size)}, of which it is "
                 "the mirror"
             )
+        return self
+
+
+class MaskDataSection(LabelledDataSection):
+    """Images with a mask of classes for each, and how both are augmented and evaluated."""
+
+    mask_root: Place | None = None
+    """A folder of the masks of all splits, `root` having nothing but images; null for SPLIT/images and SPLIT/masks
+    in `root`, or masks.npy beside arrays."""
+    val_mask_root: Place | None = None
+    """The same of the images to evaluate on; null for `mask_root`, or with `val_root` for masks in that."""
+    ignore_index: Annotated[int, Field(ge=-1, le=65_535)] | None = 255
+    """The value of masks that is no class; null for none."""
+    scale: Pair = (0.5, 2.0)
+    """Factor on the image's size, least and most, before a random crop of `image_size`."""
+    short_side: Side | None = None
+    """Pixels of the image's shorter side at a factor of 1, in evaluation and prediction, too; null for its own."""
+    most_of_one: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """Share of a crop that one class may have, else another is drawn, up to ten times; 1 takes the first."""
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability that brightness, contrast, saturation and hue change, each for itself; for RGB of 8 bits."""
+    stride: Side | Sizes | None = None
+    """Pixels between windows of `image_size` in evaluation and prediction; null for whole images at once."""
+
+    @property
+    def steps(self) -> tuple[int, int] | None:
+        """Pixels between windows, down and across."""
+        return (self.stride, self.stride) if isinstance(self.stride, int) else self.stride
+
+    @model_validator(mode="after")
+    def _check_masks(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 100:
+            raise ValueError("scale must be two factors, 0 < least <= most <= 100")
+        if self.steps is not None and self.image_size != AUTO:
+            for step, side in zip(self.steps, self.size, strict=True):
+                if step > side:
+                    raise ValueError(f"stride={step} leaves gaps between windows of {side}; it is at most that")
+        if self.mask_root is None and self.val_mask_root is not None and self.val_root is None:
+            raise ValueError("val_mask_root is for masks apart from images: set mask_root, or val_root, too")
+        if self.name == "arrays" and (self.mask_root or self.val_mask_root):
+            raise ValueError("mask_root is for image files: arrays have masks.npy beside them")
         return self
 
 
@@ -260,6 +341,8 @@ class FinetuneOptimSection(OptimSection):
     min_lr: NotNegative = 1e-6
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     warmup_epochs: NotNegative = 5
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls from `base_lr` to `min_lr` after the warm-up."""
 
 
 class TrainSection(Section):
@@ -281,14 +364,28 @@ class FinetuneTrainSection(TrainSection):
     """How long and how to compute, and what is trained."""
 
     epochs: Epochs = 100
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the exponential moving average (EMA) of the weights, which is evaluated beside them; null for none."""
+    freeze_encoder: bool = False
+    """Train the head alone: of a classifier, a linear probe."""
+
+
+class ImageTrainSection(FinetuneTrainSection):
+    """As for all fine-tuning, with a loss for whole images."""
+
     loss: Literal["auto", "cross_entropy", "binary_cross_entropy", "mse", "smooth_l1"] = AUTO
     """`auto` is the first of the task's: cross-entropy, binary cross-entropy or, of standardised targets, mean
     squared error (or smooth L1)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Of the exponential moving average (EMA) of the weights, which is evaluated beside them; null for none."""
-    freeze_encoder: bool = False
-    """Train the classifier alone (a linear probe)."""
+
+
+class MaskTrainSection(FinetuneTrainSection):
+    """As for all fine-tuning, with cross-entropy of pixels."""
+
+    dice: NotNegative = 0.0
+    """Weight of the Dice loss, besides cross-entropy."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Of the classes in cross-entropy; `balanced` is the median of the classes' pixels over its own."""
 
 
 class EvalSection(Section):
@@ -315,13 +412,18 @@ class LogSection(Section):
     every_steps: Positive = 20
 
 
-class VisualizeSection(Section):
-    """Reconstructions of fixed images, at start, at an interval and at the end."""
+class PicturesSection(Section):
+    """Pictures of fixed images, at each evaluation."""
 
-    every_steps: Positive = 5000
     num_images: Annotated[int, Field(ge=0, le=10_000)] = 8
     bands: tuple[Band, Band, Band] | None = None
     """Channels, from 0, shown as red, green and blue; null for the first three, or gray."""
+
+
+class VisualizeSection(PicturesSection):
+    """Reconstructions of fixed images, at start, at an interval and at the end."""
+
+    every_steps: Positive = 5000
 
 
 class ProbeSection(Section):
@@ -373,6 +475,11 @@ class RunConfig(Section):
         return self
 
 
+def _require_bands(bands: tuple[int, int, int] | None, in_chans: Any) -> None:
+    if bands and in_chans != AUTO and max(bands) >= in_chans:
+        raise ValueError(f"visualize.bands={list(bands)}: the images have {in_chans} channels, counted from 0")
+
+
 class PretrainConfig(RunConfig):
     """Everything `pretrain.py` needs to know."""
 
@@ -385,11 +492,7 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_bands(self) -> Self:
-        if self.visualize.bands and max(self.visualize.bands) >= self.model.in_chans:
-            raise ValueError(
-                f"visualize.bands={list(self.visualize.bands)}: the images have {self.model.in_chans} channels, "
-                "counted from 0"
-            )
+        _require_bands(self.visualize.bands, self.model.in_chans)
         return self
 
     @model_validator(mode="after")
@@ -399,11 +502,14 @@ class PretrainConfig(RunConfig):
         return self
 
 
+TaskName = Literal["classification", "multilabel", "regression", "segmentation"]
+
+
 class TaskConfig(Section):
     """What is trained, which comes first in a configuration."""
 
-    task: Literal["classification", "multilabel", "regression"] = "classification"
-    """One class for each image, any number of classes, or one or more numbers."""
+    task: TaskName = "classification"
+    """One class for each image, any number of classes, one or more numbers, or a class for each pixel."""
 
 
 LOSSES = {
@@ -411,23 +517,33 @@ LOSSES = {
     "multilabel": ("binary_cross_entropy",),
     "regression": ("mse", "smooth_l1"),
 }
-"""By task; the first is its own."""
+"""By task of whole images; the first is its own."""
 
 
 class FinetuneConfig(RunConfig, TaskConfig):
-    """Everything `finetune.py` needs to know."""
+    """What `finetune.py` needs to know for any task; the rest is `ImageConfig`'s or `SegmentationConfig`'s."""
 
     command: ClassVar[str | None] = "finetune"
-    model: ClassifierSection
+    model: OutputsSection
     data: LabelledDataSection
     optim: FinetuneOptimSection = FinetuneOptimSection()
     train: FinetuneTrainSection = FinetuneTrainSection()
     eval: EvalSection = EvalSection()
 
-    @property
-    def loss(self) -> str:
-        """What is minimised, the task's own for `auto`."""
-        return LOSSES[self.task][0] if self.train.loss == AUTO else self.train.loss
+    @classmethod
+    def kind_of(cls, values: Mapping[str, Any]) -> type[Self]:
+        if cls is not FinetuneConfig:
+            return cls
+        return cast(type[Self], SegmentationConfig if values.get("task") == "segmentation" else ImageConfig)
+
+    @classmethod
+    def place_of(cls, key: str) -> str:
+        pixels = issubclass(cls, SegmentationConfig)
+        if key not in _keys(ImageConfig if pixels else SegmentationConfig):
+            return ""
+        if pixels:
+            return "is for whole images; leave it out with task=segmentation, see --config segmentation"
+        return "is for task=segmentation, see --config segmentation"
 
     @property
     def evaluates_ema(self) -> bool:
@@ -436,6 +552,25 @@ class FinetuneConfig(RunConfig, TaskConfig):
 
     @model_validator(mode="after")
     def _check_finetuning(self) -> Self:
+        if self.eval.ema and self.train.ema_decay is None:
+            raise ValueError("eval.ema=true needs an EMA of the weights: set train.ema_decay=0.9999")
+        return self
+
+
+class ImageConfig(FinetuneConfig):
+    """Everything `finetune.py` needs to know for a task of whole images."""
+
+    model: ClassifierSection
+    data: ImageDataSection
+    train: ImageTrainSection = ImageTrainSection()
+
+    @property
+    def loss(self) -> str:
+        """What is minimised, the task's own for `auto`."""
+        return LOSSES[self.task][0] if self.train.loss == AUTO else self.train.loss
+
+    @model_validator(mode="after")
+    def _check_augmentation(self) -> Self:
         if self.data.auto_augment is not None and self.model.in_chans not in (1, 3, AUTO):
             raise ValueError(
                 f"data.auto_augment={self.data.auto_augment} is for images of 1 or 3 channels, but model.in_chans "
@@ -443,8 +578,6 @@ class FinetuneConfig(RunConfig, TaskConfig):
             )
         if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
             raise ValueError(f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix mix pairs")
-        if self.eval.ema and self.train.ema_decay is None:
-            raise ValueError("eval.ema=true needs an EMA of the weights: set train.ema_decay=0.9999")
         return self
 
     @model_validator(mode="after")
@@ -466,6 +599,20 @@ class FinetuneConfig(RunConfig, TaskConfig):
             for key, value in (values | {"train.label_smoothing": self.train.label_smoothing}).items():
                 if value:
                     raise ValueError(f"{key}={value} is for classes: set {key}=0 for task=regression")
+        return self
+
+
+class SegmentationConfig(FinetuneConfig):
+    """Everything `finetune.py` needs to know for a class for each pixel."""
+
+    model: SegmenterSection
+    data: MaskDataSection
+    train: MaskTrainSection = MaskTrainSection()
+    visualize: PicturesSection = PicturesSection()
+
+    @model_validator(mode="after")
+    def _check_bands(self) -> Self:
+        _require_bands(self.visualize.bands, self.model.in_chans)
         return self
 
 
@@ -523,8 +670,8 @@ class PretrainRecipe(PretrainConfig, Recipe[PretrainConfig]):
     data: PretrainDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class ClassifierRecipe(ClassifierSection):
-    """As `ClassifierSection`; `auto` is what `init_from` has."""
+class EncoderRecipe(EncoderSection):
+    """As `EncoderSection`; `auto` is what `init_from` has."""
 
     variant: Variant = AUTO
     version: Literal[1, 2] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -533,8 +680,8 @@ class ClassifierRecipe(ClassifierSection):
     stem_stride: Literal[1, 2, 4] | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
-class LabelledDataRecipe(LabelledDataSection):
-    """As `LabelledDataSection`; `auto` is what `data.stats` says, or else what `init_from` was trained on."""
+class DataRecipe(DataSection):
+    """As `DataSection`; `auto` is what `data.stats` says, or else what `init_from` was trained on."""
 
     image_size: Side | Sizes | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -544,13 +691,47 @@ class LabelledDataRecipe(LabelledDataSection):
     window: bool | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
+class ClassifierRecipe(EncoderRecipe, ClassifierSection):
+    """As `ClassifierSection`, open in what `EncoderRecipe` is."""
+
+
+class SegmenterRecipe(EncoderRecipe, SegmenterSection):
+    """As `SegmenterSection`, open in what `EncoderRecipe` is."""
+
+
+class ImageDataRecipe(DataRecipe, ImageDataSection):
+    """As `ImageDataSection`, open in what `DataRecipe` is."""
+
+
+class MaskDataRecipe(DataRecipe, MaskDataSection):
+    """As `MaskDataSection`, open in what `DataRecipe` is."""
+
+
 class FinetuneRecipe(FinetuneConfig, Recipe[FinetuneConfig]):
     """What users give `finetune.py`: a `FinetuneConfig` in which `auto` (or nothing) is what `init_from` has."""
 
     complete: ClassVar[type[RunConfig]] = FinetuneConfig
     open_sections: ClassVar[tuple[str, ...]] = ("model", "data")
+
+    @classmethod
+    def kind_of(cls, values: Mapping[str, Any]) -> type[Self]:
+        if cls is not FinetuneRecipe:
+            return cls
+        return cast(type[Self], SegmentationRecipe if values.get("task") == "segmentation" else ImageRecipe)
+
+
+class ImageRecipe(ImageConfig, FinetuneRecipe):
+    """What users give `finetune.py` for whole images."""
+
     model: ClassifierRecipe = ClassifierRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
-    data: LabelledDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: ImageDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class SegmentationRecipe(SegmentationConfig, FinetuneRecipe):
+    """What users give `finetune.py` for a class for each pixel."""
+
+    model: SegmenterRecipe = SegmenterRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
+    data: MaskDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EvaluateConfig(Section):
@@ -624,7 +805,8 @@ def _known_key(location: Sequence[int | str], known: Sequence[str]) -> str:
     return next((prefix for prefix in prefixes if prefix in known), ".".join(parts))
 
 
-def _describe(error: ValidationError, known: Sequence[str], source: str, overridden: Sequence[str]) -> str:
+def _describe(error: ValidationError, kind: type[Section], source: str, overridden: Sequence[str]) -> str:
+    known = list(_keys(kind))
     errors = error.errors(include_url=False)
     first = errors[0]
     key = _known_key(first["loc"], known)
@@ -632,7 +814,8 @@ def _describe(error: ValidationError, known: Sequence[str], source: str, overrid
         key = ".".join(str(part) for part in first["loc"])
     place = f"argument {named(key)}" if key in overridden else f"{source}: {named(key)}" if key else source
     if first["type"] == "extra_forbidden":
-        return f"{place}: unknown key{_suggest(key, known)}"
+        elsewhere = kind.place_of(key)
+        return f"{place}: {elsewhere}" if elsewhere else f"{place}: unknown key{_suggest(key, known)}"
     if first["type"] == "missing":
         return f"{place}: missing; add it to the file or give {named(key)}=VALUE"
     if first["type"] == "value_error":
@@ -650,10 +833,11 @@ def parse_config(
     Raises:
         UserError: if a key is unknown (with a suggestion), missing or of a wrong value; `source` is named.
     """
+    kind = kind.kind_of(values)
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(_describe(error, list(_keys(kind)), source, overridden)) from error
+        raise UserError(_describe(error, kind, source, overridden)) from error
 
 
 def override_config(kind: type[Config], values: Mapping[str, Any], overrides: Sequence[str], source: str) -> Config:

@@ -6,10 +6,12 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 """
 
 import argparse
-import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fcmae import arguments
 
@@ -21,14 +23,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fcmae.config import FinetuneConfig, FinetuneRecipe, load_config, to_yaml
-from fcmae.data import EvaluationDataset, LabelledBatch, PixelNormalizer, prefetch
+from fcmae.data import LabelledBatch, PixelNormalizer, prefetch
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
-from fcmae.files import require_folder, require_free, write_json
+from fcmae.evaluation.inference import require_finite
+from fcmae.files import make_folder, require_folder, require_free, write_json
 from fcmae.load import known_of, load_weights, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
-from fcmae.tasks.base import Scores, Task, score_images
+from fcmae.tasks.base import Evaluation, Scores, Task, score_images
 from fcmae.tasks.known import TASKS
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
@@ -39,13 +42,23 @@ from fcmae.training.optim import build_adamw
 from fcmae.training.run_folder import RunFolder, require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
-from fcmae.training.trainer import Trainer
+from fcmae.training.trainer import Show, Trainer
 from fcmae.visualize import write_picture
-from fcmae.weights.base import Preprocessing, build_encoder, load_network
+from fcmae.weights.base import Preprocessing, build_encoder
 from fcmae.weights.export import write_folder
 
 
-def evaluate(accelerator: Accelerator, model: Network, dataset: EvaluationDataset, task: Task) -> Scores:
+@contextmanager
+def evaluating(accelerator: Accelerator, model: Network) -> Iterator[None]:
+    """Inside, a network computes as in evaluation, in the run's precision and without gradients."""
+    training = model.training
+    model.eval()
+    with accelerator.autocast(), torch.inference_mode():
+        yield
+    model.train(training)
+
+
+def evaluate(accelerator: Accelerator, model: Network, dataset: Evaluation, task: Task[Any]) -> Scores:
     """Score a network on all images of a set, spread over the processes, each counted once.
 
     Raises:
@@ -53,10 +66,8 @@ def evaluate(accelerator: Accelerator, model: Network, dataset: EvaluationDatase
     """
     config = task.config
     normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
-    training = model.training
-    model.eval()
-    with accelerator.autocast(), blame(f"data.val_split={config.data.val_split}"):
-        scores = score_images(
+    with evaluating(accelerator, model), blame(f"data.val_split={config.data.val_split}"):
+        return score_images(
             task,
             model,
             normalize,
@@ -67,8 +78,6 @@ def evaluate(accelerator: Accelerator, model: Network, dataset: EvaluationDatase
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-    model.train(training)
-    return scores
 
 
 def evaluate_weights(options: argparse.Namespace) -> int:
@@ -118,10 +127,10 @@ def evaluate_weights(options: argparse.Namespace) -> int:
             f"{len(dataset.class_names)}"
         )
     scores = evaluate(accelerator, model, dataset, task)
-    if not all(map(math.isfinite, scores.figures.values())):
-        raise UserError(
-            f"{weights.path}: finite weights that compute what is not; they are damaged, get them again"
-        )
+    try:
+        require_finite(torch.tensor([*scores.figures.values()]))
+    except FloatingPointError as error:
+        raise UserError(f"{weights.path}: {error}") from error
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
         write_picture(picture, scores.draw(dataset.class_names))
@@ -153,18 +162,16 @@ def train(
 ) -> None:
     """Do the work of a run that has begun; `taken` says which settings its weights chose."""
     # The task and its images: labelled, and augmented by (seed, epoch, index)
-    if checkpoint is not None and (trained := checkpoint.state.config.get("task", "classification")) != config.task:
-        raise UserError(f"{checkpoint.path}: of task={trained}, not task={config.task}; name another output folder")
     accelerator.print(f"opening          {config.data.root}", flush=True)
     task, dataset = TASKS[config.task].open(config, checkpoint.state if checkpoint else None)
-    config = with_kind(config, dataset.source)
+    config = with_kind(config, dataset.images)
     task = replace(task, config=config)
     validation = None
     if config.data.val_split is not None:
-        validation = task.validation_set(config.model.in_chans, training=dataset.source)
+        validation = task.validation_set(config.model.in_chans, training=dataset)
     normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
 
-    # The network: a dense ConvNeXt, pretrained, with a new head of small weights
+    # The network: a dense ConvNeXt, pretrained, with a new head
     with torch.device("meta"):
         outline = task.build()
     require_memory(config, outline, accelerator.device)
@@ -179,9 +186,7 @@ def train(
     else:
         started = f"{checkpoint.path} (resumed)"
     if config.train.freeze_encoder:
-        model.requires_grad_(False)
-        model.classifier_layer.requires_grad_()
-        model.eval()  # without drop path
+        model.freeze()
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
     task_loss = task.loss()
@@ -231,30 +236,47 @@ def train(
             log.record(step, figures)
         return scores["ema" if config.evaluates_ema else "val"].figures[best_by.key]
 
+    # The pictures: what the network makes of always the same images, where that can be seen
+    draw = task.pictures(validation or dataset)
+
+    def show(step: int, log: MetricsLog) -> None:
+        assert draw is not None
+        shown = trainer.ema.module if trainer.ema is not None and config.evaluates_ema else model
+        with evaluating(accelerator, shown):
+            picture = draw(shown, normalize)
+        path = trainer.run.prediction(step)
+        make_folder(path.parent)
+        write_picture(path, picture)
+        log.picture("predictions", picture, step)
+
+    every = trainer.plan.steps_in(config.eval.every_epochs)
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
+        shows=[Show("pictures", every, show)] if draw else [],
         evaluate=score if validation else None,
-        evaluate_every=trainer.plan.steps_in(config.eval.every_epochs),
+        evaluate_every=every,
     )
 
-    # What remains: the best model, as timm loads it where it can
+    # What remains: the best model, as timm loads it where it can, and pictures to look at
     if accelerator.is_main_process:
         folder = trainer.run
         final = stored_model(folder.path)
         assert final is not None
-        load_network(model, load_weights(folder.path).tensors, final.file)
+        best = build_encoder(load_weights(folder.path))
         preprocessing = Preprocessing.of(dict(config.data) | {"class_names": task.names, "task": config.task})
-        write_folder(model, preprocessing, folder.model)
+        write_folder(best, preprocessing, folder.model)
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
             places["best"] = (
                 f"{folder.best} (step {trainer.best.step}, {best_by.title} {best_by.show(trainer.best.score)})"
             )
+        if draw:
+            places["predictions"] = folder.predictions
         path = shlex.quote(str(folder.path))
         commands = [
             f"tensorboard --logdir {path}",
             *([f"fcmae finetune --evaluate {path}"] if validation else []),
-            f"fcmae predict {path} IMAGES",
+            f"fcmae predict {path} IMAGES{task.predict_options.format(run=path)}",
             f"fcmae export {path} --to onnx --output {path}-onnx",
         ]
         scores = {best_by.title: f"val_{best_by.key}", f"{best_by.title} of the EMA": f"ema_{best_by.key}"}

@@ -17,10 +17,11 @@ from fcmae.model import FCMAE
 from fcmae.training.checkpoint import STATE
 from fcmae.training.run_folder import RunFolder, StoredModel, newest_state, stored_model
 from fcmae.weights.base import (
+    ENCODER,
     Preprocessing,
     Weights,
     build_encoder,
-    build_untrained,
+    build_like,
     describe_encoder,
     load_network,
     report_damage,
@@ -86,7 +87,8 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
         with blame(str(stored.file.with_name(STATE))):
             rescaled = rescale_outputs(weights.tensors, weights.classifier, std, mean)
         weights = weights._replace(tensors=rescaled)
-    kind = "FCMAE run" if any(name.startswith("encoder.") for name in tensors) else "fine-tuned run"
+    is_pretrained = not weights.head and any(name.startswith(ENCODER) for name in tensors)
+    kind = "FCMAE run" if is_pretrained else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
 
 
@@ -104,8 +106,9 @@ def rescale_outputs(
         ValueError: if there are other outputs.
     """
     weight, bias = f"{classifier}.weight", f"{classifier}.bias"
-    if tensors[weight].shape[0] != len(factor):
-        raise ValueError(f"statistics of {len(factor)} targets for {tensors[weight].shape[0]} outputs")
+    outputs = len(tensors[weight]) if weight in tensors else 0
+    if outputs != len(factor):
+        raise ValueError(f"statistics of {len(factor)} targets for {outputs} outputs")
     changed = {weight: tensors[weight] * factor[:, None], bias: tensors[bias] * factor + offset}
     return tensors | changed
 
@@ -120,6 +123,8 @@ def load_encoder(
 ) -> Network:
     """Return the network of a run or of any file of weights: `build_encoder` of `load_weights`.
 
+    That of a segmentation run is its `Segmenter`, or with `num_classes=0` the encoder in it.
+
     Raises:
         UserError: as `load_weights`.
     """
@@ -130,7 +135,7 @@ def load_encoder(
 def _shape_of(weights: Weights) -> Network:
     """Return the network of weights without its tensors."""
     with torch.device("meta"):
-        return build_untrained(weights.tensors, num_classes=weights.num_classes, network=weights.network)
+        return build_like(weights)
 
 
 def require_network(

@@ -1,6 +1,7 @@
 """Pictures of segmentations: classes in colours, overlays, image | truth | prediction, PNG; knows no model."""
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fcmae.data.batches import NOT_COUNTED
 from fcmae.data.masks import as_values
 from fcmae.data.pixels import FULL
 from fcmae.files import atomic_path
-from fcmae.visualize import as_rgb, display_range, draw_panels
+from fcmae.visualize import as_rgb, display_range, draw_panels, enlarge, stretch
 
 COLOURS = 256
 """Different ones; more classes begin again."""
@@ -22,6 +24,12 @@ NOTHING = 1.0
 
 OPACITY = 0.5
 """Of classes over an image."""
+
+LEAST_WIDTH = 256
+"""Pixels of an overlay, so that names fit below it."""
+
+ROWS, ENOUGH = 256, 1 << 20
+"""Rows of an overlay that are drawn at a time, and about the most pixels by which black and white are chosen."""
 
 
 @functools.cache
@@ -51,10 +59,9 @@ def paint(classes: Tensor) -> Tensor:
     return torch.where(classes[:, None] < 0, NOTHING, painted)
 
 
-def shown(pixels: Tensor, bands: Sequence[int] | None = None) -> Tensor:
+def shown(pixels: Tensor, bands: Sequence[int] | None, low: Tensor, high: Tensor) -> Tensor:
     """Return pixels (b, c, h, w) as they are shown, see `display_range`: float32 (b, 3, h, w) in [0, 1]."""
-    low, high = display_range(pixels)
-    return as_rgb(((pixels.float() / FULL[pixels.dtype] - low) / (high - low)).clamp(0, 1).nan_to_num(), bands)
+    return as_rgb(stretch(pixels.float() / FULL[pixels.dtype], low, high).nan_to_num(), bands)
 
 
 def overlay(images: Tensor, classes: Tensor) -> Tensor:
@@ -101,7 +108,8 @@ def draw_segmentations(
         class_names: by class; those that occur are named below.
         bands: see `as_rgb`.
     """
-    images = shown(pixels.cpu(), bands)
+    pixels = pixels.cpu()
+    images = shown(pixels, bands, *display_range(pixels))
     maps = {"truth": truth, "prediction": predicted}
     known = {title: classes.cpu() for title, classes in maps.items() if classes is not None}
     columns = {"image": images} | {title: paint(classes) for title, classes in known.items()}
@@ -109,6 +117,36 @@ def draw_segmentations(
     occurring = torch.cat([classes.flatten() for classes in known.values()]).unique().tolist()
     legend = draw_legend(class_names, [label for label in occurring if label >= 0], panels.shape[1])
     return np.concatenate([panels, legend])
+
+
+def draw_overlay(
+    pixels: Tensor, classes: Tensor, class_names: Sequence[str], bands: Sequence[int] | None = None
+) -> np.ndarray:
+    """Draw an image with its classes laid over, and below it the names of those that occur: uint8 (h, w, 3).
+
+    Images of less than `LEAST_WIDTH` pixels across are enlarged by a whole factor. Of large ones little memory is
+    taken beside the picture.
+
+    Args:
+        pixels: (c, h, w), see `display_range`.
+        classes: whole numbers (h, w), -1 where there is none.
+        class_names: by class.
+        bands: see `as_rgb`.
+    """
+    height, width = classes.shape
+    step = max(1, math.isqrt(height * width // ENOUGH))
+    limits = display_range(pixels[None, :, ::step, ::step])
+    factor = -(-LEAST_WIDTH // width)
+    picture = np.empty((height * factor, width * factor, 3), np.uint8)
+    occurring: set[int] = set()
+    for top in range(0, height, ROWS):
+        rows = slice(top, top + ROWS)
+        occurring.update(classes[rows].unique().tolist())
+        laid = overlay(shown(pixels[None, :, rows], bands, *limits), classes[None, rows])
+        drawn = enlarge((laid * 255).round().to(torch.uint8), factor)[0].permute(1, 2, 0)
+        picture[top * factor : (top + ROWS) * factor] = drawn.numpy()
+    legend = draw_legend(class_names, sorted(occurring - {NOT_COUNTED}), picture.shape[1])
+    return np.concatenate([picture, legend])
 
 
 def write_mask(path: Path, classes: np.ndarray, ignored: int | None = None) -> None:

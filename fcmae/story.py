@@ -15,9 +15,10 @@ from fcmae.data import (
     load_batches,
     unreadable,
 )
-from fcmae.data.batches import PREFETCH_FACTOR
+from fcmae.data.batches import PREFETCH_FACTOR, Loadable
 from fcmae.data.pixels import kind_name
 from fcmae.data.sampling import spread
+from fcmae.data.segments import SegmentationDataset
 from fcmae.data.views import Part
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
@@ -97,14 +98,16 @@ def warn_of_units(trainer: Trainer, source: Source) -> None:
         )
 
 
-def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDataset) -> Callable[..., Iterator[Any]]:
+def training_batches(
+    trainer: Trainer, dataset: PretrainDataset | LabelledDataset | SegmentationDataset
+) -> Callable[..., Iterator[Any]]:
     """Return a function of `num_workers=` that gives this process's batches, from where the run stands on.
 
     Says what of the settings is odd for these images and this machine.
     """
     accelerator, config = trainer.accelerator, trainer.config
     if accelerator.is_main_process:
-        warn_of_units(trainer, dataset.source)
+        warn_of_units(trainer, dataset.images)
     cores = cores_per_process()
     if config.data.num_workers > cores:
         trainer.say(f"data.num_workers={config.data.num_workers}: more than the {cores} cores of each process here")
@@ -120,7 +123,7 @@ def training_batches(trainer: Trainer, dataset: PretrainDataset | LabelledDatase
 
 
 def try_run(
-    trainer: Trainer, load: Callable[..., Iterator[Any]], sources: Mapping[str, Source], **facts: object
+    trainer: Trainer, load: Callable[..., Iterator[Any]], sources: Mapping[str, Loadable], **facts: object
 ) -> None:
     """Print what a run would take, other `facts` of it, and whether some images of each source can be read."""
     trainer.say(rehearse(trainer, load, queue=PREFETCH_FACTOR))

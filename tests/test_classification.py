@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fcmae.config import FinetuneConfig, parse_config
+from fcmae.config import ImageConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.errors import UserError
 from fcmae.tasks.base import build_classifier
@@ -69,14 +69,14 @@ def test_the_table_is_json_with_a_column_for_each_kind_of_figure() -> None:
     assert table["classes"]["images"] == [1, 2, 0]
 
 
-def config(**data: Any) -> FinetuneConfig:
+def config(**data: Any) -> ImageConfig:
     values: dict[str, Any] = {
         "output": "run",
         "model": {"variant": ((1, 1, 1, 1), (8, 8, 8, 8)), "head_init_scale": 0.001},
         "data": {"root": "images", **data},
         "train": {"label_smoothing": 0.1},
     }
-    return parse_config(FinetuneConfig, values, "test")
+    return parse_config(ImageConfig, values, "test")
 
 
 def training_images(root: Path, labels: list[int], names: list[str] | None = None, **model: int) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ def training_images(root: Path, labels: list[int], names: list[str] | None = Non
     save_arrays(root / "train", np.zeros((len(labels), 4, 4, 3), np.uint8), labels, names)
     values = config(root=str(root), name="arrays").model_dump(mode="json")
     values["model"] |= model
-    return training_source(parse_config(FinetuneConfig, values, "test"))[1]
+    return training_source(parse_config(ImageConfig, values, "test"))[1]
 
 
 def test_labels_from_one_or_beyond_the_images_are_no_classes_unless_named(

@@ -570,7 +570,7 @@ def test_names_from_the_disk_are_printed_in_one_line(model: Path, tmp_path: Path
     assert code == 2
     shown = [line for line in out.splitlines() if not line.startswith("  ")]
     assert shown == [f"{tmp_path}/a\\nb\\x1b[31m.jpg", f"{tmp_path}/c\\udcff.jpg"]
-    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/d\\ne.png: not an image")
+    assert err.splitlines()[-2].startswith(f"error: {tmp_path}/d\\ne.png: not an image")
 
 
 # What others write

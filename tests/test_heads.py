@@ -2,15 +2,26 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcmae.encoder.base import Network, Variant
 from fcmae.encoder.networks import build_network
-from fcmae.heads.segmentation import HEADS, FCNHead, FPNHead, HeadName, Segmenter, UPerNetHead
-from fcmae.heads.windows import Strip, Windows, pixel_logits, slide, window_starts
+from fcmae.heads.segmentation import (
+    HEADS,
+    POOLED_SIDES,
+    FCNHead,
+    FPNHead,
+    HeadName,
+    Segmenter,
+    UPerNetHead,
+    pool_maps,
+)
+from fcmae.heads.windows import Strip, Windows, pixel_logits, resize_rows, slide, window_starts
 
 DIMS = (8, 16, 24, 32)
 
@@ -64,12 +75,97 @@ def test_a_head_gives_logits_at_the_finest_map(head: type[FPNHead] | type[UPerNe
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_all_that_is_trained_gets_a_gradient(head: HeadName) -> None:
-    model = small(head, auxiliary=True).train()
-    logits, auxiliary = model(torch.randn(2, 3, 64, 64))
+@pytest.mark.parametrize(
+    ("variant", "options", "idle"),
+    [
+        (((1, 1, 1, 1), DIMS), {}, ""),
+        (((1, 1, 1, 1), DIMS), {"version": 1}, ""),
+        ("roadmap/resnet50", {}, ""),
+        ("roadmap/convnext-tiny", {}, "norm"),
+        ("timm/test_convnext", {}, "head.norm"),
+        ("timm/test_efficientnet", {}, ""),
+        ("timm/test_resnet", {}, ""),
+        ("timm/mobilenetv3_small_050", {}, "conv_head"),
+    ],
+    ids=str,
+)
+def test_all_that_is_trained_gets_a_gradient_and_nothing_else_is(
+    head: HeadName, variant: Variant, options: dict[str, Any], idle: str
+) -> None:
+    """As data-parallel training asks for; a norm or layer after the pooling is no part of a pyramid."""
+    torch.manual_seed(0)
+    model = Segmenter(build_network(variant, **options), 5, head=head, dim=16, auxiliary=True).train()
+    logits, auxiliary = model(torch.randn(2, 3, 64, 96))
     (logits.square().mean() + auxiliary.square().mean()).backward()
-    lacking = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not lacking
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, p in trained.items() if p.grad is None]
+    left = {name.replace(".model.", ".") for name, _ in model.named_parameters() if name not in trained}
+    assert left == {f"encoder.{idle}.{part}" for part in ("weight", "bias") if idle}
+
+
+def test_the_norm_of_a_classifier_stays_and_is_not_trained() -> None:
+    encoder = small().encoder
+    encoder.norm = nn.LayerNorm(DIMS[-1])  # as `build_encoder` leaves it where there was a classifier
+    model = Segmenter(encoder, 5)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        "encoder.norm.weight",
+        "encoder.norm.bias",
+    ]
+
+
+def test_a_segmenter_is_a_network_like_its_encoder() -> None:
+    model = small(in_chans=5, auxiliary=True)
+    encoder = model.encoder
+    assert isinstance(model, Network)
+    for name in ("family", "variant", "in_chans", "patch_size", "dims", "arguments", "layer_depths"):
+        assert getattr(model, name) == getattr(encoder, name)
+    images = torch.randn(1, 5, 32, 48)
+    assert all(map(torch.equal, model.pyramid(images), encoder.pyramid(images)))
+    names = {name.partition(".")[0] for name in model.state_dict()}
+    assert names == {"encoder", *(name.rstrip(".") for name in model.head_names)}
+    assert f"{model.classifier}.weight" in model.state_dict()
+    assert model.classifier_layer is model.get_submodule(model.classifier)
+    model.gradient_checkpointing = True
+    assert encoder.gradient_checkpointing
+    assert model.gradient_checkpointing
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    images, found = torch.randn(2, 3, 32, 48), []
+    for again in (False, True):
+        model = small().train()
+        model.gradient_checkpointing = again
+        torch.manual_seed(1)
+        model(images).square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    for once, twice in zip(*found, strict=True):
+        assert torch.allclose(once, twice, atol=1e-6)
+
+
+def test_a_frozen_encoder_stays_as_it_is_while_the_heads_are_trained() -> None:
+    torch.manual_seed(0)
+    model = Segmenter(build_network("timm/test_resnet", drop_path=0.5), 5, dim=16, auxiliary=True)
+    model.train().freeze()
+    before = {name: x.clone() for name, x in model.encoder.state_dict().items()}
+    for training in (True, False, True):  # as around an evaluation
+        model.train(training)
+        assert model.head.training is training
+        assert not model.encoder.training
+    logits, auxiliary = model(torch.randn(2, 3, 64, 64))
+    (logits.mean() + auxiliary.mean()).backward()
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {
+        "head",
+        "auxiliary",
+    }
+    assert all(torch.equal(x, before[name]) for name, x in model.encoder.state_dict().items())  # running statistics
+    assert model.train(True).training
+
+
+def test_a_frozen_classifier_trains_its_last_layer_alone() -> None:
+    model = build_network(((1, 1, 1, 1), DIMS), num_classes=3).train()
+    model.freeze()
+    assert not model.training
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
 def test_the_second_head_works_in_training_alone() -> None:
@@ -89,14 +185,20 @@ def test_an_unknown_head_is_refused() -> None:
     encoder = build_network(((1, 1, 1, 1), DIMS))
     with pytest.raises(ValueError, match="no head 'deeplab': choose from fpn, upernet"):
         Segmenter(encoder, 5, head="deeplab")  # pyright: ignore
+    with pytest.raises(ValueError, match="no classifier: build it with num_classes=0"):
+        Segmenter(build_network(((1, 1, 1, 1), DIMS), num_classes=3), 5)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_segmenter_exports_as_a_program_of_any_batch(head: HeadName) -> None:
-    model, images = small(head).eval(), torch.randn(2, 3, 64, 64)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    others = torch.randn(3, 3, 64, 64)
-    assert torch.allclose(program.module()(others), model(others), atol=1e-5)
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 7), (6, 12), (13, 8)])
+@pytest.mark.parametrize("side", POOLED_SIDES)
+def test_maps_are_pooled_as_torch_pools_them(side: int, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, side, side, dtype=torch.float64)
+    found, wanted = pool_maps(x, side), F.adaptive_avg_pool2d(x, side)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), x)
+    (expected,) = torch.autograd.grad((wanted * weight).sum(), x)
+    assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
 
 
 # Sliding windows
@@ -187,6 +289,13 @@ def test_windows_with_gaps_are_refused() -> None:
     for stride in ((17, 8), (8, 0)):
         with pytest.raises(ValueError, match="leaves gaps between windows"):
             next(slide(Local(), torch.randn(1, 3, 40, 40), Windows((16, 16), stride)))
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((30, 40), (200, 90)), ((30, 40), (7, 130)), ((1, 1), (70, 3))])
+def test_rows_are_resized_as_all_at_once(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    logits = torch.randn(2, 3, *size)
+    found = stacked(resize_rows(logits, wanted))
+    assert torch.allclose(found, F.interpolate(logits, wanted, mode="bilinear"), atol=1e-5)
 
 
 @torch.no_grad()

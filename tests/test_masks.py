@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fcmae.data import save_arrays
 from fcmae.data.masks import (
@@ -240,6 +240,21 @@ def test_a_turned_image_has_the_classes_that_a_person_sees(tmp_path: Path) -> No
     write_values(tmp_path / "train/masks/a.png", (upright[..., 0] > 0).astype(np.uint8))
     pixels, classes, _ = open_train(tmp_path).load(0)
     assert np.array_equal(pixels[0] > 0, classes == 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_as_a_person_sees_it_whole_and_in_parts(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(VALUES).save(tmp_path / "a.png", exif=exif)
+    seen = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    deep, tag = tmp_path / "a.tif", [(274, "H", 1, orientation, True)]
+    tifffile.imwrite(deep, VALUES.astype(np.uint16), extratags=tag)
+    tifffile.imwrite(tmp_path / "b.tif", VALUES, extratags=tag)
+    for path in (tmp_path / "a.png", deep, tmp_path / "b.tif"):
+        assert np.array_equal(read(path), seen), path.name
+        with open(path, "rb") as file:
+            assert np.array_equal(open_mask(file).read((3, 5, 9, 7)), seen[3:12, 5:12]), path.name
 
 
 def test_a_share_of_the_images_is_within_every_larger_one(tmp_path: Path) -> None:

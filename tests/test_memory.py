@@ -13,6 +13,7 @@ from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, load_config,
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
 from fcmae.tasks.base import build_classifier
+from fcmae.tasks.known import TASKS
 from fcmae.training import memory
 from fcmae.training.memory import require_memory
 
@@ -35,7 +36,7 @@ def outline(config: RunConfig) -> nn.Module:
         if isinstance(config, PretrainConfig):
             return FCMAE(**config.model.model_dump())
         assert isinstance(config, FinetuneRecipe)
-        return build_classifier(config.resolve({}, "a test"), 1000)
+        return TASKS[config.task](config.resolve({}, "a test"), tuple(map(str, range(1000)))).build()
 
 
 def refusal(config: RunConfig, device: torch.device) -> str:
@@ -87,6 +88,13 @@ def test_a_gpu_may_hold_more_than_the_computer(machine: None) -> None:
     config = pretraining("model.variant=huge")
     assert refusal(config, CPU).startswith("model.variant='huge': takes ")
     require_memory(config, outline(config), GPU)
+
+
+def test_a_head_that_is_larger_than_the_encoder_is_named(machine: None) -> None:
+    settings = ["model.variant=atto", "data.image_size=32", "model.head=upernet", "model.head_dim=10000"]
+    recipe = load_config(FinetuneRecipe, "finetune/segmentation", settings)
+    with pytest.raises(UserError, match=r"^model\.head='upernet': takes .* choose a smaller one"):
+        require_memory(recipe.resolve({}, "a test"), outline(recipe), CPU)
 
 
 def test_frozen_weights_take_no_gradients_and_an_ema_takes_as_much_as_the_weights(machine: None) -> None:

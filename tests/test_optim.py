@@ -8,6 +8,7 @@ import torch
 
 from fcmae import FCMAE, VARIANTS, ConvNeXt
 from fcmae.config import PretrainOptimSection
+from fcmae.heads.segmentation import Segmenter
 from fcmae.story import layer_rates
 from fcmae.training.optim import build_adamw, exempt_from_decay, layer_scales
 
@@ -126,3 +127,20 @@ def test_in_pretraining_the_encoder_may_wait_and_its_lower_layers_learn_more_slo
             assert group["lr_scale"] == (scales[name] if name.startswith("encoder.") else 1.0)
     assert scales["encoder.stages.3.0.dwconv.weight"] == 0.5
     assert scales["encoder.downsample_layers.0.0.weight"] == 0.5**5
+
+
+def test_a_segmenters_encoder_has_the_rates_of_a_classifiers_and_its_heads_the_full_one() -> None:
+    with torch.device("meta"):
+        encoder = ConvNeXt("base")
+        model = Segmenter(encoder, 150, head="upernet", auxiliary=True)
+    depths = model.layer_depths
+    assert depths is not None
+    for decay_type in ("single", "group"):
+        alone = layer_scales(encoder.state_dict(), depths, decay=0.5, decay_type=decay_type)
+        scales = layer_scales(model.state_dict(), depths, decay=0.5, decay_type=decay_type)
+        heads = {name for name in scales if name.startswith(model.head_names)}
+        assert {name: scales[name] for name in scales.keys() - heads} == {
+            f"encoder.{name}": scale for name, scale in alone.items()
+        }
+        assert heads
+        assert {scales[name] for name in heads} == {1.0}

@@ -19,6 +19,7 @@ from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_program
 from PIL import Image
@@ -55,6 +56,7 @@ RULES = (
     (r"tensorboard ", "--inspect", r"reconstructions", None),
     (r"fcmae ablate ", "", r"fcmae\.finetune --config finetune/cifar10-small", None),
     (r".*(--dry-run|--print-config)", PRETRAIN, r".", None),
+    (r".*--evaluate runs/segmenter", "", r"(?m)^bright .+%", "runs/segmenter/iou.png"),
     (r".*--evaluate runs/", "", r"(?m)^right +4 ", "runs/*/confusion*.png"),
     (r"fcmae evaluate", "data.num_workers=0 data.batch_size=4", r"linear probe", None),
     (r".*\bfinetune(\.py)? ", FINETUNE, r"", "runs/*/model/model.safetensors"),
@@ -84,6 +86,19 @@ def label_halves(folder: Path) -> None:
                 half.save(place)
 
 
+def mask_brightness(folder: Path) -> None:
+    """Give the photographs masks of two classes: the darker half of the pixels, and the others."""
+    for i, path in enumerate(sorted((ROOT / "docs" / "photos").glob("*.jpg"))):
+        gray = np.asarray(Image.open(path).convert("L"))
+        mask = Image.fromarray((gray > np.median(gray)).astype(np.uint8))
+        split = folder / ("train" if i < 9 else "val")
+        for place in (split / "images", split / "masks"):
+            place.mkdir(parents=True, exist_ok=True)
+        (split / "images" / path.name).symlink_to(path)
+        mask.save(split / "masks" / f"{path.stem}.png")
+    (folder / "classes.txt").write_text("dark\nbright\n")
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where the README's paths lead somewhere: into this checkout, and to images."""
@@ -91,6 +106,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("Makefile", "pyproject.toml", "configs", "docs", "pretrain.py", "finetune.py"):
         (folder / name).symlink_to(ROOT / name)
     label_halves(folder / "path" / "to" / "labelled")
+    mask_brightness(folder / "path" / "to" / "masked")
     (folder / "path" / "to" / "images").symlink_to(ROOT / "docs" / "photos")
     return folder
 
@@ -165,8 +181,10 @@ def test_a_command_of_the_readme_runs(i: int, ran: Callable[[int], Ran]) -> None
 def test_a_snippet_runs(
     page: Path, snippet: str, workspace: Path, ran: Callable[[int], Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "runs/quickstart" in snippet:
-        ran(0)
+    for i, command in enumerate(COMMANDS):
+        made = "runs/quickstart" if command == "make quickstart" else command.partition(" output=")[2]
+        if made and made in snippet:
+            ran(i)
     monkeypatch.chdir(workspace)
     exec(compile(snippet, str(page), "exec"), {})
 

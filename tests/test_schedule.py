@@ -31,6 +31,34 @@ def test_the_rate_without_warmup_starts_at_the_peak_and_never_rises() -> None:
     assert all(rate > 0 for rate in rates)
 
 
+def test_a_linear_decline_loses_as_much_with_each_step_down_to_the_floor() -> None:
+    rates = [
+        learning_rate(s, peak=2.0, floor=0.5, warmup_steps=10, total_steps=110, decline="linear")
+        for s in range(111)
+    ]
+    assert rates[:11] == pytest.approx([0.2 * s for s in range(11)])
+    assert rates[10:] == pytest.approx([2.0 - 1.5 * s / 100 for s in range(101)])
+
+
+def test_the_configuration_says_how_the_rate_of_fine_tuning_declines() -> None:
+    path = ROOT / "configs/finetune/atto.yaml"
+    cosine, linear = (
+        Plan.of(configuration(path, f"optim.schedule={how}", "optim.warmup_epochs=0"), 1_000_000, 1)
+        for how in ("cosine", "linear")
+    )
+    quarter = cosine.total_steps // 4
+    assert linear.lr(quarter) == pytest.approx(0.75 * linear.peak_lr, rel=1e-2)
+    assert cosine.lr(quarter) == pytest.approx(0.5 * (1 + math.sqrt(0.5)) * cosine.peak_lr, rel=1e-2)
+
+
+def test_upernets_recipes_make_160000_updates_of_16_images_after_a_warm_up_of_1500() -> None:
+    for size in ("base", "large", "huge"):
+        found = Plan.of(configuration(ROOT / f"configs/finetune/upernet-{size}.yaml"), 20_210, 8)
+        assert (found.images_per_step, found.total_steps, found.warmup_steps) == (16, 160_000, 1500)
+        assert found.peak_lr == pytest.approx(1e-4)
+        assert (found.min_lr, found.decline) == (0.0, "linear")
+
+
 def test_a_run_shorter_than_its_warmup_stays_on_the_ramp() -> None:
     rates = [learning_rate(s, peak=1.0, floor=0.0, warmup_steps=100, total_steps=20) for s in range(20)]
     assert rates == pytest.approx([s / 100 for s in range(20)])
@@ -87,6 +115,8 @@ IMAGES = {
     "quickstart": 13,
     "small-": 2_000,
     "multilabel": 2_000,
+    "segmentation": 2_000,
+    "upernet": 20_210,
     "regression": 2_000,
     "continue": 2_000,
 }

@@ -8,7 +8,16 @@ import torch
 from PIL import Image
 
 from fcmae.data.masks import as_classes, open_mask
-from fcmae.segment_pictures import class_colours, draw_legend, draw_segmentations, overlay, paint, write_mask
+from fcmae.segment_pictures import (
+    ROWS,
+    class_colours,
+    draw_legend,
+    draw_overlay,
+    draw_segmentations,
+    overlay,
+    paint,
+    write_mask,
+)
 
 
 def test_all_colours_differ_and_those_of_the_first_classes_clearly() -> None:
@@ -51,6 +60,30 @@ def test_an_overlay_leaves_pixels_without_a_class() -> None:
     unlabelled = (classes < 0)[:, None].expand_as(images)
     assert torch.equal(laid[unlabelled], images[unlabelled])
     assert torch.allclose(laid[~unlabelled], ((images + paint(classes)) / 2)[~unlabelled])
+
+
+@pytest.mark.parametrize(("height", "width", "factor"), [(ROWS + 40, 300, 1), (2 * ROWS, 256, 1), (50, 100, 3)])
+def test_a_drawn_overlay_has_the_images_own_size_or_a_multiple_and_names_below(
+    height: int, width: int, factor: int
+) -> None:
+    pixels = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    classes = torch.randint(-1, 2, (height, width), dtype=torch.int16)
+    drawn = draw_overlay(pixels, classes, ["sky", "sea", "never"])
+    assert drawn.shape[1] == width * factor
+    wanted = overlay(pixels[None] / 255, classes[None])[0].mul(255).round().permute(1, 2, 0)
+    picture, legend = np.split(drawn, [height * factor])
+    assert np.abs(picture[::factor, ::factor].astype(int) - wanted.numpy()).max() <= 1
+    shown = [(legend == colour).all(-1).any() for colour in class_colours()[:3]]
+    assert shown == [True, True, False]
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, torch.uint16), (5, torch.float32)])
+def test_an_overlay_of_deep_pixels_is_stretched_as_other_pictures(channels: int, dtype: torch.dtype) -> None:
+    pixels = (torch.rand(channels, 300, 260) * 200 + 100).to(dtype)
+    if dtype == torch.float32:
+        pixels[:, :20] = torch.nan
+    drawn = draw_overlay(pixels, torch.full((300, 260), -1, dtype=torch.int16), ["sky"])[20:300]
+    assert drawn.std() > 50
 
 
 @pytest.mark.parametrize(

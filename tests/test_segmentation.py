@@ -1,14 +1,15 @@
 """Segmentation: loss and scores against plain loops, evaluation of images of all sizes, and that it learns."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fcmae.config import FinetuneConfig, SegmentationConfig, parse_config
 from fcmae.data import PixelNormalizer, load_batches, save_arrays
 from fcmae.data.masks import SegmentationSource, open_segmentation, save_masks
 from fcmae.data.sampling import IndexStream
@@ -16,19 +17,18 @@ from fcmae.data.segments import SegmentationDataset, SegmentationEvaluation, Seg
 from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError
 from fcmae.heads.segmentation import HEADS, HeadName, Segmenter
-from fcmae.heads.windows import Strip, Windows, pixel_logits
+from fcmae.heads.windows import Strip
+from fcmae.tasks.base import score_images
 from fcmae.tasks.segmentation import (
     AUXILIARY_WEIGHT,
-    ScoreMetric,
-    Scores,
+    Segmentation,
+    SegmentationMetric,
+    SegmentationScores,
     balanced_weights,
     dice_loss,
-    evaluate,
     loss_of_heads,
-    report,
     require_jitter,
     segmentation_loss,
-    tabulate,
 )
 
 
@@ -107,9 +107,9 @@ def test_balanced_weights_make_rare_classes_count_more() -> None:
 # Scores
 
 
-def scores_of(logits: Tensor, labels: Tensor, rows: int = 100) -> Scores:
+def scores_of(logits: Tensor, labels: Tensor, rows: int = 100) -> SegmentationScores:
     """The scores of strips of so many rows."""
-    metric = ScoreMetric(logits.shape[1], logits.device)
+    metric = SegmentationMetric(logits.shape[1], logits.device)
     for some, labels_of_some in zip(logits.split(3), labels.split(3), strict=True):
         strips = [Strip(top, some[:, :, top : top + rows]) for top in range(0, some.shape[2], rows)]
         metric.update(iter(strips), labels_of_some)
@@ -136,8 +136,8 @@ def test_scores_are_those_of_a_plain_loop(rows: int) -> None:
     ious = [hit / union for hit, union in zip(hits, unions, strict=True) if union]
     assert unions[4] == 0
     assert unions[2] > 0
-    assert found.miou == pytest.approx(sum(ious) / 4)
-    assert found.pixel_accuracy == pytest.approx(right / number)
+    assert found.figures["miou"] == pytest.approx(sum(ious) / 4)
+    assert found.figures["pixel_accuracy"] == pytest.approx(right / number)
     assert found.confusion.sum() == number
     assert found.num_images == 7
     assert found.loss == pytest.approx(float(segmentation_loss(logits, labels)), rel=1e-5)
@@ -151,14 +151,15 @@ def test_an_evaluation_of_nothing_is_no_evaluation() -> None:
 def test_the_report_has_a_line_for_each_class_and_no_ratio_over_nothing() -> None:
     logits = torch.eye(3)[torch.tensor([[0, 1], [1, 0]])].permute(2, 0, 1)[None]
     found = scores_of(logits, torch.tensor([[[0, 1], [0, 0]]]))
-    lines = report(found, ["sky", "a long name of a sea", "land"]).splitlines()
+    lines = found.report(["sky", "a long name of a sea", "land"]).splitlines()
     assert lines[0].split() == ["images", "1"]
     assert lines[1].split() == ["mIoU", "58.33%"]
     assert lines[2].split() == ["pixel", "accuracy", "75.00%"]
     assert lines[-3].split() == ["sky", "3", "66.7%", "66.7%", "100.0%"]
     assert lines[-1].split() == ["land", "0", "-", "-", "-"]
     assert len({len(line) for line in lines[5:]}) == 1
-    table = tabulate(found, ["sky", "sea", "land"])
+    assert found.draw(["sky", "sea", "land"]).shape[2] == 3
+    table = found.tabulate(["sky", "sea", "land"])
     assert list(table) == ["images", "miou", "pixel_accuracy", "loss", "classes"]
     assert table["classes"]["iou"] == [2 / 3, 0.5, None]
 
@@ -172,32 +173,52 @@ def source_of(folder: Path, images: np.ndarray, masks: np.ndarray) -> Segmentati
     return open_segmentation("arrays", str(folder), "train", None)
 
 
+def task_of(source: SegmentationSource, **data: Any) -> Segmentation:
+    values = {"task": "segmentation", "output": "run", "model": {"variant": "atto"}}
+    config = parse_config(FinetuneConfig, values | {"data": {"root": "x", **data}}, "a test")
+    assert isinstance(config, SegmentationConfig)
+    return Segmentation(config, source.class_names)
+
+
+PLAIN = PixelNormalizer((0.0,) * 3, (1.0,) * 3)
+
+
+def evaluate(
+    task: Segmentation,
+    network: Any,
+    source: SegmentationSource,
+    normalize: PixelNormalizer = PLAIN,
+    batch_size: int = 4,
+    **process: int,
+) -> SegmentationScores:
+    dataset, device = SegmentationEvaluation(source), torch.device("cpu")
+    scores = score_images(
+        task, network, normalize, dataset, batch_size=batch_size, num_workers=0, device=device, **process
+    )
+    assert isinstance(scores, SegmentationScores)
+    return scores
+
+
 def test_every_image_counts_once_whatever_the_batches_and_processes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (7, 20, 24, 3)).astype(np.uint8)
     source = source_of(tmp_path, images, images[..., 0] // 100)
-    dataset = SegmentationEvaluation(source)
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+    conv: Any = nn.Conv2d(3, 3, 3, padding=1)
+    conv.num_classes = 3
+    whole, windows = task_of(source), task_of(source, image_size=16, stride=8)
 
-    def found(batch_size: int, rank: int = 0, world_size: int = 1) -> Scores:
-        windows = Windows((16, 16), (8, 8)) if batch_size == 2 else None
-        return evaluate(
-            lambda pixels: pixel_logits(conv, pixels.float() / 255, windows),
-            dataset,
-            batch_size=batch_size,
-            num_workers=0,
-            device=torch.device("cpu"),
-            rank=rank,
-            world_size=world_size,
-        )
+    def found(batch_size: int, rank: int = 0, world_size: int = 1) -> SegmentationScores:
+        return evaluate(whole, conv, source, batch_size=batch_size, rank=rank, world_size=world_size)
 
     one, many = found(1), found(4)
     assert np.array_equal(one.confusion, many.confusion)
     assert one.num_images == many.num_images == 7
     assert one.loss == pytest.approx(many.loss)
     assert np.array_equal(sum(found(3, rank, 2).confusion for rank in (0, 1)), one.confusion)
-    assert found(2).confusion.sum() == one.confusion.sum() == 7 * 20 * 24
+    in_windows = evaluate(windows, conv, source)
+    assert in_windows.confusion.sum() == one.confusion.sum() == 7 * 20 * 24
+    assert not np.array_equal(in_windows.confusion, one.confusion)  # whose seams see no neighbours
 
 
 def test_images_of_different_sizes_are_evaluated_in_their_own(tmp_path: Path) -> None:
@@ -213,12 +234,16 @@ def test_images_of_different_sizes_are_evaluated_in_their_own(tmp_path: Path) ->
     source = open_segmentation("folder", str(tmp_path), "val", 3)
     seen = []
 
-    def segment(pixels: Tensor) -> Iterator[Strip]:
-        seen.append(tuple(pixels.shape))
-        yield Strip(0, torch.stack([pixels[:, 0].float(), torch.full_like(pixels[:, 0], 128).float()], 1))
+    class Bright(nn.Module):
+        """Class 1 where red is not above one half."""
 
-    dataset = SegmentationEvaluation(source)
-    scores = evaluate(segment, dataset, batch_size=4, num_workers=0, device=torch.device("cpu"))
+        num_classes = 2
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            seen.append(tuple(pixels.shape))
+            return torch.stack([pixels[:, 0], torch.full_like(pixels[:, 0], 127.5 / 255)], 1)
+
+    scores = evaluate(task_of(source), Bright(), source)
     assert sorted(seen) == [(1, 3, 5, 5), (1, 3, 16, 12), (2, 3, 8, 9)]
     assert scores.confusion.sum() == sum(h * w for h, w in sizes)
     expected = np.zeros((2, 2), int)
@@ -264,7 +289,7 @@ def test_a_network_learns_to_segment_drawn_shapes(tmp_path: Path, head: HeadName
     train = source_of(tmp_path / "a", *draw_shapes(64, 48, seed=0))
     val = source_of(tmp_path / "b", *draw_shapes(16, 48, seed=1))
     torch.manual_seed(0)
-    encoder = build_network(((1, 1, 1, 1), (16, 24, 32, 48)), stem_stride=2)
+    encoder = build_network(((1, 1, 1, 1), (16, 24, 32, 48)), stem_stride=2, num_classes=0)
     model = Segmenter(encoder, 3, head=head, dim=32, auxiliary=head == "upernet")
     normalize = PixelNormalizer((0.3,) * 3, (0.25,) * 3)
     view = SegmentationView((32, 32), mean=(0.3,) * 3, scale=(0.8, 1.25), jitter=0.1)
@@ -282,12 +307,6 @@ def test_a_network_learns_to_segment_drawn_shapes(tmp_path: Path, head: HeadName
         loss.backward()
         optimizer.step()
     model.eval()
-    scores = evaluate(
-        lambda pixels: pixel_logits(model, normalize(pixels), Windows((32, 32), (16, 16))),
-        SegmentationEvaluation(val),
-        batch_size=8,
-        num_workers=0,
-        device=torch.device("cpu"),
-    )
+    scores = evaluate(task_of(val, image_size=32, stride=16), model, val, normalize)
     of_background_alone = scores.confusion[0].sum() / scores.confusion.sum() / 3
-    assert scores.miou > 0.7 > 2 * of_background_alone
+    assert scores.figures["miou"] > 0.7 > 2 * of_background_alone

@@ -12,13 +12,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import error_line, records, run_main
+from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import fcmae.__main__
 from fcmae import finetune, load_encoder
-from fcmae.config import FinetuneConfig, parse_config
+from fcmae.config import FinetuneConfig, ImageConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.load import load_weights
 from fcmae.tasks.multilabel import MultiHotMixup, MultiLabel, MultiLabelMetric
@@ -267,6 +267,25 @@ def test_scores_of_numbers_are_those_of_a_plain_loop() -> None:
         metric.compute()
 
 
+@pytest.mark.parametrize("task", MAKE)
+def test_two_processes_evaluate_as_one(trained: Trained, task: str, environment: dict[str, str]) -> None:
+    folder, _ = trained(task)
+    evaluate = ["--evaluate", str(folder), "data.batch_size=7"]  # of 48 images, so that their shares differ
+    assert run(*evaluate) == 0
+    one = json.loads((folder / "evaluation.json").read_text())
+    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
+    done = launch([*command, str(ROOT / "finetune.py"), *evaluate], environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((folder / "evaluation.json").read_text())
+    outputs = next(key for key in ("classes", "targets") if key in one)
+    for first, second in ((one, two), (one[outputs], two[outputs])):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            if key not in (outputs, "names", "weights"):
+                assert second[key] == pytest.approx(value, rel=1e-4), key
+    assert two["images"] == 48
+
+
 def test_mixed_images_have_mixed_labels(data: Path) -> None:
     images, labels = torch.randn(4, 3, 8, 8), torch.randint(0, 2, (4, 3)).float()
     np.random.seed(0)  # noqa: NPY002 (timm's Mixup draws from it)
@@ -281,6 +300,7 @@ def test_the_losses_are_those_of_torch(data: Path) -> None:
     def loss_of(kind: Any, **train: Any) -> Any:
         task = "multilabel" if kind is MultiLabel else "regression"
         config = parse_config(FinetuneConfig, values | {"task": task, "train": train}, "test")
+        assert isinstance(config, ImageConfig)
         return kind(config, ("a", "b")).loss()(lambda _: outputs, torch.zeros(3, 3, 8, 8), labels)
 
     outputs, labels = torch.randn(3, 2), torch.randint(0, 2, (3, 2), dtype=torch.int8)

@@ -23,7 +23,7 @@ from fcmae.config import PretrainConfig, parse_config
 from fcmae.errors import UserError
 from fcmae.load import load_encoder, load_fcmae, load_weights
 from fcmae.weights.base import Preprocessing
-from fcmae.weights.official import PLAIN
+from fcmae.weights.networks import PLAIN
 from fcmae.weights.read import read_tensors, read_weights
 from fcmae.weights.timm import write_timm_folder
 

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     losses: dict[str, list[float]] = {}
     for name in DETECTORS:
         torch.manual_seed(0)
-        encoder = fcmae.load_encoder(args.encoder) if args.encoder else fcmae.ConvNeXt("atto")
+        encoder = fcmae.load_encoder(args.encoder, num_classes=0) if args.encoder else fcmae.ConvNeXt("atto")
         print(f"{name} over {', '.join(map(str, encoder.dims))} channels")
         detector = build_detector(name, encoder, side=args.side, dim=args.dim).to(args.device)
         losses[name] = train(detector, steps=args.steps, batch_size=args.batch_size, side=args.side)

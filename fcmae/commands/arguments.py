@@ -1,14 +1,16 @@
 """What several commands share: how help looks, which weights are meant, which images; computes nothing."""
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fcmae import arguments
 from fcmae.errors import UserError, one_line, shown
-from fcmae.files import require_folder
+from fcmae.files import require_distinct, require_folder, require_free
 
 if TYPE_CHECKING:
     from fcmae.config import DataSection
@@ -90,6 +92,54 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     arguments.add_path(
         parser, "images", metavar="IMAGES", nargs="+", help="image files, or folders of them, at any depth"
     )
+
+
+class ImageFile(NamedTuple):
+    """One of the IMAGES."""
+
+    path: Path
+    place: Path
+    """From the folder that was named, or its name alone."""
+
+
+def list_images(paths: Iterable[str | Path]) -> list[ImageFile]:
+    """Return the image files that paths mean, those of a folder at any depth; a path without any stays as it is."""
+    from fcmae.evaluation.inference import image_files
+
+    return [
+        ImageFile(file, file.relative_to(path) if file != path else Path(path.name))
+        for path in map(Path, paths)
+        for file in image_files(path) or [path]
+    ]
+
+
+def plan_files(
+    folder: Path, images: Sequence[ImageFile], endings: Sequence[str], *, overwrite: bool
+) -> list[list[Path]]:
+    """Return where what is made of each image goes: FOLDER/PLACE and, in place of its end, each of the endings.
+
+    Of several that would have the same name, in any case of letters, the second gets NAME-2, and so on.
+
+    Raises:
+        UserError: if a file is there already and may not be replaced, or is one of the images.
+    """
+    numbers: Counter[str] = Counter()
+    taken: set[str] = set()
+    planned: list[list[Path]] = []
+    for _, place in images:
+        stem = str(folder / place.parent / place.stem)
+        for number in itertools.count(numbers[stem.casefold()] + 1):
+            files = [Path(f"{stem}{f'-{number}' if number > 1 else ''}{ending}") for ending in endings]
+            names = {str(file).casefold() for file in files}
+            if not names & taken:
+                break
+        numbers[stem.casefold()] = number
+        taken |= names
+        planned.append(files)
+    for file in itertools.chain(*planned):
+        require_free(file, overwrite=overwrite)
+    require_distinct(itertools.chain(*planned), [image.path for image in images])
+    return planned
 
 
 def open_images(

@@ -55,6 +55,8 @@ def images_of(weights: "Weights") -> dict[str, Any]:
         del known["dtype"]  # deeper ones keep their depth
     if stored is None:
         return {"data": known}
+    if stored.state.config.get("task", "classification") != "classification":  # whose images have no class each
+        return {"data": {key: value for key, value in known.items() if key not in ("name", "root", "split")}}
     validation = data | stored.state.config.get("eval", {})  # named in `data` by fine-tuning, else in `eval`
     return {
         "data": known,

@@ -36,8 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--with-preprocessing",
         action="store_true",
-        help="of a classifier to onnx: resize, crop, normalise and softmax inside, so that it takes images of any "
-        "size, uint8 (b, height, width, channels), and gives probabilities (default: the network alone)",
+        help="of a classifier or segmenter to onnx: resize, crop, normalise and softmax inside, so that it takes "
+        "images of any size, uint8 (b, height, width, channels), and gives probabilities; a segmenter does not "
+        "resize, and gives those of each pixel (default: the network alone)",
     )
     return parser
 

@@ -2,13 +2,11 @@
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from fcmae.commands.arguments import add_images, command_parser, open_images
+from fcmae.commands.arguments import add_images, command_parser, list_images, open_images, plan_files
 from fcmae.errors import blame, one_line
-from fcmae.files import require_distinct, require_folder, require_free
+from fcmae.files import require_folder
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,45 +37,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_pictures(folder: Path, images: Sequence[Path], *, overwrite: bool) -> list[Path]:
-    """Return where the picture of each image goes: FOLDER/STEM.png, or STEM-2.png and so on of others of that name.
-
-    Raises:
-        UserError: if a file is there already and may not be replaced, or is one of the images.
-    """
-    numbers: Counter[str] = Counter()
-    pictures: dict[Path, None] = {}
-    for image in images:
-        path = folder / f"{image.stem}.png"
-        while path in pictures:
-            numbers[image.stem] += 1
-            path = folder / f"{image.stem}-{numbers[image.stem] + 1}.png"
-        require_free(path, overwrite=overwrite)
-        pictures[path] = None
-    require_distinct(pictures, images)
-    return list(pictures)
-
-
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
     require_folder(options.output, f"--output {options.output}", inputs=options.images)
 
-    from fcmae.evaluation.inference import best_device, image_files, reconstruct_images
+    from fcmae.evaluation.inference import best_device, reconstruct_images
     from fcmae.load import load_fcmae
     from fcmae.training.run_folder import stored_model
     from fcmae.visualize import write_picture
 
-    options.images = [file for path in map(Path, options.images) for file in image_files(path) or [path]]
-    pictures = plan_pictures(options.output, options.images, overwrite=options.overwrite)
+    files = [image._replace(place=Path(image.path.name)) for image in list_images(options.images)]
+    planned = plan_files(options.output, files, [".png"], overwrite=options.overwrite)
+    options.images = [image.path for image in files]
     model, config = load_fcmae(options.source)
     if stored := stored_model(options.source):
         print(f"{stored.file}: FCMAE run, {stored.description}", file=sys.stderr)
     model = model.to(best_device())
     images, unreadable = open_images(options, config.model.in_chans, config.data)
-    places = zip(options.images, pictures, strict=True)
+    places = zip(options.images, planned, strict=True)
     with blame("--mask-ratios"):
         for outcome in reconstruct_images(model, images, config=config, mask_ratios=options.mask_ratios):
-            path = next(path for image, path in places if image == outcome.path)  # others before it do not decode
+            (path,) = next(paths for image, paths in places if image == outcome.path)  # some do not decode
             options.output.mkdir(parents=True, exist_ok=True)
             write_picture(path, outcome.picture)
             (height, width), (new_height, new_width) = outcome.before, outcome.after

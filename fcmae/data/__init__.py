@@ -26,6 +26,7 @@ from fcmae.data.batches import (
     unreadable,
 )
 from fcmae.data.labels import labels_by
+from fcmae.data.masks import save_masks
 from fcmae.data.pixels import Reading
 from fcmae.data.sampling import IndexStream, one_pass
 from fcmae.data.sources import Source, open_source, overlap, share_of_each_class
@@ -62,6 +63,7 @@ __all__ = [
     "reseed",
     "resize_crops",
     "save_arrays",
+    "save_masks",
     "seeded",
     "share_of_each_class",
     "unreadable",

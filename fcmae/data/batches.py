@@ -217,6 +217,10 @@ class TrainDataset(Dataset[Any]):
         self.view = view
         self.seed = seed
 
+    @property
+    def images(self) -> Source:
+        return self.source
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -339,6 +343,10 @@ class EvaluationDataset(Dataset[LabelledSample]):
         self.view = view
         self.shape = shape
 
+    @property
+    def images(self) -> Source:
+        return self.source
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -368,6 +376,16 @@ class _PipedCollate:
 
     def __call__(self, samples: Any) -> Piped[Batch]:
         return Piped.of(self.collate(samples))
+
+
+class Loadable(Protocol):
+    """What can be loaded by index, such as images, or images with masks."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int, /) -> Any: ...
+
+    def describe(self, index: int, /) -> str: ...
 
 
 class Batched(Protocol):
@@ -472,7 +490,7 @@ def fixed_images(source: Source, number: int, size: tuple[int, int]) -> Tensor:
     return torch.stack(images) if images else torch.empty(0)
 
 
-def unreadable(source: Source, checks: int) -> tuple[int, list[BadImage]]:
+def unreadable(source: Loadable, checks: int) -> tuple[int, list[BadImage]]:
     """Try up to `checks` images spread evenly over the source: (number tried, those that do not decode)."""
     tried = spread(len(source), checks)
     bad: list[BadImage] = []

@@ -379,7 +379,8 @@ class OpenImage(NamedTuple):
         return {2: 1, 4: 3}.get(self.bands, self.bands) if self.colours else self.bands
 
 
-def _open_file(file: IO[bytes], reading: Reading) -> Image.Image | Opened:
+def open_file(file: IO[bytes], reading: Reading = AS_STORED) -> Image.Image | Opened:
+    """Open an image file of any type, recognised by its content: with Pillow what has 8 bits, else deeper."""
     open_deep = find_reader(file)
     if open_deep is None:
         try:
@@ -400,7 +401,7 @@ def _open(file: IO[bytes] | Image.Image | Slice, reading: Reading) -> OpenImage:
     elif isinstance(file, Image.Image):
         opened = file
     else:
-        opened = _open_file(file, reading)
+        opened = open_file(file, reading)
     if isinstance(opened, Opened):
         size = TURNS.get(opened.orientation, UPRIGHT).size(opened.height, opened.width)
         read = functools.partial(_read_deep, opened, reading)

@@ -14,13 +14,22 @@ from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fcmae.data.arrays import IMAGES
 from fcmae.data.batches import NOT_COUNTED
-from fcmae.data.deep import Box, find_reader, is_tiff, open_tiff
-from fcmae.data.images import MAX_PIXELS, ImageSource, extensions, is_deep_tiff, open_image, refuse_pages
+from fcmae.data.deep import Box
+from fcmae.data.images import (
+    MAX_PIXELS,
+    TURNS,
+    UPRIGHT,
+    ImageSource,
+    extensions,
+    open_file,
+    pillow_turn,
+    refuse_pages,
+)
 from fcmae.data.labels import CLASSES, check_class_names, read_class_names, write_labels
 from fcmae.data.listing import FolderFiles, images_below, natural_key
 from fcmae.data.npy import read_header, write_array
@@ -117,31 +126,29 @@ def _refuse_colours(image: Image.Image) -> None:
 
 
 def open_mask(file: IO[bytes]) -> Mask:
-    """Open a mask of any type that images have, by its content: of a palette the indices, never the colours.
+    """Open a mask of any type that images have, as a person sees it: of a palette the indices, never the colours.
 
     Raises:
         Exception: whatever libraries raise for a damaged one; ValueError says that it is no mask.
     """
-    open_deep = find_reader(file)
-    if open_deep is None:
-        try:
-            image = open_image(file)
-            if not is_deep_tiff(image):
-                refuse_pages(image)
-                _refuse_colours(image)
-                values = np.asarray(ImageOps.exif_transpose(image))
-                return Mask(*values.shape, read=lambda box: _crop(values, box))
-        except UnidentifiedImageError:
-            if not is_tiff(file):
-                raise
-        file.seek(0)
-        open_deep = open_tiff
-    opened = open_deep(file)
+    opened = open_file(file)
+    if isinstance(opened, Image.Image):
+        refuse_pages(opened)
+        _refuse_colours(opened)
+        turn = pillow_turn(opened)
+        values = turn(np.asarray(opened)[..., None])[..., 0]
+        return Mask(*values.shape, read=lambda box: _crop(values, box))
     if opened.bands != 1:
         raise ValueError(f"{opened.bands} bands in place of one of class numbers")
     if opened.height * opened.width > MAX_PIXELS:
         raise ValueError(f"{opened.width:,} x {opened.height:,} pixels, over {MAX_PIXELS:,}; cut it into tiles")
-    return Mask(opened.height, opened.width, lambda box: opened.read(box)[..., 0])
+    turn = TURNS.get(opened.orientation, UPRIGHT)
+    seen = turn.size(opened.height, opened.width)
+
+    def read(box: Box) -> np.ndarray:
+        return turn(opened.read(turn.stored(Part(*box, box[2:]), seen)[:4]))[..., 0]
+
+    return Mask(*seen, read)
 
 
 def _crop(values: np.ndarray, box: Box) -> np.ndarray:
@@ -334,14 +341,17 @@ class SegmentationSource:
 
     def share(self, fraction: float, seed: int) -> "SegmentationSource":
         """Return `fraction` of the images, at least one; those of a smaller fraction are among them."""
+        if fraction == 1:
+            return self
         order = np.random.default_rng(derive_seed(seed)).permutation(self.rows)
         rows = np.sort(order[: max(1, round(fraction * len(order)))])
+        found = count_pixels(self.masks, self.ignored, rows=rows).pixels[: self.num_classes]
         return SegmentationSource(
             self.images,
             self.masks,
             class_names=self.class_names,
             ignored=self.ignored,
-            class_pixels=self.class_pixels,
+            class_pixels=np.pad(found, (0, self.num_classes - len(found))),
             rows=rows,
         )
 
@@ -392,8 +402,10 @@ class Counted(NamedTuple):
     """Whether all masks were looked at."""
 
 
-def count_pixels(masks: Masks, ignored: int | None, most: int = LOOKED_AT) -> Counted:
-    """Count the pixels of each class in up to `most` masks, spread over all.
+def count_pixels(
+    masks: Masks, ignored: int | None, most: int = LOOKED_AT, rows: np.ndarray | None = None
+) -> Counted:
+    """Count the pixels of each class in up to `most` masks, spread over all, or over those in `rows`.
 
     Masks that cannot be read are left to training, which names them, unless none can.
 
@@ -406,7 +418,8 @@ def count_pixels(masks: Masks, ignored: int | None, most: int = LOOKED_AT) -> Co
             classes = as_classes(mask.read((0, 0, mask.height, mask.width)), ignored)
         return np.bincount(classes[classes >= 0])
 
-    indices = spread(len(masks), most)
+    rows = np.arange(len(masks)) if rows is None else rows
+    indices = [int(rows[i]) for i in spread(len(rows), most)]
     counts: dict[int, np.ndarray] = {}
     errors: dict[int, Exception] = {}
     with ThreadPoolExecutor() as pool:
@@ -485,6 +498,7 @@ def open_segmentation(
     reading: Reading = AS_STORED,
     key: str = "data.root",
     remedy: str = "name one that is there with data.split=NAME, or all there is with data.split=.",
+    mask_key: str = "data.mask_root",
 ) -> SegmentationSource:
     """Open images and their masks: `ROOT/SPLIT/images` and `ROOT/SPLIT/masks`, or arrays in `ROOT/SPLIT`.
 
@@ -501,6 +515,7 @@ def open_segmentation(
         reading: what becomes of the images' pixels.
         key: that names `root`, for messages.
         remedy: for the message where the split is not there.
+        mask_key: that names `mask_root`, for messages.
 
     Class names are read from `classes.txt` in the split's folder, that of the masks, or `root`.
 
@@ -525,8 +540,12 @@ def open_segmentation(
     else:
         image_place, mask_place = os.path.join(place, IMAGE_FOLDER), os.path.join(place, MASK_FOLDER)
         if mask_root is not None:
+            if not os.path.isdir(mask_root):
+                raise UserError(
+                    f"{mask_key}={mask_root}: no such folder; name the one with the masks of all splits"
+                )
             own = {"arrays": False, "whole_root": whole_root, "remedy": remedy}
-            image_place, mask_place = place, find_split(mask_root, split, what=f"data.mask_root={mask_root}", **own)
+            image_place, mask_place = place, find_split(mask_root, split, what=f"{mask_key}={mask_root}", **own)
         for folder in (image_place, mask_place):
             if not os.path.isdir(folder):
                 raise UserError(

@@ -20,6 +20,7 @@ from fcmae.data.deep import Box
 from fcmae.data.masks import Pair, SegmentationSource
 from fcmae.data.pixels import FULL, rounded
 from fcmae.data.sampling import PADDING, Key, spread
+from fcmae.data.sources import Source
 from fcmae.data.views import Part, covering_size, resample
 from fcmae.seeding import seeded
 
@@ -167,6 +168,10 @@ class SegmentationDataset(Dataset[Any]):
     def __init__(self, source: SegmentationSource, *, view: SegmentationView, seed: int) -> None:
         self.source, self.view, self.seed = source, view, seed
 
+    @property
+    def images(self) -> Source:
+        return self.source.images
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -191,7 +196,11 @@ class SegmentationEvaluation(Dataset[Any]):
     collate = staticmethod(SegmentationBatch.collate)
 
     def __init__(self, source: SegmentationSource) -> None:
-        self.source = source
+        self.source, self.class_names = source, source.class_names
+
+    @property
+    def images(self) -> Source:
+        return self.source.images
 
     def __len__(self) -> int:
         return len(self.source)

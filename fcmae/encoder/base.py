@@ -1,8 +1,8 @@
-"""What the rest asks of a network: a classifier, and, of those that FCMAE can pretrain, maps of visible patches."""
+"""What the rest asks of a network: outputs, a pyramid, and, of those FCMAE pretrains, maps of visible patches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ Variant = str | tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Network(nn.Module, ABC):
-    """A network for images, which is a classifier, or without classes gives pooled features."""
+    """A network for images, which is a classifier or a segmenter, or without classes gives pooled features."""
 
-    family: ClassVar[str] = "convnext"
+    family: str = "convnext"
     """What a variant begins with, as in timm/resnet50; ConvNeXt's are names without one."""
     variant: Variant
     """As `networks.build_network` takes it."""
@@ -33,12 +33,18 @@ class Network(nn.Module, ABC):
     @property
     @abstractmethod
     def classifier_layer(self) -> nn.Module:
-        """The last layer, an `nn.Linear` from pooled features to logits where there are classes."""
+        """The last layer, to logits where there are classes: an `nn.Linear` from pooled features, or a segmenter's
+        1x1 convolution."""
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """What the names of tensors begin with that such a network without classes may lack."""
         return (f"{self.classifier}.",)
+
+    @property
+    def above_pyramid(self) -> tuple[str, ...]:
+        """What the names of parameters begin with that the pyramid does not come from."""
+        return self.head_names
 
     @property
     def layer_depths(self) -> tuple[int, ...] | None:
@@ -75,9 +81,19 @@ class Network(nn.Module, ABC):
             return out
         return block(*inputs)
 
+    def freeze(self) -> None:
+        """Train the classifier alone: the rest gets no gradient, and computes as in evaluation."""
+        self.requires_grad_(False)
+        self.classifier_layer.requires_grad_()
+        self.eval()  # without drop path
+
     @abstractmethod
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (b, num_classes), or pooled features (b, c) when `num_classes` is 0."""
+    def forward(self, images: Tensor) -> Any:
+        """Return logits (b, num_classes), or pooled features (b, c) when `num_classes` is 0.
+
+        A segmenter's are of each pixel, (b, num_classes, H, W), and in training may come with those of a second
+        head.
+        """
 
     @abstractmethod
     def pyramid(self, images: Tensor) -> list[Tensor]:

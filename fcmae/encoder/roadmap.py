@@ -223,6 +223,10 @@ class Roadmap(Network):
         return self.head
 
     @property
+    def above_pyramid(self) -> tuple[str, ...]:
+        return ("norm.", "head.")
+
+    @property
     def layer_depths(self) -> tuple[int, ...]:
         return self.depths
 

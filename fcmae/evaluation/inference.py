@@ -1,6 +1,7 @@
-"""Inference on image files: classes, numbers and reconstructions; knows no command line and no files of weights."""
+"""Inference on image files: classes, numbers, masks, reconstructions; knows no command line or files of weights."""
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
 from fcmae.errors import brief
 from fcmae.files import BoundedFile
+from fcmae.heads.windows import Strip, Windows, pixel_logits, slide
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -112,6 +114,16 @@ def read_images(
                 yield Unreadable(file, brief(error))
 
 
+def require_finite(outputs: Tensor) -> None:
+    """Check what a network computed.
+
+    Raises:
+        FloatingPointError: if it is not finite.
+    """
+    if not all(end.isfinite() for end in outputs.aminmax()):  # without copies of what may be large
+        raise FloatingPointError("finite weights that compute what is not; they are damaged, get them again")
+
+
 # Outputs, and what they say
 
 
@@ -125,6 +137,9 @@ def compute_outputs(
         network: in evaluation mode, on any device.
         images: from `read_images`.
         preprocessing: that the network was trained for, `completed`.
+
+    Raises:
+        FloatingPointError: if they are not finite.
     """
     device = next(network.parameters()).device
     normalize = PixelNormalizer(preprocessing.mean, preprocessing.std, preprocessing.clip).to(device)
@@ -133,6 +148,7 @@ def compute_outputs(
     while batch := list(islice(views, BATCH)):
         normalised = torch.stack([normalize(view.pixels.to(device)) for view in batch])
         outputs = network(normalised).float().cpu()
+        require_finite(outputs)
         yield from zip((view.path for view in batch), outputs, strict=True)
 
 
@@ -150,6 +166,70 @@ def classes_above(logits: Tensor, names: tuple[str, ...], threshold: float) -> l
     """Return the classes of logits (classes,) of a higher probability, each by itself, the most likely first."""
     probabilities = logits.sigmoid()
     return _likely(probabilities, int((probabilities > threshold).sum()), names)
+
+
+# Masks
+
+
+class Segmentation(NamedTuple):
+    """An image, and the class of each of its pixels."""
+
+    path: Path
+    pixels: Tensor
+    """(c, h, w)."""
+    classes: Tensor
+    """int16 (h, w)."""
+
+
+def _classes_of(strip: Strip) -> Tensor:
+    """Return the classes of an image's rows: int16 (rows, w), on the CPU."""
+    require_finite(strip.logits)
+    return strip.logits[0].argmax(0).to(torch.int16).cpu()
+
+
+@torch.inference_mode()
+def segment_images(
+    network: Network, images: Iterable[Picture], *, preprocessing: Preprocessing
+) -> Iterator[Segmentation]:
+    """Yield the class of each pixel of images, in their own size, in turn; as the network was evaluated.
+
+    Args:
+        network: in evaluation mode, on any device; images of any size -> logits (b, num_classes, h, w).
+        images: from `read_images`; what is not known of them, NaN, is the mean, as in training.
+        preprocessing: that the network was trained for, `completed`: windows, or whole images.
+
+    Raises:
+        FloatingPointError: if logits are not finite.
+    """
+    device = next(network.parameters()).device
+    normalize = PixelNormalizer(preprocessing.mean, preprocessing.std, preprocessing.clip).to(device)
+    window, stride, short_side = preprocessing.image_size, preprocessing.stride, preprocessing.short_side
+    at_once = 1 if device.type == "cpu" else 8  # a processor gains nothing by more
+    windows = Windows(window, stride, at_once) if stride else None
+    for path, pixels in images:
+        batch = pixels[None].to(device)
+        if windows and not short_side and all(map(operator.ge, pixels.shape[1:], window)):
+            strips = slide(lambda cut: network(normalize(cut)), batch, windows)  # floats of some windows alone
+        else:
+            strips = pixel_logits(network, normalize(batch), windows, short_side)
+        classes = torch.cat([*map(_classes_of, strips)])  # each strip for as long as that takes
+        yield Segmentation(path, pixels, classes)
+
+
+class ClassShare(NamedTuple):
+    """A class of a mask, and its share of the pixels."""
+
+    name: str
+    index: int
+    share: float
+
+
+def class_shares(classes: Tensor, names: tuple[str, ...]) -> list[ClassShare]:
+    """Return the classes that occur among those of pixels (h, w), int16 from 0 on, that of most pixels first."""
+    counts = [some.bincount(minlength=len(names)) for some in classes.flatten().split(1 << 20)]  # as int64 each
+    shares = torch.stack(counts).sum(0) / classes.numel()
+    found = shares.argsort(descending=True, stable=True)[: int((shares > 0).sum())].tolist()
+    return [ClassShare(names[i], i, shares[i].item()) for i in found]
 
 
 # Reconstructions

@@ -23,6 +23,7 @@ from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame, brief
 from fcmae.evaluation.inference import as_deep, kind_for
+from fcmae.heads.segmentation import Segmenter
 from fcmae.load import load_weights
 from fcmae.masking import count_visible, sample_visible_ids
 from fcmae.patches import grid_shape
@@ -148,6 +149,8 @@ def _describe(network: nn.Module, weights: Weights) -> str:
 def open_subject(source: str, size: tuple[int, int] | None = None) -> Subject:
     """Return the network of a run or a file of weights of any format, or with "timm:" before it one of timm's.
 
+    Of a segmenter that is the encoder.
+
     Args:
         size: of the images, in place of the network's own.
 
@@ -158,12 +161,16 @@ def open_subject(source: str, size: tuple[int, int] | None = None) -> Subject:
         subject = open_timm(source)
         return subject._replace(preprocessing=subject.preprocessing._replace(image_size=size)) if size else subject
     weights = load_weights(source)
-    network = build_encoder(weights)
+    network = build_encoder(weights, num_classes=0 if weights.head else None)
     preprocessing = weights.preprocessing
+    if weights.head:
+        preprocessing = preprocessing._replace(class_names=None)
     if size:
         preprocessing = preprocessing._replace(image_size=size)
     with blame(str(weights.path)):
         preprocessing = preprocessing.completed(network)
+    if isinstance(network, Segmenter):
+        network = network.encoder
     return Subject(
         network,
         getattr(network, "features", network),  # with no work for a classifier where that can be left out

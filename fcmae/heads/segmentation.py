@@ -8,8 +8,8 @@ depends on others of its batch or on how many processes there are.
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ POOLED_SIDES = (1, 2, 3, 6)
 AUXILIARY_STAGE, AUXILIARY_DIM = 2, 256
 """Where UPerNet's recipe has a second head, an FCN, counted from 0; and its width."""
 
+AUXILIARY = "auxiliary."
+"""Before the names of the second head's tensors."""
+
 
 def group_norm(dim: int) -> nn.GroupNorm:
     """Return GroupNorm of as many groups as `GROUPS` and `CHANNELS_OF_GROUP` allow and `dim` is divided by."""
@@ -47,6 +50,22 @@ class ConvNorm(nn.Sequential):
 def resize_maps(x: Tensor, like: Tensor) -> Tensor:
     """Resize maps (b, c, h, w) bilinearly to the sides of others."""
     return F.interpolate(x, like.shape[-2:], mode="bilinear")
+
+
+def bin_weights(side: int, x: Tensor, axis: int) -> Tensor:
+    """Return weights (side, n) of the n sites of an axis of x whose sums over them are means of `side` equal bins.
+
+    Where n is no multiple of `side` neighbouring bins share sites, as in `F.adaptive_avg_pool2d`.
+    """
+    n = x.shape[axis]
+    bins, sites = torch.arange(side, device=x.device)[:, None], torch.arange(n, device=x.device)
+    inside = (sites >= bins * n // side) & (sites < ((bins + 1) * n + side - 1) // side)
+    return inside.to(x.dtype) / inside.sum(1, keepdim=True)
+
+
+def pool_maps(x: Tensor, side: int) -> Tensor:
+    """Pool maps (b, c, h, w) to (b, c, side, side): `F.adaptive_avg_pool2d` that exports with maps of any size."""
+    return bin_weights(side, x, 2) @ x @ bin_weights(side, x, 3).T
 
 
 class NormedMaps(nn.Module):
@@ -115,8 +134,7 @@ class UPerNetHead(nn.Module):
     def pool(self, x: Tensor) -> Tensor:
         """Return the last map with what it holds on the whole, by quarters, and so on."""
         pooled = [
-            resize_maps(conv(F.adaptive_avg_pool2d(x, side)), x)
-            for conv, side in zip(self.pooled, POOLED_SIDES, strict=True)
+            resize_maps(conv(pool_maps(x, side)), x) for conv, side in zip(self.pooled, POOLED_SIDES, strict=True)
         ]
         return self.bottleneck(torch.cat([x, *pooled], 1))
 
@@ -157,19 +175,46 @@ def init_head(module: nn.Module) -> None:
         nn.init.normal_(conv.weight, std=0.01)
 
 
-class Segmenter(nn.Module):
+class HeadShape(NamedTuple):
+    """What is given to make a head."""
+
+    head: HeadName
+    dim: int
+    num_classes: int
+
+
+def read_head(tensors: Mapping[str, Tensor]) -> HeadShape:
+    """Tell which head of a `Segmenter` has these tensors, named `head.*`.
+
+    Raises:
+        ValueError: if those that show its sizes are missing, or no convolution's.
+    """
+    sizes: list[int] = []
+    for name in ("head.fuse.0.weight", "head.classifier.1.weight"):
+        if name not in tensors or tensors[name].ndim != 4:
+            raise ValueError(f"no head that is known: {name} is missing, or no convolution's weight")
+        sizes.append(tensors[name].shape[0])
+    return HeadShape("upernet" if any(name.startswith("head.pooled.") for name in tensors) else "fpn", *sizes)
+
+
+class Segmenter(Network):
     """An encoder and a head: images to logits for each of their pixels.
 
+    Its state dict has the encoder's names behind `encoder.`, and those of `head.` and `auxiliary.`. What the
+    pyramid does not come from, such as a norm after the pooling, gets no gradient.
+
     Args:
-        encoder: gives the pyramid; its classifier, if it has one, is not used.
+        encoder: gives the pyramid; it has no classifier.
         num_classes: of the logits.
         head: "fpn", light, or "upernet", the paper's.
         dim: channels of the head's maps; None for the head's own.
         auxiliary: whether there is a second head on the third stage in training.
 
     Raises:
-        ValueError: if there is no such head.
+        ValueError: if there is no such head, or the encoder has a classifier.
     """
+
+    classifier = "head.classifier.1"
 
     def __init__(
         self,
@@ -183,12 +228,57 @@ class Segmenter(nn.Module):
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"no head {head!r}: choose from {', '.join(HEADS)}")
-        self.encoder, self.num_classes = encoder, num_classes
+        if encoder.num_classes:
+            raise ValueError("the encoder of a segmenter has no classifier: build it with num_classes=0")
+        self.family, self.variant, self.in_chans = encoder.family, encoder.variant, encoder.in_chans
+        self.patch_size, self.dims, self.num_classes = encoder.patch_size, encoder.dims, num_classes
+        self.encoder = encoder
+        for name, parameter in encoder.named_parameters():
+            if name.startswith(encoder.above_pyramid):
+                parameter.requires_grad_(False)
         self.head = HEADS[head](encoder.dims, num_classes, **({} if dim is None else {"dim": dim}))
         self.auxiliary = FCNHead(encoder.dims, num_classes) if auxiliary else None
         for module in (self.head, self.auxiliary):
             if module is not None:
                 module.apply(init_head)
+
+    @property
+    def classifier_layer(self) -> nn.Module:
+        return self.head.classifier[1]
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return ("head.", AUXILIARY)
+
+    @property
+    def layer_depths(self) -> tuple[int, ...] | None:
+        return self.encoder.layer_depths
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.encoder.arguments
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.encoder.gradient_checkpointing = value
+
+    def freeze(self) -> None:
+        """Train the heads alone: the encoder gets no gradient, and computes as in evaluation."""
+        self.encoder.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.encoder.parameters()):  # frozen
+            self.encoder.eval()
+        return self
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        return self.encoder.pyramid(images)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (b, num_classes, H, W) of images (b, in_chans, H, W); in training the second head's, too.
@@ -197,12 +287,15 @@ class Segmenter(nn.Module):
         normalised.
         """
         height, width = images.shape[-2:]
-        patch = self.encoder.patch_size
-        images = F.pad(images, (0, -width % patch, 0, -height % patch))
-        maps = self.encoder.pyramid(images)
+        below, beside = -height % self.patch_size, -width % self.patch_size
+        images = F.pad(images, (0, beside, 0, below))
+        maps = self.pyramid(images)
 
         def at_full_resolution(logits: Tensor) -> Tensor:
-            return resize_maps(logits, images)[..., :height, :width]
+            logits = resize_maps(logits, images)
+            if torch.compiler.is_exporting():  # which cannot leave the strides of a view open
+                return F.pad(logits, (0, -beside, 0, -below))
+            return logits[..., :height, :width]
 
         logits = at_full_resolution(self.head(maps))
         if self.auxiliary is None or not self.training:

@@ -58,21 +58,40 @@ def slide(network: Callable[[Tensor], Tensor], images: Tensor, windows: Windows)
     across = images.new_zeros(images.shape[-1], dtype=torch.float32)
     for left in lefts:
         across[left : left + window[1]] += 1
-    sums, down = torch.empty(0), across.new_zeros(window[0])  # of the rows from `top` on
+    places = [(left, i) for left in lefts for i in range(len(images))]  # of a row's windows
+    sums, down = None, across.new_zeros(window[0])  # of the rows from `top` on
     for top, following in zip(tops, [*tops[1:], images.shape[-2]], strict=True):
         band = images[..., top : top + window[0], :]
-        cut = torch.cat([band[..., left : left + window[1]] for left in lefts])
-        logits = torch.cat([network(some).float() for some in cut.split(batch_size)])
-        if top == 0:
-            sums = logits.new_zeros(len(images), logits.shape[1], window[0], images.shape[-1])
-        for left, some in zip(lefts, logits.split(len(images)), strict=True):
-            sums[..., left : left + window[1]] += some
+        for first in range(0, len(places), batch_size):
+            some = places[first : first + batch_size]
+            logits = network(torch.stack([band[i, :, :, left : left + window[1]] for left, i in some])).float()
+            if sums is None:
+                sums = logits.new_zeros(len(images), logits.shape[1], window[0], images.shape[-1])
+            for (left, i), found in zip(some, logits, strict=True):
+                sums[i, :, :, left : left + window[1]] += found
+        assert sums is not None
         down += 1
         rows = following - top
-        strip = sums[..., :rows, :] / (down[:rows, None] * across)
-        yield Strip(top, strip[..., : height - top, :width])
-        sums = F.pad(sums[..., rows:, :], (0, 0, 0, rows))
-        down = F.pad(down[rows:], (0, rows))
+        yield Strip(top, (sums[..., :rows, :] / (down[:rows, None] * across))[..., : height - top, :width])
+        for kept in (sums, down[:, None]):  # in place, as all classes are a lot of memory
+            kept[..., :-rows, :] = kept[..., rows:, :].clone()
+            kept[..., -rows:, :] = 0
+
+
+ROWS = 64
+"""That are resized at a time."""
+
+
+def resize_rows(logits: Tensor, size: tuple[int, int]) -> Iterator[Strip]:
+    """Resize logits (b, num_classes, h, w) bilinearly to `size` (height, width), strip by strip from the top."""
+    (height, width), least = size, logits.shape[2]
+    for top in range(0, height, ROWS):
+        places = torch.arange(top, min(top + ROWS, height), device=logits.device)
+        rows = ((places + 0.5) * (least / height) - 0.5).clamp(0, least - 1)  # of pixels' centres
+        above = rows.long()
+        below = (above + 1).clamp(max=least - 1)
+        tall = torch.lerp(logits[:, :, above].float(), logits[:, :, below].float(), (rows - above)[:, None])
+        yield Strip(top, F.interpolate(tall, (len(places), width), mode="bilinear"))
 
 
 def pixel_logits(
@@ -88,7 +107,7 @@ def pixel_logits(
         images: (b, c, h, w).
         windows: how to cut them; None gives the network whole images.
         short_side: of the images that the network sees, in pixels, to and from which all is resized; None leaves
-            images as they are. Where they are not, all their logits are in memory at once.
+            images as they are.
     """
     height, width = images.shape[-2:]
     factor = short_side / min(height, width) if short_side else 1.0
@@ -99,5 +118,4 @@ def pixel_logits(
     if factor == 1.0:
         yield from strips
     else:
-        logits = torch.cat([strip.logits for strip in strips], 2)
-        yield Strip(0, F.interpolate(logits, (height, width), mode="bilinear"))
+        yield from resize_rows(torch.cat([strip.logits for strip in strips], 2), (height, width))

@@ -9,7 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import CatMetric
 from tqdm import tqdm
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import FinetuneConfig, ImageConfig
 from fcmae.data import (
     AugmentedView,
     BadImage,
     Cover,
     EvaluationDataset,
-    LabelledBatch,
     LabelledDataset,
     PixelNormalizer,
     Reading,
@@ -34,6 +33,7 @@ from fcmae.data import (
     overlap,
 )
 from fcmae.data.pixels import kind_name
+from fcmae.data.segments import SegmentationDataset, SegmentationEvaluation
 from fcmae.encoder.base import Network
 from fcmae.encoder.networks import build_network
 from fcmae.errors import UserError, blame
@@ -41,8 +41,13 @@ from fcmae.load import adapt_channels, known_of, load_weights, require_network
 from fcmae.training.checkpoint import State
 from fcmae.weights.base import Weights, load_network
 
-Loss = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+Settings = TypeVar("Settings", bound=FinetuneConfig)
+Loss = Callable[[Callable[[Tensor], Any], Tensor, Tensor], Tensor]
 """(network, normalised images, labels) -> scalar; the network is called on images that it may mix."""
+Training = LabelledDataset | SegmentationDataset
+Evaluation = EvaluationDataset | SegmentationEvaluation
+Pictures = Callable[[Network, PixelNormalizer], np.ndarray]
+"""(network in evaluation mode, from pixels to what it sees) -> what it makes of fixed images, uint8 (h, w, 3)."""
 
 
 class Figure(NamedTuple):
@@ -153,22 +158,24 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(ABC, Generic[Settings]):
     """What is trained: labelled images, network, loss and scores."""
 
-    config: FinetuneConfig
+    config: Settings
     names: tuple[str, ...] | None
     """Of the network's outputs, such as classes; None only for finished weights that do not name theirs."""
 
     scores: ClassVar[type[Scores]]
     head: ClassVar[str] = "classifier of {} classes"
     """What the network's last layer is called, with its number of outputs."""
+    predict_options: ClassVar[str] = ""
+    """What `fcmae predict` is given besides `{run}` and images."""
 
     # Labelled images
 
     @classmethod
     @abstractmethod
-    def open(cls, config: FinetuneConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
+    def open(cls, config: Settings, state: State | None = None) -> tuple[Self, Training]:
         """Open the training images, augmented by (seed, epoch, index), and the task that they are for.
 
         Args:
@@ -179,7 +186,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def validation_set(self, in_chans: int, training: Source | None = None) -> EvaluationDataset:
+    def validation_set(self, in_chans: int, training: Training | None = None) -> Evaluation:
         """Open the images to evaluate on, labelled by `names`, or by their own where these are None.
 
         Raises:
@@ -194,38 +201,27 @@ class Task(ABC):
         Raises:
             UserError: if there is no such network.
         """
-        assert self.names is not None
-        return build_classifier(self.config, len(self.names))
+        return build_classifier(self.config, self.num_outputs)
 
-    def start_from(self, model: Network, source: str) -> str:
+    @property
+    def num_outputs(self) -> int:
+        assert self.names is not None
+        return len(self.names)
+
+    def start_from(self, model: Any, source: str) -> str:
         """Load an encoder's weights and, where it was trained for the same, its head; returns what was done.
 
-        What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then. The first layer is
-        adapted to another number of channels.
+        Args:
+            model: from `build`.
+            source: the value of init_from.
 
         Raises:
             UserError: if the weights are another network's.
         """
         weights = load_weights(source)
-        response = known_of(weights, ["model.response"]).get("model.response")
-        own_response = model.arguments.get("response")
-        changed = response != own_response
-        require_network(model, weights, source, may_differ=("in_chans", *(("response", "grn") if changed else ())))
-        tensors, adapted = adapt_channels(weights, model)
         keep = self.has_head_of(weights) and weights.num_classes == model.num_classes
-        head = self.head.format(model.num_classes)
-        parts = [f"{weights.path} ({weights.description})", *([adapted] if adapted else [])]
-        parts.append(f"its {head}" if keep else f"a new {head}")
-        if changed:
-            parts.append(f"{own_response} in place of {response}")
-
-        def is_new(name: str) -> bool:
-            return (not keep and name.startswith(f"{model.classifier}.")) or (changed and ".grn." in name)
-
-        own = {n: x for n, x in model.state_dict().items() if n.startswith(model.head_names) or is_new(n)}
-        taken = {n: x for n, x in tensors.items() if not is_new(n)}
-        load_network(model, own | (self.as_trained(taken, model.classifier) if keep else taken), weights.path)
-        return ", ".join(parts)
+        done = start_network(model, weights, source, head=self.as_trained if keep else None)
+        return describe_start(weights, self.head.format(model.num_classes), keep, done)
 
     def has_head_of(self, weights: Weights) -> bool:
         """Whether weights were trained for this task and its names, as far as they say."""
@@ -243,12 +239,16 @@ class Task(ABC):
     # Scores
 
     @abstractmethod
-    def metric(self, num_outputs: int, device: torch.device) -> Metric:
-        """Return what gathers the scores of a network."""
+    def metric(self, num_outputs: int, device: torch.device) -> Any:
+        """Return what gathers the scores of a network, a `Metric`."""
 
-    def count(self, metric: Metric, compute: Callable[[Tensor], Tensor], batch: LabelledBatch) -> None:
-        """Let a metric count a batch of the validation set; `compute` is the network, of pixels (b, c, h, w)."""
-        metric.update(compute(batch.images), batch.labels)
+    def count(self, metric: Any, network: Callable[[Tensor], Tensor], images: Tensor, batch: Any) -> None:
+        """Let a metric count a batch of the validation set, whose images are given normalised."""
+        metric.update(network(images), batch.labels)
+
+    def pictures(self, dataset: Training | Evaluation) -> Pictures | None:
+        """Return what draws a network's answers for some images of a set, if there is something to see."""
+        return None
 
     # The model
 
@@ -262,7 +262,7 @@ class Task(ABC):
 # Images
 
 
-def open_training(config: FinetuneConfig) -> Source:
+def open_training(config: ImageConfig) -> Source:
     """Open the training images.
 
     Raises:
@@ -278,7 +278,7 @@ def open_training(config: FinetuneConfig) -> Source:
     return source
 
 
-def augment(config: FinetuneConfig, source: Source, labels: np.ndarray | None = None) -> LabelledDataset:
+def augment(config: ImageConfig, source: Source, labels: np.ndarray | None = None) -> LabelledDataset:
     """Return samples of the training images, augmented by (seed, epoch, index).
 
     Args:
@@ -302,37 +302,65 @@ def augment(config: FinetuneConfig, source: Source, labels: np.ndarray | None = 
     return LabelledDataset(source, view=view, seed=config.train.seed, labels=labels)
 
 
-def open_validation(config: FinetuneConfig, in_chans: int, training: Source | None) -> tuple[Source, str]:
+class ValidationPlace(NamedTuple):
+    """Where the images to evaluate on are, arguments of `open_source`; and how messages name it."""
+
+    root: str
+    split: str
+    whole_root: bool
+    key: str
+    remedy: str = "name data.val_split or data.val_root, or data.val_split=null for none"
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> Self:
+        """Read it off the configuration.
+
+        Raises:
+            UserError: if there is none.
+        """
+        data = config.data
+        if data.val_split is None:
+            raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
+        if data.val_root is None:
+            return cls(data.root, data.val_split, False, "data.root")
+        return cls(data.val_root, data.val_split, True, "data.val_root")
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.root}, data.val_split={self.split}"
+
+    def require_apart(self, training: Training | None, source: Source, config: FinetuneConfig) -> None:
+        """Check that images to evaluate on are not those of training.
+
+        Raises:
+            UserError: if they are.
+        """
+        if training is not None and self.split != config.data.split and overlap(training.images, source):
+            raise UserError(f"{self}: training's own images would be evaluated; {self.remedy}")
+
+
+def open_validation(config: FinetuneConfig, in_chans: int, training: Training | None) -> tuple[Source, str]:
     """Open the images to evaluate on; returns them, and how messages name them.
 
     Raises:
         UserError: if there are none, or they are those of `training`.
     """
-    data = config.data
-    if data.val_split is None:
-        raise UserError("data.val_split=null: there is nothing to evaluate; name a split")
-    root = data.root if data.val_root is None else data.val_root
-    key = "data.root" if data.val_root is None else "data.val_root"
-    what = f"{key}={root}, data.val_split={data.val_split}"
-    remedy = "name data.val_split or data.val_root, or data.val_split=null for none"
-    whole_root = data.val_root is not None
+    place = ValidationPlace.of(config)
     source = open_source(
-        data.name,
-        root,
-        data.val_split,
+        config.data.name,
+        place.root,
+        place.split,
         in_chans,
-        whole_root=whole_root,
-        reading=Reading.of(data),
-        key=key,
-        remedy=remedy,
+        whole_root=place.whole_root,
+        reading=Reading.of(config.data),
+        key=place.key,
+        remedy=place.remedy,
     )
-    if training is not None and data.val_split != data.split and overlap(training, source):
-        raise UserError(f"{what}: training's own images would be evaluated; {remedy}")
-    return source, what
+    place.require_apart(training, source, config)
+    return source, str(place)
 
 
 def evaluation_set(
-    config: FinetuneConfig, source: Source, labels: np.ndarray, names: Sequence[str], in_chans: int
+    config: ImageConfig, source: Source, labels: np.ndarray, names: Sequence[str], in_chans: int
 ) -> EvaluationDataset:
     """Return samples of images to evaluate on, with their labels."""
     size = config.data.size
@@ -343,7 +371,7 @@ def evaluation_set(
 # Networks
 
 
-def build_classifier(config: FinetuneConfig, num_classes: int) -> Network:
+def build_classifier(config: Any, num_classes: int) -> Network:
     """Return an untrained dense network whose classifier has small weights.
 
     Raises:
@@ -357,14 +385,59 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> Network:
     return model
 
 
+def start_network(
+    network: Network,
+    weights: Weights,
+    source: str,
+    *,
+    head: Callable[[dict[str, Tensor], str], dict[str, Tensor]] | None,
+) -> list[str]:
+    """Load weights into a network, whose classifier begins anew unless `head` says how its own is trained.
+
+    What stands at GRN's place may be another (V2 paper, table 2f): it begins anew then. The first layer is adapted
+    to another number of channels.
+
+    Args:
+        head: (tensors, what the last layer is called) -> the tensors as they are trained; None for a new one.
+
+    Returns:
+        What was changed, for people.
+
+    Raises:
+        UserError: if the weights are another network's.
+    """
+    response = known_of(weights, ["model.response"]).get("model.response")
+    own_response = network.arguments.get("response")
+    changed = response != own_response
+    require_network(network, weights, source, may_differ=("in_chans", *(("response", "grn") if changed else ())))
+    tensors, adapted = adapt_channels(weights, network)
+
+    def is_new(name: str) -> bool:
+        return (head is None and name.startswith(f"{network.classifier}.")) or (changed and ".grn." in name)
+
+    state = network.state_dict()
+    own = {n: x for n, x in state.items() if n.startswith(network.head_names) or is_new(n)}
+    taken = {
+        n: x for n, x in tensors.items() if not is_new(n) and (n in state or not n.startswith(network.head_names))
+    }
+    load_network(network, own | (head(taken, network.classifier) if head else taken), weights.path)
+    return [*([adapted] if adapted else []), *([f"{own_response} in place of {response}"] if changed else [])]
+
+
+def describe_start(weights: Weights, head: str, keep: bool, done: Sequence[str]) -> str:
+    """Say which weights a network starts from, whether with their head, and what else was done."""
+    return ", ".join([f"{weights.path} ({weights.description})", f"{'its' if keep else 'a new'} {head}", *done])
+
+
 # Scores
 
 
+@torch.inference_mode()
 def score_images(
-    task: Task,
+    task: Task[Any],
     model: Network,
     normalize: PixelNormalizer,
-    dataset: EvaluationDataset,
+    dataset: Evaluation,
     *,
     batch_size: int,
     num_workers: int,
@@ -375,6 +448,7 @@ def score_images(
     """Score a network on all images of a set, spread over the processes, each counted once.
 
     Args:
+        model: in evaluation mode.
         normalize: from pixels to what the network sees, on `device`.
         rank: of this process, which computes its share.
         world_size: number of processes.
@@ -386,16 +460,12 @@ def score_images(
     batches = load_batches(dataset, keys, num_workers=num_workers, pin_memory=device.type == "cuda")
     hidden = rank != 0 or not sys.stderr.isatty()
     metric = task.metric(model.num_classes, device)
-
-    def compute(pixels: Tensor) -> Tensor:
-        return model.forward(normalize(pixels))  # a compiled model is compiled for training's shapes
-
     bad: list[BadImage] = []
-    with torch.inference_mode():
-        for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
-            bad += batch.bad
-            batch = batch.to(device)
-            task.count(metric, compute, batch)
+    for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
+        bad += batch.bad
+        batch = batch.to(device)
+        # not a compiled network, which is compiled for training's shapes
+        task.count(metric, model.forward, normalize(batch.images), batch)
     if bad:
         tqdm.write(f"not counted: {len(bad)} images that do not decode, the first {bad[0].name}: {bad[0].reason}")
     return metric.compute()

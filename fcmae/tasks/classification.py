@@ -11,7 +11,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torchmetrics import SumMetric
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import ImageConfig
 from fcmae.data import EvaluationDataset, LabelledDataset, Source, labels_by, share_of_each_class
 from fcmae.data.labels import MAX_CLASSES
 from fcmae.errors import UserError
@@ -21,6 +21,7 @@ from fcmae.tasks.base import (
     Loss,
     Scores,
     Task,
+    Training,
     augment,
     evaluation_set,
     open_training,
@@ -52,7 +53,7 @@ def count_classes(labels: np.ndarray, what: str) -> int:
     return number
 
 
-def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
+def training_source(config: ImageConfig) -> tuple[Source, tuple[str, ...]]:
     """Open the training images; returns them and the names of their classes.
 
     Raises:
@@ -75,7 +76,7 @@ def training_source(config: FinetuneConfig) -> tuple[Source, tuple[str, ...]]:
 # The loss
 
 
-def build_loss(config: FinetuneConfig, num_classes: int) -> Loss:
+def build_loss(config: ImageConfig, num_classes: int) -> Loss:
     """Return a function (classifier, images, labels) -> cross-entropy, with mixup, cutmix and label smoothing."""
     mixup = None
     if config.data.mixup or config.data.cutmix:
@@ -161,17 +162,17 @@ class ClassMetric:
         return ClassScores(confusion, **tops, loss=loss_sum / int(confusion.sum()))
 
 
-class Classification(Task):
+class Classification(Task[ImageConfig]):
     """One class for each image."""
 
     scores = ClassScores
 
     @classmethod
-    def open(cls, config: FinetuneConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
+    def open(cls, config: ImageConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
         source, names = training_source(config)
         return cls(config, names), augment(config, source)
 
-    def validation_set(self, in_chans: int, training: Source | None = None) -> EvaluationDataset:
+    def validation_set(self, in_chans: int, training: Training | None = None) -> EvaluationDataset:
         source, what = open_validation(self.config, in_chans, training)
         names = self.names or source.class_names
         labels = labels_by(source, names, what)

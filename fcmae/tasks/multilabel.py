@@ -11,7 +11,7 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import ImageConfig
 from fcmae.data import EvaluationDataset, LabelledDataset, Source
 from fcmae.data.tables import LABELS, Row, Table, as_classes
 from fcmae.errors import UserError
@@ -22,6 +22,7 @@ from fcmae.tasks.base import (
     Loss,
     Scores,
     Task,
+    Training,
     augment,
     evaluation_set,
     open_training,
@@ -110,13 +111,13 @@ class MultiLabelMetric(Gathered):
         )
 
 
-class MultiLabel(Task):
+class MultiLabel(Task[ImageConfig]):
     """Any number of classes for each image."""
 
     scores = MultiLabelScores
 
     @classmethod
-    def open(cls, config: FinetuneConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
+    def open(cls, config: ImageConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
         data, source = config.data, open_training(config)
         what = f"data.root={data.root}, split {data.split}"
         labels, names = read_labels(config, source, what, validation=False)
@@ -131,7 +132,7 @@ class MultiLabel(Task):
         source, labels = share(source, labels, data.label_fraction, config.train.seed)
         return cls(config, names), augment(config, source, labels)
 
-    def validation_set(self, in_chans: int, training: Source | None = None) -> EvaluationDataset:
+    def validation_set(self, in_chans: int, training: Training | None = None) -> EvaluationDataset:
         source, what = open_validation(self.config, in_chans, training)
         found = read_labels(self.config, source, what, validation=True, names=self.names)
         names = self.names or found[1] or numbered(found[0].shape[1])
@@ -158,7 +159,7 @@ class MultiLabel(Task):
 
 
 def read_labels(
-    config: FinetuneConfig, source: Source, what: str, *, validation: bool, names: tuple[str, ...] | None = None
+    config: ImageConfig, source: Source, what: str, *, validation: bool, names: tuple[str, ...] | None = None
 ) -> Labels:
     """Return which classes images are of, 0 or 1 as int8 (n, classes), and the names of the classes.
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.regression import r2_score
 
-from fcmae.config import FinetuneConfig
-from fcmae.data import EvaluationDataset, LabelledBatch, LabelledDataset, Source
+from fcmae.config import ImageConfig
+from fcmae.data import EvaluationDataset, LabelledDataset, Source
 from fcmae.data.tables import as_numbers
 from fcmae.errors import UserError
 from fcmae.load import rescale_outputs
@@ -26,6 +26,7 @@ from fcmae.tasks.base import (
     Metric,
     Scores,
     Task,
+    Training,
     augment,
     evaluation_set,
     open_training,
@@ -84,7 +85,7 @@ class RegressionMetric(Gathered):
 
 
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(Task[ImageConfig]):
     """One or more numbers for each image."""
 
     mean: tuple[float, ...] | None = None
@@ -95,7 +96,7 @@ class Regression(Task):
     head = "layer of {} targets"
 
     @classmethod
-    def open(cls, config: FinetuneConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
+    def open(cls, config: ImageConfig, state: State | None = None) -> tuple[Self, LabelledDataset]:
         data, source = config.data, open_training(config)
         what = f"data.root={data.root}, split {data.split}"
         labels, names = read_numbers(config, source, what, validation=False)
@@ -114,7 +115,7 @@ class Regression(Task):
         task = cls(config, names, tuple(mean.tolist()), tuple(std.tolist()))
         return task, augment(config, source, ((labels - mean) / std).astype(np.float32))
 
-    def validation_set(self, in_chans: int, training: Source | None = None) -> EvaluationDataset:
+    def validation_set(self, in_chans: int, training: Training | None = None) -> EvaluationDataset:
         source, what = open_validation(self.config, in_chans, training)
         found = read_numbers(self.config, source, what, validation=True)
         names = self.names or found[1] or numbered(found[0].shape[1])
@@ -136,8 +137,8 @@ class Regression(Task):
     def metric(self, num_outputs: int, device: torch.device) -> RegressionMetric:
         return RegressionMetric(device)
 
-    def count(self, metric: Metric, compute: Callable[[Tensor], Tensor], batch: LabelledBatch) -> None:
-        outputs = compute(batch.images).float()
+    def count(self, metric: Metric, network: Callable[[Tensor], Tensor], images: Tensor, batch: Any) -> None:
+        outputs = network(images).float()
         if self.mean is not None and self.std is not None:
             outputs = outputs * outputs.new_tensor(self.std) + outputs.new_tensor(self.mean)
         metric.update(outputs, batch.labels)
@@ -152,7 +153,7 @@ def numbered(number: int) -> tuple[str, ...]:
     return ("target",) if number == 1 else tuple(f"target {i}" for i in range(number))
 
 
-def read_numbers(config: FinetuneConfig, source: Source, what: str, *, validation: bool) -> Labels:
+def read_numbers(config: ImageConfig, source: Source, what: str, *, validation: bool) -> Labels:
     """Return the targets of images, float64 (n, targets), and their names.
 
     Raises:

@@ -1,25 +1,51 @@
-"""Segmentation: loss, scores, report; knows no schedule, processes or files."""
+"""Segmentation: a class for each pixel, of a mask; knows no schedule, processes or files."""
 
-import sys
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import SumMetric
-from tqdm import tqdm
 
-from fcmae.data.batches import NOT_COUNTED, BadImage, load_batches
-from fcmae.data.masks import SegmentationSource
+from fcmae.config import SegmentationConfig
+from fcmae.data import PixelNormalizer, Reading
+from fcmae.data.batches import NOT_COUNTED
+from fcmae.data.masks import SegmentationSource, open_segmentation
 from fcmae.data.pixels import kind_name
-from fcmae.data.sampling import one_pass
-from fcmae.data.segments import SegmentationBatch, SegmentationEvaluation
-from fcmae.errors import UserError
-from fcmae.heads.windows import Strip
+from fcmae.data.segments import (
+    SegmentationBatch,
+    SegmentationDataset,
+    SegmentationEvaluation,
+    SegmentationView,
+    fixed_pairs,
+)
+from fcmae.encoder.base import Network
+from fcmae.encoder.networks import build_network
+from fcmae.errors import UserError, blame
+from fcmae.heads.segmentation import Segmenter
+from fcmae.heads.windows import Strip, Windows, pixel_logits
+from fcmae.load import load_weights
 from fcmae.metrics import confusion_matrix, per_class_of_pixels
+from fcmae.segment_pictures import draw_segmentations
+from fcmae.tasks.base import (
+    Evaluation,
+    Figure,
+    Loss,
+    Pictures,
+    Scores,
+    Task,
+    Training,
+    ValidationPlace,
+    describe_start,
+    start_network,
+)
+from fcmae.tasks.pictures import draw_bars
+from fcmae.tensors import load_strictly, misfits
+from fcmae.training.checkpoint import State
 
 # The images
 
@@ -116,35 +142,44 @@ def loss_of_heads(
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What an evaluation found, over the pixels of all images of all processes, each counted once."""
+class SegmentationScores(Scores):
+    """How well the classes of pixels were found, over those of all images of all processes, each counted once."""
 
     confusion: np.ndarray
     """int64 (num_classes, num_classes): pixels by (true class, predicted class)."""
-    num_images: int
+    images: int
     loss: float
     """Mean cross-entropy over pixels."""
 
-    @property
-    def miou(self) -> float:
-        """Mean intersection over union, over the classes that are there or were predicted."""
-        return float(np.nanmean(per_class_of_pixels(self.confusion)["iou"]))
+    overall = (Figure("mIoU", "miou"), Figure("pixel accuracy", "pixel_accuracy"), Figure("loss", "loss", ".4f"))
+    by_output = (
+        Figure("pixels", "pixels", ","),
+        Figure("IoU", "iou", ".1%"),
+        Figure("recall", "recall", ".1%"),
+        Figure("precision", "precision", ".1%"),
+    )
+    picture = ("IoU by class", "iou.png")
 
     @property
-    def pixel_accuracy(self) -> float:
-        """Share of the pixels whose class was predicted."""
-        return float(self.confusion.trace() / self.confusion.sum())
+    def num_images(self) -> int:
+        return self.images
 
     @property
     def figures(self) -> dict[str, float]:
-        """What is written of them in one number each."""
-        return {"miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "loss": self.loss}
+        """Mean intersection over union of the classes that are there or were predicted, and of all pixels."""
+        accuracy = float(self.confusion.trace() / self.confusion.sum())
+        return {"miou": float(np.nanmean(self.columns["iou"])), "pixel_accuracy": accuracy, "loss": self.loss}
 
-    def __str__(self) -> str:
-        return f"mIoU {self.miou:.2%} pixel accuracy {self.pixel_accuracy:.2%} loss {self.loss:.4f}"
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        return per_class_of_pixels(self.confusion)
+
+    def draw(self, names: Sequence[str]) -> np.ndarray:
+        shares = dict(zip(names, self.columns["iou"].tolist(), strict=True))
+        return draw_bars(shares, "intersection over union")
 
 
-class ScoreMetric:
+class SegmentationMetric:
     """Gathers the scores of predictions, strip by strip, on `device`."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -164,7 +199,7 @@ class ScoreMetric:
                 losses = F.cross_entropy(logits.float(), counted, ignore_index=NOT_COUNTED, reduction="none")
                 self.loss_sum.update(losses.to(self.loss_sum.dtype).sum())
 
-    def compute(self) -> Scores:
+    def compute(self) -> SegmentationScores:
         """Return the scores over all processes.
 
         Raises:
@@ -174,79 +209,131 @@ class ScoreMetric:
         loss_sum, num_images = float(self.loss_sum.compute()), int(self.num_images.compute())
         if not confusion.any():
             raise ValueError("none of the images could be read, or none has a class")
-        return Scores(confusion, num_images, loss_sum / int(confusion.sum()))
+        return SegmentationScores(confusion, num_images, loss_sum / int(confusion.sum()))
 
 
-def evaluate(
-    segment: Callable[[Tensor], Iterator[Strip]],
-    dataset: SegmentationEvaluation,
-    *,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Scores:
-    """Evaluate on all images of a set, whole, in their own size, spread over the processes, each counted once.
-
-    Args:
-        segment: pixels (b, c, h, w) on `device` -> logits of each pixel, see `pixel_logits`.
-        batch_size: images that are loaded together; those of one size are given to `segment` together.
-        rank: of this process, which computes its share.
-        world_size: number of processes.
-
-    Raises:
-        ValueError: if none of them could be read.
-    """
-    keys = one_pass(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    batches = load_batches(dataset, keys, num_workers=num_workers, pin_memory=device.type == "cuda")
-    hidden = rank != 0 or not sys.stderr.isatty()
-    metric = ScoreMetric(dataset.source.num_classes, device)
-    bad: list[BadImage] = []
-    with torch.inference_mode():
-        for batch in tqdm(batches, "evaluating", len(keys), leave=False, dynamic_ncols=True, disable=hidden):
-            assert isinstance(batch, SegmentationBatch)
-            bad += batch.bad
-            sizes = batch.extents.tolist()
-            images, labels = batch.images.to(device), batch.labels.to(device)
-            for height, width in {tuple(size) for size in sizes} - {(0, 0)}:
-                alike = [i for i, size in enumerate(sizes) if size == [height, width]]
-                metric.update(segment(images[alike, :, :height, :width]), labels[alike, :height, :width])
-    if bad:
-        tqdm.write(f"not counted: {len(bad)} images that do not decode, the first {bad[0].name}: {bad[0].reason}")
-    return metric.compute()
+# The task
 
 
-# Report
+@dataclass(frozen=True)
+class Segmentation(Task[SegmentationConfig]):
+    """A class for each pixel."""
 
+    class_weights: tuple[float, ...] | None = None
+    """Of the classes in the loss; None for 1 each."""
 
-def report(scores: Scores, class_names: Sequence[str]) -> str:
-    """Describe scores: the figures of all pixels, then a line per class."""
-    width = max(len("class"), *map(len, class_names))
-    lines = [
-        f"images           {scores.num_images:,}",
-        f"mIoU             {scores.miou:.2%}",
-        f"pixel accuracy   {scores.pixel_accuracy:.2%}",
-        f"loss             {scores.loss:.4f}",
-        "",
-        f"{'class':{width}}  {'pixels':>13}  {'IoU':>7}  {'recall':>7}  {'precision':>9}",
-    ]
-    columns = per_class_of_pixels(scores.confusion).values()
+    scores = SegmentationScores
+    head = "head of {} classes"
+    predict_options = " --output {run}-masks"
 
-    def share(value: float, room: int) -> str:
-        return f"{'-':>{room}}" if np.isnan(value) else f"{value:>{room}.1%}"
+    @classmethod
+    def open(cls, config: SegmentationConfig, state: State | None = None) -> tuple[Self, SegmentationDataset]:
+        data = config.data
+        source = open_segmentation(
+            data.name,
+            data.root,
+            data.split,
+            config.model.in_chans,
+            mask_root=data.mask_root,
+            ignored=data.ignore_index,
+            num_classes=config.model.num_classes,
+            reading=Reading.of(data),
+        )
+        require_jitter(source, data.jitter, f"data.jitter={data.jitter}")
+        source = source.share(data.label_fraction, config.train.seed)
+        weights = None
+        if config.train.class_weights == "balanced":
+            weights = tuple(balanced_weights(source.class_pixels).tolist())
+        view = SegmentationView(
+            data.size,
+            mean=data.mean,
+            scale=data.scale,
+            short_side=data.short_side,
+            most_of_one=data.most_of_one,
+            hflip=data.hflip,
+            jitter=data.jitter,
+        )
+        task = cls(config, source.class_names, weights)
+        return task, SegmentationDataset(source, view=view, seed=config.train.seed)
 
-    for name, pixels, iou, recall, precision in zip(class_names, *columns, strict=True):
-        shares = f"{share(iou, 7)}  {share(recall, 7)}  {share(precision, 9)}"
-        lines.append(f"{name:{width}}  {pixels:>13,}  {shares}")
-    return "\n".join(lines)
+    def validation_set(self, in_chans: int, training: Training | None = None) -> SegmentationEvaluation:
+        data, place = self.config.data, ValidationPlace.of(self.config)
+        source = open_segmentation(
+            data.name,
+            place.root,
+            place.split,
+            in_chans,
+            mask_root=data.val_mask_root or (None if data.val_root else data.mask_root),
+            ignored=data.ignore_index,
+            class_names=self.names,
+            whole_root=place.whole_root,
+            reading=Reading.of(data),
+            key=place.key,
+            remedy=place.remedy,
+            mask_key="data.val_mask_root" if data.val_mask_root else "data.mask_root",
+        )
+        place.require_apart(training, source.images, self.config)
+        return SegmentationEvaluation(source)
 
+    def build(self) -> Segmenter:
+        model = self.config.model
+        with blame("model"):
+            encoder = build_network(**model.network)
+            return Segmenter(
+                encoder, self.num_outputs, head=model.head, dim=model.head_dim, auxiliary=model.auxiliary
+            )
 
-def tabulate(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return scores as JSON takes them: the figures of all pixels, then a column per kind of figure and class.
+    def start_from(self, model: Segmenter, source: str) -> str:
+        weights = load_weights(source)
+        kept = {name.removeprefix("head."): x for name, x in weights.head.items()}
+        keep = self.has_head_of(weights) and bool(kept) and not misfits(model.head, kept)
+        done = start_network(model.encoder, weights, source, head=None)
+        if keep:
+            load_strictly(model.head, kept, weights.path)
+        return describe_start(weights, self.head.format(model.num_classes), keep, done)
 
-    A ratio over nothing is null.
-    """
-    columns = per_class_of_pixels(scores.confusion).items()
-    table = {name: [None if np.isnan(value) else value for value in column.tolist()] for name, column in columns}
-    return {"images": scores.num_images} | scores.figures | {"classes": {"names": list(class_names)} | table}
+    def loss(self) -> Loss:
+        @functools.cache
+        def weights(device: torch.device) -> Tensor | None:
+            return None if self.class_weights is None else torch.tensor(self.class_weights, device=device)
+
+        def loss(segment: Callable[[Tensor], Any], images: Tensor, labels: Tensor) -> Tensor:
+            dice = self.config.train.dice
+            return loss_of_heads(segment(images), labels, dice=dice, class_weights=weights(labels.device))
+
+        return loss
+
+    def metric(self, num_outputs: int, device: torch.device) -> SegmentationMetric:
+        return SegmentationMetric(num_outputs, device)
+
+    def count(
+        self,
+        metric: SegmentationMetric,
+        network: Callable[[Tensor], Tensor],
+        images: Tensor,
+        batch: SegmentationBatch,
+    ) -> None:
+        """Count images in their own size; those of one size are given to the network together."""
+        data, sizes = self.config.data, batch.extents.tolist()
+        windows = None if data.steps is None else Windows(data.size, data.steps)
+        for height, width in {tuple(size) for size in sizes} - {(0, 0)}:
+            alike = [i for i, size in enumerate(sizes) if size == [height, width]]
+            strips = pixel_logits(network, images[alike, :, :height, :width], windows, data.short_side)
+            metric.update(strips, batch.labels[alike, :height, :width])
+
+    def pictures(self, dataset: Training | Evaluation) -> Pictures | None:
+        source, shown = dataset.source, self.config.visualize
+        assert isinstance(source, SegmentationSource)
+        pixels, truth = fixed_pairs(source, shown.num_images, self.config.data.size)
+        if not len(pixels):
+            return None
+
+        def draw(network: Network, normalize: PixelNormalizer) -> np.ndarray:
+            device = next(network.parameters()).device
+            predicted = [network.forward(normalize(some.to(device))).argmax(1) for some in pixels.split(8)]
+            names = source.class_names
+            return draw_segmentations(
+                pixels, truth=truth, predicted=torch.cat(predicted), class_names=names, bands=shown.bands
+            )
+
+        return draw

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fcmae.config import FinetuneConfig
+from fcmae.config import ImageConfig
 from fcmae.data import Source, derive_seed
 from fcmae.data.labels import LABELS, num_columns
 from fcmae.data.sources import Subset
@@ -17,7 +17,7 @@ Labels = tuple[np.ndarray, tuple[str, ...] | None]
 
 
 def read_targets(
-    config: FinetuneConfig,
+    config: ImageConfig,
     source: Source,
     what: str,
     *,
@@ -56,7 +56,7 @@ def read_targets(
     return source.labels.reshape(len(source), num_columns(source.labels)), source.class_names
 
 
-def require_outputs(config: FinetuneConfig, names: Sequence[str], what: str) -> None:
+def require_outputs(config: ImageConfig, names: Sequence[str], what: str) -> None:
     """Check that there are `model.num_classes` outputs, where that is given.
 
     Raises:

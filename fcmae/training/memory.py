@@ -13,8 +13,9 @@ from fcmae.errors import UserError, shown
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container's limit is, of version 2 and 1."""
-GROWS_WITH = {"decoder": "decoder_dim", "head": "num_classes"}
-"""Keys of section `model` by the part of a network that they make large; of others `variant`."""
+GROWS_WITH = {"decoder": ("decoder_dim",), "head": ("head", "num_classes")}
+"""Keys of section `model`, the first that there is, by the part of a network that they make large; of others
+`variant`."""
 HOST = ("cpu", "mps")
 """Devices that compute in the memory of the computer."""
 NORMALISED_BYTES = 4.0
@@ -121,7 +122,7 @@ def require_memory(config: RunConfig, model: nn.Module, device: torch.device) ->
     ema = isinstance(config, FinetuneConfig) and config.train.ema_decay is not None
     weights = _bytes_of(model.parameters())
     largest = max(model.named_children(), key=lambda child: _bytes_of(child[1].parameters()))[0]
-    key = GROWS_WITH.get(largest, "variant")
+    key = next((key for key in GROWS_WITH.get(largest, ()) if hasattr(config.model, key)), "variant")
     network = f"model.{key}={shown(getattr(config.model, key))}"
     pixels = config.model.in_chans * data.size[0] * data.size[1]
     kept = 0.0 if frozen else 2 * _kept_values(config, model)  # of two bytes each, in half precision

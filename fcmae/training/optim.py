@@ -22,7 +22,7 @@ def exempt_from_decay(name: str, parameter: nn.Parameter) -> bool:
 def layer_scales(
     names: Iterable[str], depths: Sequence[int], *, decay: float, decay_type: Literal["single", "group"]
 ) -> dict[str, float]:
-    """Return the factor on the learning rate of each parameter of a `ConvNeXt`: decay ** (layers above it).
+    """Return the factor on the learning rate of each parameter of a network: decay ** (layers above it).
 
     "single": each block is a layer; the stem belongs to the first block, a downsampling to the block after it.
     "group": three blocks of the third stage are a layer, each other stage is one, and the stem; the last two
@@ -30,12 +30,13 @@ def layer_scales(
     depths 3, 3, 27, 3 become as many as the third stage needs.
 
     Args:
-        names: of the parameters; those of no block or downsampling are the classifier's, with factor 1.
+        names: of the parameters, an encoder's with or without "encoder." before them; those of no block or
+            downsampling are a classifier's or head's, with factor 1.
     """
     top = sum(depths) if decay_type == "single" else 3 + math.ceil(depths[2] / 3)
     scales: dict[str, float] = {}
     for name in names:
-        kind, *place = name.split(".")
+        kind, *place = name.removeprefix("encoder.").split(".")
         if kind not in ("downsample_layers", "stages"):
             layer = top + 1
         else:

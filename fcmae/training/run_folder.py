@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fcmae.config import RunConfig, Section, load_config, parse_config, to_yaml
+from fcmae.config import RunConfig, Section, TaskConfig, load_config, parse_config, to_yaml
 from fcmae.errors import UserError
 from fcmae.files import WRITING, free_bytes, real_path
 from fcmae.training.checkpoint import (
@@ -39,7 +39,9 @@ HARMLESS = (
     "data.labels",
     "data.num_workers",
     "data.max_bad",
+    "data.mask_root",
     "data.val_",
+    "data.stride",
     "data.crop_pct",
     "train.max_hours",
     "checkpoint",
@@ -62,12 +64,15 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.best = self.checkpoints / BEST
         self.reconstructions = self.path / "reconstructions"
+        self.predictions = self.path / "predictions"
+        """Pictures of what fine-tuning's network makes of some images."""
         self.encoder = self.path / "encoder"
         """What pretraining leaves, as timm reads it."""
         self.model = self.path / "model"
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
-        self.folders = (self.path, self.checkpoints, self.reconstructions, self.encoder, self.model)
+        drawn = self.reconstructions, self.predictions
+        self.folders = (self.path, self.checkpoints, *drawn, self.encoder, self.model)
         """Where a run writes; folders of others may lie between."""
 
     def picture(self, name: str) -> Path:
@@ -76,6 +81,9 @@ class RunFolder:
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
+
+    def prediction(self, step: int) -> Path:
+        return self.predictions / f"step-{step:08d}.png"
 
     def non_finite(self, step: int) -> Path:
         """Where the samples are named whose loss was not finite."""
@@ -149,6 +157,12 @@ def claim_run_folder(config: RunConfig, say: Callable[[str], None] = print) -> C
         if not _is_begun(run, type(config)):
             raise UserError(f"output={run.path}: holds files that are not a run's; name another folder")
         return None
+    if isinstance(config, TaskConfig):
+        trained = checkpoint.state.config.get("task", TaskConfig().task)
+        if trained != config.task:
+            raise UserError(
+                f"{checkpoint.path}: of task={trained}, not task={config.task}; name another output folder"
+            )
     stored = parse_config(type(config), checkpoint.state.config, str(checkpoint.path))
     for name, value in stored.model:
         if name != "layout" and getattr(config.model, name) != value:

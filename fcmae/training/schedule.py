@@ -2,14 +2,19 @@
 
 import dataclasses
 import math
-from typing import Self
+from typing import Literal, Self
 
 from fcmae.config import MOST_UPDATES, FinetuneConfig, RunConfig
 from fcmae.errors import UserError
 
+Decline = Literal["cosine", "linear"]
+"""How the rate falls after the warm-up."""
 
-def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `floor` (official main_pretrain.py).
+
+def learning_rate(
+    step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int, decline: Decline = "cosine"
+) -> float:
+    """Linear warm-up from 0 to `peak`, then half a cosine (official main_pretrain.py), or a line, down to `floor`.
 
     Args:
         step: the update that is about to be made, from 0.
@@ -17,7 +22,8 @@ def learning_rate(step: int, *, peak: float, floor: float, warmup_steps: int, to
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if decline == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * left
 
 
 def peak_rate(images_per_update: int, variant: object) -> float:
@@ -59,6 +65,7 @@ class Plan:
     warmup_steps: int
     peak_lr: float
     min_lr: float
+    decline: Decline = "cosine"
 
     @classmethod
     def of(cls, config: RunConfig, num_samples: int, num_processes: int) -> Self:
@@ -83,6 +90,7 @@ class Plan:
             warmup_steps=round(config.optim.warmup_epochs * num_samples / images_per_step),
             peak_lr=config.optim.base_lr * images_per_step / 256,
             min_lr=config.optim.min_lr,
+            decline=config.optim.schedule if isinstance(config, FinetuneConfig) else "cosine",
         )
 
     def lr(self, step: int) -> float:
@@ -93,6 +101,7 @@ class Plan:
             floor=self.min_lr,
             warmup_steps=self.warmup_steps,
             total_steps=self.total_steps,
+            decline=self.decline,
         )
 
     def steps_before(self, epochs: float) -> int:
@@ -119,7 +128,7 @@ class Plan:
     def concerns(self, config: RunConfig) -> list[str]:
         """Say, a line each, what of a plan is far from what recipes have, with the values that would do.
 
-        Bounds: a fifth of `peak_rate` to five times it; for fine-tuning a tenth of the lowest of configs/finetune
+        Bounds: a fifth of `peak_rate` to five times it; for fine-tuning half of the lowest of configs/finetune
         to three times the highest, and ten times that for the classifier alone.
         """
         finetuning = isinstance(config, FinetuneConfig)

@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fcmae.config import LOSSES
+from fcmae.config import TaskName
 from fcmae.encoder.base import Network
 from fcmae.encoder.convnext import ConvNeXt, Version, variant_name
 from fcmae.encoder.networks import build_network
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, one_line
 from fcmae.files import write_json
+from fcmae.heads.segmentation import AUXILIARY, Segmenter, read_head
 from fcmae.tensors import load_strictly, misfits
 
 CONFIG, MODEL = "config.json", "model.safetensors"
@@ -48,6 +49,12 @@ def _side(value: Any) -> int:
 def _pair(size: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return _side(height), _side(width)
+
+
+def _mask_value(value: Any) -> int:
+    if type(value) is not int or not abs(value) < 2**31:
+        raise ValueError(f"{value!r} is no value in masks")
+    return value
 
 
 def _number(value: Any) -> float:
@@ -119,8 +126,12 @@ Limit = float | tuple[float, ...]
 """Of all channels, or one of each."""
 
 
+SEGMENTATION = "segmentation"
+"""The task whose network has a head."""
+
+
 def _task(value: Any) -> str:
-    if value not in LOSSES:
+    if value not in get_args(TaskName):
         raise ValueError(f"{value!r} is no task")
     return value
 
@@ -139,7 +150,7 @@ class Preprocessing(NamedTuple):
     """Per channel, of pixels in `value_range`."""
     std: tuple[float, ...] = UNKNOWN
     image_size: tuple[int, int] = UNKNOWN
-    """Height and width in pixels."""
+    """Height and width in pixels; of the windows, in segmentation."""
     crop_pct: float = UNKNOWN
     """Share of the resized image's side that is cropped out of its centre."""
     interpolation: str = UNKNOWN
@@ -158,6 +169,12 @@ class Preprocessing(NamedTuple):
     """Least and most that pixels are clipped to, in [0, 1] for whole numbers; None for no clipping."""
     task: str | None = None
     """What the outputs are, as a configuration's `task`."""
+    short_side: int | None = None
+    """Of segmentation: pixels that the shorter side of images is resized to; None leaves them as they are."""
+    stride: tuple[int, int] | None = None
+    """Of segmentation: from window to window, down and across; None gives the network whole images."""
+    ignore_index: int | None = None
+    """Of segmentation: value in masks of pixels without a class."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Preprocessing":
@@ -179,6 +196,9 @@ class Preprocessing(NamedTuple):
             "window": _flag,
             "clip": _limits,
             "task": _task,
+            "short_side": _side,
+            "stride": _pair,
+            "ignore_index": _mask_value,
         }
         return cls(**{key: check(values[key]) for key, check in checked.items() if values.get(key) is not None})
 
@@ -194,7 +214,8 @@ class Preprocessing(NamedTuple):
 
         Raises:
             ValueError: if mean, std, clip or class names do not fit `encoder`, mean and std are unknown for other
-                than 3 channels, no-data is of pixels that hold none, or Pillow has no such interpolation.
+                than 3 channels, no-data is of pixels that hold none, windows leave gaps, or Pillow has no such
+                interpolation.
         """
         low, high = self.value_range or IMAGENET.value_range
         mean, std, size = IMAGENET.mean, IMAGENET.std, self.image_size or IMAGENET.image_size
@@ -220,6 +241,8 @@ class Preprocessing(NamedTuple):
                 raise ValueError(f"clip from {lows} to {highs}, which leaves nothing")
         if self.nodata is not None and self.dtype not in (None, "float32"):
             raise ValueError(f"{self.dtype} pixels with no-data, which makes them float32")
+        if self.stride is not None and (self.stride[0] > size[0] or self.stride[1] > size[1]):
+            raise ValueError(f"stride {self.stride} leaves gaps between windows of {size}")
         if self.class_names is not None and len(self.class_names) != encoder.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {encoder.num_classes} classes")
         return self._replace(
@@ -283,6 +306,26 @@ OUR_NAMES: Names = {
 """Every name of a `ConvNeXt`, which are the official dense ones."""
 
 OURS = "a ConvNeXt encoder in official dense names"
+
+
+ENCODER = "encoder."
+"""Before the names of the encoder in a whole FCMAE or segmenter."""
+
+
+def split_head(state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """Take a segmenter's tensors apart: the encoder's by its own names, and the head's, without a second head.
+
+    Tensors of other networks stay as they are, with none of a head.
+
+    Raises:
+        ValueError: if there are others beside a segmenter's.
+    """
+    if not any(name.startswith(ENCODER) for name in state) or not any(name.startswith("head.") for name in state):
+        return state, {}
+    if others := [name for name in state if not name.startswith((ENCODER, "head.", AUXILIARY))]:
+        raise ValueError(f"an encoder with a head, and besides {one_line(others[0], longest=80)}")
+    encoder = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
+    return encoder, {name: x for name, x in state.items() if name.startswith("head.")}
 
 
 def translate(names: Collection[str], table: Names, what: str) -> dict[str, str]:
@@ -419,7 +462,7 @@ class Weights(NamedTuple):
     path: Path
     """The file they were read from."""
     tensors: dict[str, Tensor]
-    """By our names: the encoder, with `norm` and `head` where there is a classifier."""
+    """By our names: the encoder, with `norm` and `head` where there is a classifier of images."""
     kind: str
     """The format or kind of run that they come from, for people."""
     preprocessing: Preprocessing = Preprocessing()
@@ -432,17 +475,28 @@ class Weights(NamedTuple):
     another network all arguments of `build_network`, `variant` among them, which says that it is another."""
     classifier: str = "head"
     """What the tensors of the classifier's last layer are called, see `Network`."""
+    head: Mapping[str, Tensor] = NOTHING
+    """Of a segmenter: its head's, by the names `head.*`; a second head, which only training has, is left out."""
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the classifier; 0 without one."""
-        return count_classes(self.tensors, self.classifier)
+        """Outputs of the classifier or segmenter; 0 without one."""
+        return read_head(self.head).num_classes if self.head else count_classes(self.tensors, self.classifier)
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """By the names of the network that `build_encoder` returns: a segmenter's encoder has its own behind
+        `encoder.`."""
+        if not self.head:
+            return self.tensors
+        return {f"{ENCODER}{name}": x for name, x in self.tensors.items()} | dict(self.head)
 
     @property
     def network_name(self) -> str:
-        """The network for people, such as "ConvNeXt V2 atto" or "timm/resnet50"."""
-        name = f"ConvNeXt V{version_of(self.tensors)} {describe_encoder(self.tensors)}"
-        return self.network.get("variant") or name
+        """The network for people, such as "ConvNeXt V2 atto", or "timm/resnet50 with head upernet"."""
+        name = self.network.get("variant")
+        name = name or f"ConvNeXt V{version_of(self.tensors)} {describe_encoder(self.tensors)}"
+        return f"{name} with head {read_head(self.head).head}" if self.head else name
 
     @property
     def description(self) -> str:
@@ -488,6 +542,18 @@ def build_untrained(
     return encoder
 
 
+def build_like(weights: Weights, *, drop_path: float = 0.0) -> Network:
+    """Build the untrained network of `weights`, a segmenter where they have a head; errors as `build_untrained`."""
+    num_classes = 0 if weights.head else weights.num_classes
+    encoder = build_untrained(
+        weights.tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network
+    )
+    if not weights.head:
+        return encoder
+    head, dim, num_classes = read_head(weights.head)
+    return Segmenter(encoder, num_classes, head=head, dim=dim)
+
+
 def require_fit(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Check that tensors are those of a ConvNeXt or what contains one, whose own numbers do not matter.
 
@@ -513,19 +579,23 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
 
     Args:
         weights: as read from any format.
-        num_classes: outputs of the classifier: None for the file's own classifier if it has one, 0 for none, any
-            other number than the file's for a new, untrained one.
+        num_classes: outputs of a classifier of images: None for the file's own classifier, or its segmenter, if it
+            has one, 0 for none, any other number than that of the file's classifier for a new, untrained one.
         drop_path: stochastic depth, see `ConvNeXt`.
     """
-    tensors = dict(weights.tensors)
     if num_classes is None:
-        num_classes = weights.num_classes
-    if num_classes != weights.num_classes:
-        tensors = {name: value for name, value in tensors.items() if not name.startswith(f"{weights.classifier}.")}
-    encoder = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network)
-    fresh = {name: value for name, value in encoder.state_dict().items() if name.startswith(encoder.head_names)}
-    load_network(encoder, fresh | tensors, weights.path)
-    return encoder
+        network = build_like(weights, drop_path=drop_path)
+        tensors = weights.state_dict
+    else:
+        own = 0 if weights.head else weights.num_classes
+        left_out = () if num_classes == own else (f"{weights.classifier}.",)
+        tensors = {name: value for name, value in weights.tensors.items() if not name.startswith(left_out)}
+        network = build_untrained(tensors, num_classes=num_classes, drop_path=drop_path, network=weights.network)
+    if not isinstance(network, Segmenter):
+        fresh = {name: x for name, x in network.state_dict().items() if name.startswith(network.head_names)}
+        tensors = fresh | tensors
+    load_network(network, tensors, weights.path)
+    return network
 
 
 # Formats
@@ -581,8 +651,8 @@ class Format:
         encoder = encoder.to(self.dtype)
         generator = torch.Generator().manual_seed(0)
         worst = 0.0
-        for b, grid_height, grid_width in ((2, 2, 3), (1, 4, 2)):
-            size = grid_height * encoder.patch_size, grid_width * encoder.patch_size
+        for b, grid_height, grid_width, rest in ((2, 2, 3, 0), (1, 4, 2, 3)):
+            size = grid_height * encoder.patch_size + rest, grid_width * encoder.patch_size + rest
             images = torch.randn(b, encoder.in_chans, *size, generator=generator, dtype=self.dtype)
             ours, theirs = encoder(images), self.compute(folder, images)
             if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
@@ -623,8 +693,8 @@ def description(folder: Path | None, name: str = CONFIG) -> Iterator[dict[str, A
 def write_description(encoder: Network, preprocessing: Preprocessing, folder: Path, **facts: object) -> None:
     """Write our `config.json`, for formats that have no place for preprocessing and class names, and more facts."""
     network = encoder.arguments | {"num_classes": encoder.num_classes}
-    if isinstance(encoder, ConvNeXt):
-        network |= {"depths": encoder.depths, "dims": encoder.dims}
+    if encoder.family == "convnext":
+        network |= {"depths": encoder.layer_depths, "dims": encoder.dims}
     write_json(folder / CONFIG, {"network": network, **preprocessing._asdict(), **facts}, indent=2)
 
 

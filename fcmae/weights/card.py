@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from fcmae.encoder.base import Network
-from fcmae.encoder.convnext import ConvNeXt
 from fcmae.files import write_text
-from fcmae.weights.base import Limit, Preprocessing, full_range
+from fcmae.weights.base import SEGMENTATION, Limit, Preprocessing, full_range
 
 CARD = "README.md"
 
@@ -27,15 +26,19 @@ def spell_pixels(use: Preprocessing) -> str:
     return ", ".join(parts)
 
 
-def spell_preparing(use: Preprocessing) -> str:
-    """Return Python that runs `model` on pixels; empty for 8 bits in gray or RGB, which libraries prepare."""
-    if use.dtype in (None, "uint8") and use.clip is None and len(use.mean) in (1, 3):
-        return ""
+def is_picture(use: Preprocessing) -> bool:
+    """Whether pixels are 8 bits in gray or RGB, which libraries read and prepare."""
+    return use.dtype in (None, "uint8") and use.clip is None and len(use.mean) in (1, 3)
+
+
+def spell_images(use: Preprocessing, sides: str) -> str:
+    """Return Python that makes `images` for a network of pixels with such sides."""
     full = full_range(use)
     pixels = "pixels" if full == 1 else f"pixels / {full:.0f}"
     if use.clip is not None:
         least, most = map(_spell, use.clip)
         pixels = f"({pixels}).clamp(column({least}), column({most}))"
+    known = "\nimages = images.nan_to_num(0)" if use.nodata is not None else ""
     return f"""
 import torch
 
@@ -44,9 +47,41 @@ def column(values):
     return torch.tensor(values).view(-1, 1, 1)
 
 
-# pixels: float32 (b, {len(use.mean)}, {", ".join(map(str, use.image_size))})
-images = ({pixels} - column({list(use.mean)})) / column({list(use.std)})
-out = model(images{".nan_to_num(0)" if use.nodata is not None else ""})"""
+# pixels: float32 (b, {len(use.mean)}, {sides})
+images = ({pixels} - column({list(use.mean)})) / column({list(use.std)}){known}"""
+
+
+def spell_preparing(use: Preprocessing) -> str:
+    """Return Python that runs `model` on pixels; empty for those that libraries prepare."""
+    return (
+        "" if is_picture(use) else f"{spell_images(use, ', '.join(map(str, use.image_size)))}\nout = model(images)"
+    )
+
+
+def spell_segmenting(use: Preprocessing) -> str:
+    """Return Python that loads a segmenter and runs it on images of any size."""
+    images = spell_images(use, "height, width")
+    if is_picture(use):
+        images = f"""
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor
+
+photo = Image.open("photo.jpg").convert("{"RGB" if len(use.mean) == 3 else "L"}")
+images = normalize(pil_to_tensor(photo)[None] / 255, {list(use.mean)}, {list(use.std)})"""
+    imports, logits = "import fcmae", "model(images)"
+    given = [f"Windows({use.image_size}, {use.stride})"] if use.stride is not None else []
+    given += [f"short_side={use.short_side}"] if use.short_side is not None else []
+    if given:
+        imports += "\nfrom fcmae.heads.windows import Windows, pixel_logits"
+        strips = ", ".join(["model", "images", *given])
+        logits = f"torch.cat([strip.logits for strip in pixel_logits({strips})], 2)"
+    return f"""{imports}
+
+model = fcmae.load_encoder("PATH/OF/THIS/FOLDER").eval()
+{images}
+with torch.inference_mode():
+    classes = {logits}.argmax(1)  # (b, height, width)"""
 
 
 def write_card(
@@ -63,30 +98,35 @@ def write_card(
 
     Args:
         use: preprocessing, complete.
-        code: Python that loads the network from the folder.
+        code: Python that loads the network from the folder, and runs a segmenter.
         transform: Python that prepares images of 8 bits for it; others are prepared by the card's own.
         stride: in pixels of the images that `use` describes; None for the network's own.
         warning: a paragraph that comes first.
     """
     name = encoder.variant if isinstance(encoder.variant, str) else ", ".join(map(str, encoder.variant))
-    if isinstance(encoder, ConvNeXt):
-        name = f"ConvNeXt V{encoder.version} {name.capitalize()}"
-    outputs = "targets" if use.task == "regression" else "classes"
+    if "version" in encoder.arguments:
+        name = f"ConvNeXt V{encoder.arguments['version']} {name.capitalize()}"
+    outputs = {"regression": "targets", SEGMENTATION: "classes of each pixel"}.get(use.task_name, "classes")
     what = f"{encoder.num_classes} {outputs}" if encoder.num_classes else "features, without classifier"
-    height, width = use.image_size
+    size = f"{use.image_size[0]} x {use.image_size[1]} pixels"
+    resizing = f"{use.interpolation}, the centre {use.crop_pct:g} of the side cropped out"
+    if use.task == SEGMENTATION:
+        resizing = f"bicubic, the shorter side to {use.short_side} pixels" if use.short_side is not None else "none"
+        seen = f", seen in windows {use.stride[0]} x {use.stride[1]} apart" if use.stride is not None else ""
+        size = f"of any size{seen}, trained on {size}"
     text = f"""# {name}: {what}
 {warning}
 | | |
 |---|---|
-| images | {encoder.in_chans} channels, {height} x {width} pixels |
+| images | {encoder.in_chans} channels, {size} |
 | pixels | {spell_pixels(use)} |
 | mean, std | {list(use.mean)}, {list(use.std)}, of pixels {"so" if use.dtype == "float32" else "in [0, 1]"} |
-| resizing | {use.interpolation}, the centre {use.crop_pct:g} of the side cropped out |
+| resizing | {resizing} |
 | total stride | {stride or encoder.patch_size} |
 
 ```python
 {code}
-{spell_preparing(use) or transform}
+{(use.task != SEGMENTATION and spell_preparing(use)) or transform}
 ```
 
 Trained with fcmae (arXiv 2301.00808).

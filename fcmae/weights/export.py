@@ -11,10 +11,10 @@ from fcmae.encoder.convnext import ConvNeXt, resolve_response
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes, make_folder, require_new_folder
+from fcmae.heads.segmentation import Segmenter
 from fcmae.weights.base import Preprocessing, Weights, build_encoder
-from fcmae.weights.card import write_card
-from fcmae.weights.networks import OTHER_FORMATS, folder_format
-from fcmae.weights.official import PLAIN
+from fcmae.weights.card import spell_segmenting, write_card
+from fcmae.weights.networks import OTHER_FORMATS, PLAIN, SEGMENTER_FORMATS, folder_format
 from fcmae.weights.read import FORMATS
 from fcmae.weights.timm import CODE as TIMM_CODE
 from fcmae.weights.timm import TIMM, TRANSFORM, write_timm_folder
@@ -59,8 +59,10 @@ def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -
         return write_timm_folder(network, preprocessing, folder)
     use = preprocessing.completed(network)
     make_folder(folder)
-    form = PLAIN if isinstance(network, ConvNeXt) else folder_format(str(network.variant))
+    form = PLAIN if isinstance(network, ConvNeXt | Segmenter) else folder_format(str(network.variant))
     form.write(network, use, folder)
+    if isinstance(network, Segmenter):
+        return write_card(network, use, folder, code=spell_segmenting(use))
     what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
     if form.name == "timm":
         return write_card(network, use, folder, code=TIMM_CODE, transform=TRANSFORM)
@@ -82,9 +84,11 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
     """
     require_new_folder(output, f"--output {output}")
     encoder = build_encoder(weights).eval()
-    formats = FORMATS if encoder.family == "convnext" else OTHER_FORMATS[encoder.family]
+    segments = isinstance(encoder, Segmenter)
+    formats = SEGMENTER_FORMATS if segments else {"convnext": FORMATS, **OTHER_FORMATS}[encoder.family]
     if to not in formats:
-        raise UserError(f"--to {to}: holds our ConvNeXt alone, not {encoder.variant}; take {', '.join(formats)}")
+        lacks = "has no place for a head" if segments else f"holds our ConvNeXt alone, not {encoder.variant}"
+        raise UserError(f"--to {to}: {lacks}; take {', '.join(formats)}")
     form = formats[to]
     if with_preprocessing and form.prepend_preprocessing is None:
         able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)

@@ -1,4 +1,4 @@
-"""Formats of networks other than our ConvNeXt, by their variant; knows no name of their tensors."""
+"""Formats of other networks than our ConvNeXt and of segmenters, and "plain" of all; knows no name of a tensor."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,21 +7,25 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fcmae.encoder.base import Network
-from fcmae.encoder.networks import is_other
+from fcmae.encoder.networks import classifier_name, is_other
 from fcmae.files import write_json
+from fcmae.heads.segmentation import AUXILIARY, Segmenter
 from fcmae.patches import grid_shape
-from fcmae.tensors import load_strictly, read_safetensors, write_safetensors
+from fcmae.tensors import read_safetensors, write_safetensors
 from fcmae.weights import timm
 from fcmae.weights.base import (
     CONFIG,
     MODEL,
     Format,
     Preprocessing,
-    build_untrained,
+    Weights,
+    build_encoder,
     describe_pixels,
     description,
     read_description,
+    read_network,
     require_arguments,
+    split_head,
     write_description,
 )
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
@@ -59,7 +63,8 @@ def without_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_timm(state: Mapping[str, Tensor], folder: Path | None) -> tuple[dict[str, Tensor], Preprocessing]:
     with description(folder) as config:
-        return without_decoder(state), timm.read_preprocessing(config)
+        use = Preprocessing.of(config) if "network" in config else timm.read_preprocessing(config)
+        return without_decoder(state), use
 
 
 def write_timm(network: "TimmNetwork", preprocessing: Preprocessing, folder: Path) -> None:
@@ -88,17 +93,20 @@ def write_timm(network: "TimmNetwork", preprocessing: Preprocessing, folder: Pat
 
 
 def write_plain(network: Network, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write our `config.json` and `model.safetensors`, without a segmenter's second head, which is for training."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / MODEL, network.state_dict())
+    second = AUXILIARY if isinstance(network, Segmenter) else ()
+    tensors = {name: x for name, x in network.state_dict().items() if not name.startswith(second)}
+    write_safetensors(folder / MODEL, tensors)
     write_description(network, preprocessing, folder)
 
 
 def compute_plain(folder: Path, images: Tensor) -> Tensor:
-    with description(folder) as config:
-        num_classes = config["network"]["num_classes"]
-    network = build_untrained({}, num_classes=num_classes, network=read_variant(folder))
-    load_strictly(network, read_safetensors(folder / MODEL), folder)
-    return network.to(images.dtype).eval()(images)
+    network = read_variant(folder) or read_network(folder)
+    tensors, head = split_head(read_safetensors(folder / MODEL))
+    classifier = classifier_name(network.get("variant"))
+    weights = Weights(folder, dict(tensors), "", network=network, classifier=classifier, head=head)
+    return build_encoder(weights).to(images.dtype).eval()(images)
 
 
 TIMM = Format(name="timm", kind="timm", read=read_timm, write=write_timm, compute=timm.compute, how=timm.TIMM.how)
@@ -117,6 +125,9 @@ OTHER_FORMATS: dict[str, dict[str, Format]] = {
     "roadmap": {"plain": PLAIN} | PROGRAMS,
 }
 """By family and name: what `fcmae export --to` takes; the first is that of the folder a run leaves."""
+
+SEGMENTER_FORMATS: dict[str, Format] = {"plain": PLAIN} | PROGRAMS
+"""Likewise, of segmenters over any encoder."""
 
 
 def folder_format(variant: str) -> Format:

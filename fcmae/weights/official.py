@@ -1,4 +1,4 @@
-"""The official code's formats, dense and sparse (MinkowskiEngine), and the dense one in safetensors, "plain"."""
+"""The official code's formats, dense and sparse (MinkowskiEngine)."""
 
 import math
 import re
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from fcmae.encoder.convnext import ConvNeXt, Version
 from fcmae.files import write_by
-from fcmae.tensors import read_safetensors, write_safetensors
 from fcmae.weights.base import (
-    MODEL,
     OUR_NAMES,
     OURS,
     Format,
@@ -198,17 +196,3 @@ SPARSE = _official(
     dense_to_official_sparse,
     networks=((2, "grn"),),
 )
-
-
-def write_plain(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
-    write_safetensors(folder / MODEL, encoder.state_dict())
-    write_description(encoder, preprocessing, folder)
-
-
-PLAIN = Format(
-    name="plain",
-    write=write_plain,
-    compute=lambda folder, images: _compute(from_official_dense(read_safetensors(folder / MODEL)), folder, images),
-    how=lambda encoder, folder: f'safetensors.torch.load_file("{folder / MODEL}")',
-)
-"""Read as `DENSE` is, whose names it has."""

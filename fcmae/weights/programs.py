@@ -13,24 +13,30 @@ from torchvision.transforms.v2.functional import center_crop
 
 from fcmae.encoder.base import Network
 from fcmae.files import write_by
-from fcmae.weights.base import Format, Preprocessing, write_description
+from fcmae.weights.base import SEGMENTATION, Format, Preprocessing, write_description
 
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 
 
-def _example(encoder: Network) -> tuple[tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Example inputs of the network, and their axes that may take other sizes."""
+AXES = {0: "batch", 2: "height", 3: "width"}
+"""Of the images, which may have any length."""
+
+
+def _example(encoder: Network) -> tuple[Tensor]:
     patch = encoder.patch_size
-    # sides of less than two patches end as one site, which torch would take for a constant
-    height, width = (torch.export.Dim(side, min=2 * patch) for side in ("height", "width"))
-    axes = {0: torch.export.Dim("batch", min=1), 2: height, 3: width}
-    return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),), (axes,)
+    return (torch.zeros(2, encoder.in_chans, 3 * patch + 1, 5 * patch + 1),)
 
 
-def _interface(encoder: Network) -> dict[str, str]:
+def _steps(use: Preprocessing) -> str:
+    """Say what is done to images."""
+    as_they_are = use.task == SEGMENTATION and use.short_side is None
+    return "clips and normalises" if as_they_are else "resizes, clips and normalises"
+
+
+def _interface(encoder: Network, use: Preprocessing) -> dict[str, str]:
     """Say what the program takes and gives."""
     return {
-        "input": f"float32 (batch, {encoder.in_chans}, height, width): the caller resizes, clips and normalises",
+        "input": f"float32 (batch, {encoder.in_chans}, height, width): the caller {_steps(use)}",
         "output": "logits" if encoder.num_classes else "features",
     }
 
@@ -38,14 +44,19 @@ def _interface(encoder: Network) -> dict[str, str]:
 def write_onnx(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     import onnxruntime  # noqa: F401  # before the export, which takes longer than reporting that it is missing
 
-    images, axes = _example(encoder)
     names = ["logits" if encoder.num_classes else "features"]
     program = torch.onnx.export(
-        encoder, images, input_names=["images"], output_names=names, dynamic_shapes=axes, dynamo=True, verbose=False
+        encoder,
+        _example(encoder),
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=(AXES,),
+        dynamo=True,
+        verbose=False,
     )
     assert program is not None
     program.save(folder / ONNX_FILE)
-    write_description(encoder, preprocessing, folder, **_interface(encoder))
+    write_description(encoder, preprocessing, folder, **_interface(encoder, preprocessing))
 
 
 def compute_onnx(folder: Path, images: Tensor) -> Tensor:
@@ -72,8 +83,9 @@ def is_eight_bit(use: Preprocessing) -> bool:
 def _preparing(use: Preprocessing) -> list[Any]:
     """Return ONNX nodes from `images`, uint8 or float32 (b, h, w, c), to `prepared`, float32 (b, c, *image_size).
 
-    The steps are those of timm's evaluation: resize until `image_size` / crop_pct is covered, crop the centre.
-    Pixels that are not known, NaN, leave their weight to the others, as `fcmae.data.views` has it.
+    The steps are those of timm's evaluation: resize until `image_size` / crop_pct is covered, crop the centre. A
+    segmenter's images keep their size. Pixels that are not known, NaN, leave their weight to the others, as
+    `fcmae.data.views` has it.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -93,28 +105,31 @@ def _preparing(use: Preprocessing) -> list[Any]:
     def half_even(numbers: str) -> str:
         return compute("Cast", compute("Round", numbers), to=TensorProto.INT64)
 
-    around = [math.floor(side / use.crop_pct) for side in use.image_size]
-    wanted = constant(use.image_size, np.int64)
-    channels_first = compute("Transpose", "images", perm=[0, 3, 1, 2])
-    outer = compute("Shape", channels_first, end=2)
-    size = compute("Shape", channels_first, start=2)
-    if around[0] == around[1]:
-        short = compute("ReduceMin", size, keepdims=1)
-        resized = compute("Div", compute("Mul", size, constant(around[:1], np.int64)), short)
-    else:
-        precise = compute("Cast", size, to=TensorProto.DOUBLE)
-        ratio = compute("ReduceMin", compute("Div", precise, constant(around, np.float64)), keepdims=1)
-        resized = half_even(compute("Div", precise, ratio))
-    sizes = compute("Concat", outer, resized, axis=0)
+    def cover(image: str) -> str:
+        """Resize and crop."""
+        around = [math.floor(side / use.crop_pct) for side in use.image_size]
+        wanted = constant(use.image_size, np.int64)
+        size = compute("Shape", image, start=2)
+        if around[0] == around[1]:
+            short = compute("ReduceMin", size, keepdims=1)
+            resized = compute("Div", compute("Mul", size, constant(around[:1], np.int64)), short)
+        else:
+            precise = compute("Cast", size, to=TensorProto.DOUBLE)
+            ratio = compute("ReduceMin", compute("Div", precise, constant(around, np.float64)), keepdims=1)
+            resized = half_even(compute("Div", precise, ratio))
+        sizes = compute("Concat", compute("Shape", image, end=2), resized, axis=0)
+        image = compute("Resize", image, "", "", sizes, antialias=1, **RESIZING[use.interpolation])
+        spare = compute("Cast", compute("Sub", resized, wanted), to=TensorProto.DOUBLE)
+        start = half_even(compute("Mul", spare, constant([0.5], np.float64)))
+        return compute("Slice", image, start, compute("Add", start, wanted), constant([2, 3], np.int64))
+
+    image = compute("Transpose", "images", perm=[0, 3, 1, 2])
     if use.nodata is not None:  # channels of what is known, 0 elsewhere, then of whether it is not
-        unknown = compute("IsNaN", channels_first)
-        values = compute("Where", unknown, constant(0, np.float32), channels_first)
-        channels_first = compute("Concat", values, compute("Cast", unknown, to=TensorProto.FLOAT), axis=1)
-        sizes = compute("Mul", sizes, constant([1, 2, 1, 1], np.int64))
-    image = compute("Resize", channels_first, "", "", sizes, antialias=1, **RESIZING[use.interpolation])
-    spare = compute("Cast", compute("Sub", resized, wanted), to=TensorProto.DOUBLE)
-    start = half_even(compute("Mul", spare, constant([0.5], np.float64)))
-    image = compute("Slice", image, start, compute("Add", start, wanted), constant([2, 3], np.int64))
+        unknown = compute("IsNaN", image)
+        values = compute("Where", unknown, constant(0, np.float32), image)
+        image = compute("Concat", values, compute("Cast", unknown, to=TensorProto.FLOAT), axis=1)
+    if use.task != SEGMENTATION:
+        image = cover(image)
     pixels = compute("Cast", image, to=TensorProto.FLOAT)
     if is_eight_bit(use):
         pixels = compute("Div", pixels, constant(255, np.float32))
@@ -138,6 +153,7 @@ def _preparing(use: Preprocessing) -> list[Any]:
 ANSWERS: dict[str, tuple[str, dict[str, Any], str, Callable[[Tensor], Tensor]]] = {
     "classification": ("Softmax", {"axis": 1}, "probabilities", lambda outputs: outputs.softmax(1)),
     "multilabel": ("Sigmoid", {}, "probabilities", Tensor.sigmoid),
+    SEGMENTATION: ("Softmax", {"axis": 1}, "probabilities", lambda outputs: outputs.softmax(1)),
     "regression": ("Identity", {}, "values", lambda outputs: outputs),
 }
 """What makes of a network's outputs what people ask for: ONNX's operator, what it gives, and the same in torch."""
@@ -167,7 +183,7 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     """Let the ONNX model take images as they are, (b, h, w, c) of any size, and give its answers.
 
     They are uint8 for a network that was trained on such; else float32, in shares of the full range if they were
-    whole numbers.
+    whole numbers. A segmenter's answers are of each pixel.
 
     Raises:
         ValueError: if there is no classifier, ONNX lacks the interpolation, or the result is not the network's.
@@ -178,7 +194,13 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     use = preprocessing.completed(encoder)
     if not encoder.num_classes:
         raise ValueError("--with-preprocessing is for classifiers: this network has none")
-    if use.interpolation not in RESIZING:
+    segments = use.task == SEGMENTATION
+    if segments and use.short_side is not None:
+        raise ValueError(
+            f"--with-preprocessing: this network sees images resized to a short side of {use.short_side} pixels, "
+            "which is not in the program; leave it out, and resize to and from that"
+        )
+    if not segments and use.interpolation not in RESIZING:
         raise ValueError(f"--with-preprocessing: ONNX resizes {' or '.join(RESIZING)}, not {use.interpolation}")
     model = onnx.load(folder / ONNX_FILE, load_external_data=False)
     graph = model.graph
@@ -191,22 +213,25 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     for part in (graph.node, graph.input, graph.output, graph.value_info):
         del part[:]  # the names of sizes are the network's
     graph.node.extend([*_preparing(use), *network])
-    sides = ["batch", "image_height", "image_width", encoder.in_chans]
+    names = ["height", "width"] if segments else ["image_height", "image_width"]
+    sides = ["batch", *names, encoder.in_chans]
     kind, elements = ("uint8", TensorProto.UINT8) if is_eight_bit(use) else ("float32", TensorProto.FLOAT)
     graph.input.append(helper.make_tensor_value_info("images", elements, sides))
-    classes = ["batch", encoder.num_classes]
+    classes = ["batch", encoder.num_classes, *(names if segments else [])]
     graph.output.append(helper.make_tensor_value_info(answer, TensorProto.FLOAT, classes))
     if use.class_names is not None:
         helper.set_model_props(model, {"class_names": json.dumps(use.class_names)})
     onnx.save_model(model, folder / ONNX_FILE)
     kind += " / 65535" if use.dtype == "uint16" else ""
-    taken = f"{kind} (batch, height, width, {encoder.in_chans}): the program resizes, clips and normalises"
+    taken = f"{kind} (batch, height, width, {encoder.in_chans}): the program {_steps(use)}"
     write_description(encoder, use, folder, input=taken, output=answer)
 
     # images that need no resizing, whose preprocessing is exact
     height, width = (math.floor(side / use.crop_pct) for side in use.image_size)
     images = _random_pixels(use, 2, height, width)
-    pixels = center_crop(images.permute(0, 3, 1, 2), list(use.image_size)).float()
+    pixels = images.permute(0, 3, 1, 2).float()
+    if not segments:
+        pixels = center_crop(pixels, list(use.image_size))
     with torch.no_grad():
         wanted = compute(encoder.float()(_prepare(pixels / 255 if is_eight_bit(use) else pixels, use)))
     difference = float((compute_onnx(folder, images) - wanted).abs().max())
@@ -215,12 +240,12 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
 
 
 def write_program(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
-    images, (axes,) = _example(encoder)
-    # torch 2.8 cannot prove for dimensions with names what it need not prove for those without
-    free = {axis: torch.export.Dim.DYNAMIC(min=dim.min) for axis, dim in axes.items()}
-    program = torch.export.export(encoder, images, dynamic_shapes=(free,))
+    # sides of less than two patches end as one site, which torch would take for a constant
+    least = {"batch": 1, "height": 2 * encoder.patch_size, "width": 2 * encoder.patch_size}
+    free = {axis: torch.export.Dim.DYNAMIC(min=least[name]) for axis, name in AXES.items()}
+    program = torch.export.export(encoder, _example(encoder), dynamic_shapes=(free,))
     write_by(lambda file: torch.export.save(program, file), folder / PROGRAM_FILE)
-    write_description(encoder, preprocessing, folder, **_interface(encoder))
+    write_description(encoder, preprocessing, folder, **_interface(encoder, preprocessing))
 
 
 def compute_program(folder: Path, images: Tensor) -> Tensor:

@@ -9,20 +9,22 @@ from torch import Tensor
 
 from fcmae.encoder.networks import classifier_name
 from fcmae.errors import UserError, blame, one_line
+from fcmae.heads.segmentation import Segmenter
 from fcmae.tensors import misfits, read_safetensors, require_finite
 from fcmae.weights.base import (
     MODEL,
     NO_CONVNEXT,
+    SEGMENTATION,
     Format,
     Preprocessing,
     Weights,
-    build_untrained,
-    count_classes,
+    build_like,
     describe_encoder,
     read_network,
+    split_head,
 )
-from fcmae.weights.networks import folder_format, read_variant
-from fcmae.weights.official import DENSE, PLAIN, SPARSE
+from fcmae.weights.networks import PLAIN, folder_format, read_variant
+from fcmae.weights.official import DENSE, SPARSE
 from fcmae.weights.programs import ONNX, TORCH_EXPORT
 from fcmae.weights.timm import TIMM
 from fcmae.weights.torch_files import read_torch
@@ -131,23 +133,30 @@ def interpret(
     like = describe_encoder(state)
     with blame(str(file) if like == NO_CONVNEXT else f"{file} (most like {like})"):
         network = read_variant(folder) or read_network(folder) if network is None else network
+        state, head = split_head(state)
         form = folder_format(network["variant"]) if "variant" in network else recognise(state)
         assert form.read is not None
         tensors, described = form.read(state, folder)
-        classifier = classifier_name(network.get("variant"))
-        num_classes = count_classes(tensors, classifier)
+        classifier = Segmenter.classifier if head else classifier_name(network.get("variant"))
+        kind = "plain" if head else form.kind
+        weights = Weights(file, tensors, kind, network=network, classifier=classifier, head=head)
         with torch.device("meta"):
-            untrained = build_untrained(tensors, num_classes=num_classes, network=network)
-            problems = misfits(untrained, tensors)
-    weights = Weights(file, tensors, form.kind, network=network, classifier=classifier)
+            problems = misfits(build_like(weights), weights.state_dict)
     known = preprocessing or described
-    if not num_classes:
+    if head and known.task is None:
+        known = known._replace(task=SEGMENTATION)
+    if (known.task == SEGMENTATION) != bool(head):
+        holds = "a head that segments" if head else "no head that segments"
+        raise UserError(f"{file}: holds {holds}, but what describes it says task={known.task}")
+    if not weights.num_classes:
         known = known._replace(class_names=None, task=None)
-    elif known.class_names and len(known.class_names) != num_classes:
-        raise UserError(f"{file}: {num_classes} classes, but the files beside it name {len(known.class_names)}")
+    elif known.class_names and len(known.class_names) != weights.num_classes:
+        raise UserError(
+            f"{file}: {weights.num_classes} classes, but the files beside it name {len(known.class_names)}"
+        )
     if problems:
         raise UserError(
-            f"{file}: {form.kind} weights of {weights.network_name}, "
+            f"{file}: {kind} weights of {weights.network_name}, "
             f"but {len(problems)} tensors differ: {'; '.join(problems[:10])}"
         )
     return weights._replace(preprocessing=known)
