@@ -5,9 +5,10 @@
 
 Run from the root of the repository. Backgrounds are random crops of real photographs, those in docs/photos unless
 others are named; what is to be found in them is drawn. The classes are the background and the nine groups of
-emoji, all drawn equally often. No emoji is in both splits, nor is one of its skin tones, nor a photograph; but
-those of one group resemble each other (clocks, flags, the same person in several trades). The same arguments make
-the same files.
+emoji, all drawn equally often, or with --one-class the background and any emoji. The splits are train, val to
+choose settings by, and test. No emoji is in two of them, nor is one of its skin tones, nor a photograph; but those
+of one group resemble each other (clocks, flags, the same person in several trades). The same arguments make the
+same files.
 
 It writes `images.npy`, `masks.npy` and `classes.txt` for each split, which data.name=arrays reads, and
 `samples.png`.
@@ -35,8 +36,10 @@ BACKGROUND = "background"
 LEFT_OUT = "Component"
 """A group of five skin tones, which are nothing by themselves."""
 
-VAL_SHARE = 0.2
-"""Of the emoji of each group, and of the photographs."""
+HELD_OUT = {"val": 0.1, "test": 0.2}
+"""Shares of the emoji of each group, and of the photographs."""
+
+PHOTOS = (".jpg", ".jpeg", ".png")
 
 EMOJI_SIDES = 0.3, 0.75
 """Of an emoji, least and most, in sides of the image."""
@@ -66,7 +69,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     prepare.add_argument("--photos", type=Path, nargs="+", default=[Path("docs/photos")], metavar="FOLDER")
     prepare.add_argument("--size", type=int, default=96, help="pixels of an image's side")
     prepare.add_argument("--train", type=int, default=20_000, metavar="N", help="images to train on")
-    prepare.add_argument("--val", type=int, default=2_000, metavar="N", help="images to evaluate on")
+    prepare.add_argument("--val", type=int, default=2_000, metavar="N", help="images to choose settings by")
+    prepare.add_argument("--test", type=int, default=2_000, metavar="N", help="images to evaluate on")
+    prepare.add_argument("--one-class", action="store_true", help="all emoji are one class")
     prepare.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -93,22 +98,26 @@ def read_emoji(package: Path) -> tuple[list[Emoji], tuple[str, ...]]:
 
 
 def read_photos(folders: Sequence[Path]) -> list[Image.Image]:
-    """Read the photographs in some folders, in the order of their names, as a person sees them.
+    """Read the photographs in some folders, in the order of their names, as a person sees them; each once.
 
     Raises:
         SystemExit: if there are none.
     """
-    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
-    if len(paths) < 2:
-        raise SystemExit(f"error: {' '.join(map(str, folders))}: fewer than two photographs, one for each split")
-    return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in paths]
+    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in PHOTOS)
+    different = {path.read_bytes(): path for path in reversed(paths)}.values()
+    if len(different) <= len(HELD_OUT):
+        raise SystemExit(f"error: {' '.join(map(str, folders))}: fewer than three photographs, one for each split")
+    return [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in sorted(different)]
 
 
-def split_off(number: int, seed: int) -> tuple[list[int], list[int]]:
-    """Return indices of training and of validation, at least one each, drawn by the seed."""
+def split_up(number: int, seed: int) -> dict[str, list[int]]:
+    """Return the indices of each split, at least one where there are enough, drawn by the seed."""
     order = np.random.default_rng(seed).permutation(number).tolist()
-    held_out = max(1, round(VAL_SHARE * number))
-    return sorted(order[held_out:]), sorted(order[:held_out])
+    splits: dict[str, list[int]] = {}
+    for split, share in HELD_OUT.items():
+        held_out = max(1, round(share * number))
+        splits[split], order = sorted(order[:held_out]), order[held_out:]
+    return {"train": sorted(order)} | splits
 
 
 def pick(things: Sequence[Thing], rng: np.random.Generator) -> Thing:
@@ -144,20 +153,23 @@ def compose(
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write both splits."""
+    """Write all splits."""
     emoji, names = read_emoji(args.package)
     photos = read_photos(args.photos)
     groups = [[one for one in emoji if one.label == label] for label in range(1, len(names))]
-    emoji_splits = [split_off(len(group), derive_seed(args.seed, label)) for label, group in enumerate(groups)]
-    photo_splits = split_off(len(photos), derive_seed(args.seed))
-    for number, (split, total) in enumerate({"train": args.train, "val": args.val}.items()):
-        own_photos = [photos[i] for i in photo_splits[number]]
-        own = [[group[i] for i in parts[number]] for group, parts in zip(groups, emoji_splits, strict=True)]
+    emoji_splits = [split_up(len(group), derive_seed(args.seed, label)) for label, group in enumerate(groups)]
+    photo_splits = split_up(len(photos), derive_seed(args.seed))
+    for number, (split, chosen) in enumerate(photo_splits.items()):
+        own_photos = [photos[i] for i in chosen]
+        own = [[group[i] for i in splits[split]] for group, splits in zip(groups, emoji_splits, strict=True)]
+        total: int = getattr(args, split)
         images = np.empty((total, args.size, args.size, 3), np.uint8)
         masks = np.empty((total, args.size, args.size), np.uint8)
         for index in range(total):
             rng = np.random.default_rng(derive_seed(args.seed, number, index))
             images[index], masks[index] = compose(own_photos, own, args.size, rng)
+        if args.one_class:
+            masks, names = np.minimum(masks, 1), (BACKGROUND, "emoji")
         path = save_arrays(args.output / split, images)
         save_masks(args.output / split, masks, names)
         print(f"{path}: {total:,} images, {sum(map(len, own)):,} emoji on {len(own_photos)} photographs")
