@@ -34,7 +34,7 @@ from fcmae.data.sampling import IndexStream
 from fcmae.data.segments import SegmentationDataset, SegmentationEvaluation, SegmentationView, fixed_pairs
 from fcmae.heads.segmentation import Segmenter
 from fcmae.metrics import confusion_matrix, per_class_of_pixels
-from fcmae.segment_pictures import draw_legend, paint, shown
+from fcmae.segment_pictures import draw_legend, paint
 from fcmae.tasks.segmentation import segmentation_loss
 from fcmae.training.optim import build_adamw
 from fcmae.training.schedule import learning_rate
@@ -279,7 +279,7 @@ def draw(args: argparse.Namespace) -> None:
     results = read_results(args.json)
     source = open_segmentation("arrays", str(args.data), "test", 3)
     pixels, truth = fixed_pairs(source, SHOWN, (SIDE, SIDE))
-    columns = {"image": shown(pixels), "truth": paint(truth)}
+    columns = {"image": pixels / 255, "truth": paint(truth)}
     for start, by_fraction in results.items():
         (line,) = (line for line in by_fraction[args.fraction] if line["seed"] == SEEDS[0])
         run = Run(start, args.fraction, SEEDS[0], line["rate"])
