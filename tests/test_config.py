@@ -271,9 +271,7 @@ def test_wrong_values_of_segmentation_are_reported_in_one_line(
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(
-    "override", ["data.stride=8", "data.mask_root=x", "model.head=fpn", "train.dice=1", "visualize.num_images=1"]
-)
+@pytest.mark.parametrize("override", ["data.stride=8", "data.mask_root=x", "model.head=fpn", "train.dice=1"])
 def test_keys_of_segmentation_are_refused_for_tasks_of_whole_images(minimal: Path, override: str) -> None:
     for task in ("classification", "multilabel", "regression"):
         with pytest.raises(UserError, match=f"{override.partition('.')[0]}.*: is for task=segmentation"):
