@@ -19,8 +19,8 @@ OTHER_CPU = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCT
   NUMBA_CPU_NAME=generic NUMBA_CACHE_DIR=$(abspath $(VENV))/other-cpu/numba \
   TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/other-cpu/inductor OMP_NUM_THREADS=1
 NUMERIC = $(patsubst %,tests/test_%.py,ops layouts responses encoder networks roadmap decoder minkowski model masking hog v1 \
-  weights weights_official weights_timm weights_segmenter batches stats views visualize evaluate diagnose metrics \
-  classification tasks optim commands small_images any_images heads segments segmentation predict)
+  weights weights_official weights_timm batches stats views visualize evaluate diagnose metrics \
+  classification optim commands small_images any_images heads segments segmentation predict)
 
 .PHONY: help quickstart minkowski test test-other-cpu fuzz faults check bench
 .DELETE_ON_ERROR:
