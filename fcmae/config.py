@@ -532,9 +532,12 @@ class FinetuneConfig(RunConfig, TaskConfig):
 
     @classmethod
     def kind_of(cls, values: Mapping[str, Any]) -> type[Self]:
-        if cls is not FinetuneConfig:
-            return cls
-        return cast(type[Self], SegmentationConfig if values.get("task") == "segmentation" else ImageConfig)
+        kinds = {
+            FinetuneConfig: (ImageConfig, SegmentationConfig),
+            FinetuneRecipe: (ImageRecipe, SegmentationRecipe),
+        }
+        of_images, of_pixels = kinds.get(cls, (cls, cls))
+        return cast(type[Self], of_pixels if values.get("task") == "segmentation" else of_images)
 
     @classmethod
     def place_of(cls, key: str) -> str:
@@ -713,12 +716,6 @@ class FinetuneRecipe(FinetuneConfig, Recipe[FinetuneConfig]):
     complete: ClassVar[type[RunConfig]] = FinetuneConfig
     open_sections: ClassVar[tuple[str, ...]] = ("model", "data")
 
-    @classmethod
-    def kind_of(cls, values: Mapping[str, Any]) -> type[Self]:
-        if cls is not FinetuneRecipe:
-            return cls
-        return cast(type[Self], SegmentationRecipe if values.get("task") == "segmentation" else ImageRecipe)
-
 
 class ImageRecipe(ImageConfig, FinetuneRecipe):
     """What users give `finetune.py` for whole images."""
@@ -858,29 +855,29 @@ def shipped_configs() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
-TASKS = {"finetune": "finetune", "roadmap": "finetune", "ablations": "ablate"}
+COMMANDS = {"finetune": "finetune", "roadmap": "finetune", "ablations": "ablate"}
 """Commands by the folder of their configurations; others are of `pretrain`."""
 
 
-def task_of(name: str) -> str:
+def command_of(name: str) -> str:
     """Return the command that a shipped configuration is for, by its name."""
-    return TASKS.get(name.partition("/")[0], "pretrain")
+    return COMMANDS.get(name.partition("/")[0], "pretrain")
 
 
-def find_shipped(name: str, task: str | None = None) -> Path:
-    """Return a shipped configuration by its name, in which "TASK/" may be left out.
+def find_shipped(name: str, command: str | None = None) -> Path:
+    """Return a shipped configuration by its name, in which "COMMAND/" may be left out.
 
     Raises:
         UserError: if there is none, with names like it.
     """
     shipped = shipped_configs()
-    fitting = [other for other in shipped if task in (None, task_of(other))]
-    option = {None: "", "ablate": "GRID "}.get(task, "--config ")
+    fitting = [other for other in shipped if command in (None, command_of(other))]
+    option = {None: "", "ablate": "GRID "}.get(command, "--config ")
     for other in fitting:
-        if name in (other, other.rpartition("/")[2]) and (task or name == other):
+        if name in (other, other.rpartition("/")[2]) and (command or name == other):
             return shipped[other]
     if name in shipped:
-        raise UserError(f"{option}{named(name)}: is not for fcmae {task}, but for fcmae {task_of(name)}")
+        raise UserError(f"{option}{named(name)}: is not for fcmae {command}, but for fcmae {command_of(name)}")
     words = {word for other in fitting for word in (other, other.rpartition("/")[2])}
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     near = difflib.get_close_matches(wanted, sorted(words), n=3, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Fine-tune a ConvNeXt on labelled images (arXiv 2301.00808, section 5 and appendix A.1): classes or numbers.
+"""Fine-tune a ConvNeXt on labelled images (arXiv 2301.00808, section 5 and appendix A.1): classes, numbers, masks.
 
 fcmae finetune --config atto init_from=runs/atto data.root=IMAGES output=runs/classifier
 fcmae finetune --evaluate runs/classifier
@@ -50,10 +50,10 @@ from fcmae.weights.export import write_folder
 
 @contextmanager
 def evaluating(accelerator: Accelerator, model: Network) -> Iterator[None]:
-    """Inside, a network computes as in evaluation, in the run's precision and without gradients."""
+    """Inside, a network computes as in evaluation, in the run's precision."""
     training = model.training
     model.eval()
-    with accelerator.autocast(), torch.inference_mode():
+    with accelerator.autocast():
         yield
     model.train(training)
 

@@ -21,6 +21,7 @@ from numba import config
 from torch import Tensor, nn
 from torch.backends.cpu import get_cpu_capability
 
+from fcmae.__main__ import run as fcmae_command
 from fcmae.encoder.convnext import ConvNeXt, Layout
 from fcmae.errors import run_script
 from fcmae.signals import STOP_SIGNALS
@@ -190,6 +191,22 @@ def run_program(program: Callable[[], object], arguments: Sequence[str]) -> int:
 def run_main(main: Callable[[list[str]], int], *arguments: str) -> int:
     """Run a script's `main` in this process, as the script would; returns the exit code."""
     return run_program(lambda: sys.exit(run_script(main)), ["script.py", *arguments])
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run_main(fcmae_command, *map(str, arguments))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 def error_line(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, error_line, randomise, run_main, small_encoder, state_of
+from conftest import ROOT, TINY, Command, error_line, randomise, run_main, small_encoder, state_of
 from PIL import Image
 from safetensors.torch import save_file
 from small_runs import rehash
@@ -40,21 +39,6 @@ PHOTOS = ROOT / "docs" / "photos"
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 NAMES = ("cat", "dog", "kite")
 STORIES = ("pretrain", "finetune")
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run_main(run, *map(str, arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

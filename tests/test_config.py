@@ -16,10 +16,10 @@ from fcmae.config import (
     RunConfig,
     Section,
     SegmentationConfig,
+    command_of,
     load_config,
     parse_config,
     shipped_configs,
-    task_of,
     to_yaml,
 )
 from fcmae.errors import UserError
@@ -31,7 +31,7 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 SHIPPED_KINDS = [
     ({"finetune": FinetuneRecipe, "pretrain": PretrainConfig}[task], path)
     for name, path in shipped_configs().items()
-    if (task := task_of(name)) != "ablate"
+    if (task := command_of(name)) != "ablate"
 ]
 RUNS = [path for _, path in SHIPPED_KINDS]
 MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"

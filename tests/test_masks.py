@@ -208,7 +208,7 @@ def test_arrays_are_read_in_parts(tmp_path: Path) -> None:
     source = open_segmentation("arrays", str(tmp_path), "train", 5)
     assert source.class_names == ("sky", "sea", "land")
     assert (source.dtype, source.channels) == (torch.uint16, 5)
-    assert source.class_pixels.tolist() == np.bincount(masks.ravel()).tolist()
+    assert source.class_pixels().tolist() == np.bincount(masks.ravel()).tolist()
     pixels, classes, _ = source.load_part(2, lambda height, width, _: Part(3, 2, 6, 7, (6, 7)))
     assert np.array_equal(pixels.permute(1, 2, 0), images[2, 3:9, 2:9])
     assert np.array_equal(classes, masks[2, 3:9, 2:9])
@@ -332,7 +332,7 @@ def test_a_class_that_is_ignored_is_none(pairs: Path) -> None:
     source = open_train(pairs, ignored=0)
     assert source.num_classes == 3
     assert np.array_equal(source.load(0).classes, VALUES.astype(int) - 1)
-    assert source.class_pixels.tolist() == (3 * np.bincount(VALUES.ravel())[1:]).tolist()
+    assert source.class_pixels().tolist() == (3 * np.bincount(VALUES.ravel())[1:]).tolist()
 
 
 def test_masks_that_are_all_pictures_end_the_run_at_once_and_single_ones_are_left_to_training(pairs: Path) -> None:

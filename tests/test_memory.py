@@ -9,7 +9,7 @@ from conftest import ROOT, error_line
 from torch import nn
 
 from fcmae import finetune, pretrain
-from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, load_config, shipped_configs, task_of
+from fcmae.config import FinetuneRecipe, PretrainConfig, RunConfig, command_of, load_config, shipped_configs
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
 from fcmae.tasks.base import build_classifier
@@ -47,7 +47,7 @@ def refusal(config: RunConfig, device: torch.device) -> str:
 
 def test_shipped_recipes_fit_onto_a_gpu_of_24_gb_with_8_beside_it(machine: None) -> None:
     for name, path in shipped_configs().items():
-        if (task := task_of(name)) != "ablate":
+        if (task := command_of(name)) != "ablate":
             kind = PretrainConfig if task == "pretrain" else FinetuneRecipe
             automatic = "variant: auto" in path.read_text()
             config = load_config(kind, path, ["model.variant=atto"] if automatic else [])

@@ -1,19 +1,17 @@
 """`fcmae predict` with a segmenter: masks that the network gives, in files of their own, whatever images come."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, run_main, state_of
+from conftest import ROOT, TINY, Command, state_of
 from PIL import Image
 from torch import Tensor
 
 from fcmae import ConvNeXt
-from fcmae.__main__ import run
 from fcmae.config import FinetuneConfig, parse_config
 from fcmae.data import PixelNormalizer
 from fcmae.data.masks import as_classes, open_mask
@@ -41,8 +39,6 @@ USE = Preprocessing(
     ignore_index=255,
 )
 
-Command = Callable[..., tuple[int, str, str]]
-
 
 def small_segmenter(in_chans: int = 3, num_classes: int = 3) -> Segmenter:
     """A segmenter of random weights whose classes all occur."""
@@ -62,19 +58,6 @@ def save_model(folder: Path, use: Preprocessing = USE, **kwargs: int) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("segmenter") / "model")
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run_main(run, *map(str, arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def read_mask(path: Path, ignored: int | None = 255) -> np.ndarray:

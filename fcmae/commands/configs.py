@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fcmae.arguments import add_path
 from fcmae.commands.arguments import command_parser
-from fcmae.config import find_shipped, shipped_configs, task_of
+from fcmae.config import command_of, find_shipped, shipped_configs
 from fcmae.errors import UserError
 from fcmae.files import write_text
 
-TASKS = {
+PURPOSES = {
     "pretrain": "fcmae pretrain --config NAME",
     "finetune": "fcmae finetune --config NAME",
     "ablate": "fcmae ablate NAME",
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> int:
     if options.name is None:
         shipped = shipped_configs()
         width = max(map(len, shipped))
-        for task, command in TASKS.items():
-            print(f"# {command}")
+        for command, what in PURPOSES.items():
+            print(f"# {what}")
             for name, path in shipped.items():
-                if task_of(name) == task:
+                if command_of(name) == command:
                     print(f"{name:{width}}  {purpose(path)}")
         return 0
     name = options.name
@@ -56,6 +56,6 @@ def main(argv: list[str]) -> int:
     if os.path.lexists(target):
         raise UserError(f"{target}: exists already; name another file: fcmae configs {name} FILE")
     write_text(target, source.read_text(encoding="utf-8"))
-    task = task_of(name)
-    print(f"{target}  edit it, then: fcmae {task} {'' if task == 'ablate' else '--config '}{target}")
+    command = command_of(name)
+    print(f"{target}  edit it, then: fcmae {command} {'' if command == 'ablate' else '--config '}{target}")
     return 0

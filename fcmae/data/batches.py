@@ -479,14 +479,20 @@ def prefetch(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
         yield ready(*waiting)
 
 
-def fixed_images(source: Source, number: int, size: tuple[int, int]) -> Tensor:
-    """Return `number` readable images spread evenly over the source, pixels (n, c, h, w), always the same."""
-    images: list[Tensor] = []
+def load_spread(source: Loadable, number: int, view: Callable[[Any], Loaded]) -> list[Loaded]:
+    """Return a view of `number` samples spread evenly over the source, without those that do not decode."""
+    found: list[Loaded] = []
     for index in spread(len(source), number):
         try:
-            images.append(cover(source.load(index), size))
+            found.append(view(source.load(index)))
         except Exception:  # training names the images that do not decode
             continue
+    return found
+
+
+def fixed_images(source: Source, number: int, size: tuple[int, int]) -> Tensor:
+    """Return `number` readable images spread evenly over the source, pixels (n, c, h, w), always the same."""
+    images = load_spread(source, number, lambda image: cover(image, size))
     return torch.stack(images) if images else torch.empty(0)
 
 

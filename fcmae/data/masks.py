@@ -272,7 +272,6 @@ class SegmentationSource:
         masks: theirs, in the same order.
         class_names: by class.
         ignored: the value of masks that is no class; None for none.
-        class_pixels: pixels of each class in the masks that were looked at.
         rows: of images and masks that this source has; None for all.
     """
 
@@ -283,12 +282,10 @@ class SegmentationSource:
         *,
         class_names: Sequence[str],
         ignored: int | None,
-        class_pixels: np.ndarray,
         rows: np.ndarray | None = None,
     ) -> None:
         self.images, self.masks, self.ignored = images, masks, ignored
         self.class_names = tuple(class_names)
-        self.class_pixels = class_pixels
         self.rows = np.arange(len(masks)) if rows is None else rows
         self.channels, self.dtype, self.place = images.channels, images.dtype, images.place
 
@@ -345,15 +342,12 @@ class SegmentationSource:
             return self
         order = np.random.default_rng(derive_seed(seed)).permutation(self.rows)
         rows = np.sort(order[: max(1, round(fraction * len(order)))])
-        found = count_pixels(self.masks, self.ignored, rows=rows).pixels[: self.num_classes]
-        return SegmentationSource(
-            self.images,
-            self.masks,
-            class_names=self.class_names,
-            ignored=self.ignored,
-            class_pixels=np.pad(found, (0, self.num_classes - len(found))),
-            rows=rows,
-        )
+        names = self.class_names
+        return SegmentationSource(self.images, self.masks, class_names=names, ignored=self.ignored, rows=rows)
+
+    def class_pixels(self) -> np.ndarray:
+        """Count the pixels of each class, int64 (num_classes,), in up to `LOOKED_AT` masks, spread over all."""
+        return count_pixels(self.masks, self.ignored, rows=self.rows).of(self.num_classes)
 
 
 def _by_name(root: str, files: Sequence[str], what: str) -> dict[str, str]:
@@ -400,6 +394,10 @@ class Counted(NamedTuple):
     """The highest class of each mask, by index; -1 in one without classes."""
     complete: bool
     """Whether all masks were looked at."""
+
+    def of(self, num_classes: int) -> np.ndarray:
+        """Return the pixels of each of so many classes, int64 (num_classes,)."""
+        return np.pad(self.pixels[:num_classes], (0, max(0, num_classes - len(self.pixels))))
 
 
 def count_pixels(
@@ -469,9 +467,8 @@ def require_every_class(counted: Counted, names: Sequence[str], ignored: int | N
     if len(names) < 2:
         hint = f", and {ignored}, which is no class: write 1 in its place if it is one" if ignored else ""
         raise UserError(f"{what}: masks of class 0 alone{hint}; there are at least two classes to tell apart")
-    pixels = np.pad(counted.pixels, (0, len(names) - len(counted.pixels)))
     absent = [f"{label} ({name})" if name != str(label) else name for label, name in enumerate(names)]
-    absent = [shown for shown, number in zip(absent, pixels, strict=True) if not number]
+    absent = [shown for shown, number in zip(absent, counted.of(len(names)), strict=True) if not number]
     if absent and counted.complete:
         raise UserError(
             f"{what}: {len(absent)} of {len(names)} classes never occur: {shorten(absent)}; number the classes of "
@@ -566,5 +563,4 @@ def open_segmentation(
     names = name_classes(masks, counted, named or num_classes, what)
     if class_names is None:
         require_every_class(counted, names, ignored, what)
-    pixels = np.pad(counted.pixels, (0, len(names) - len(counted.pixels)))
-    return SegmentationSource(images, masks, class_names=names, ignored=ignored, class_pixels=pixels)
+    return SegmentationSource(images, masks, class_names=names, ignored=ignored)

@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from fcmae.data.batches import NOT_COUNTED, BadImage, Batch, Sample, load_or_substitute
+from fcmae.data.batches import NOT_COUNTED, BadImage, Batch, Sample, load_or_substitute, load_spread
 from fcmae.data.deep import Box
 from fcmae.data.masks import Pair, SegmentationSource
 from fcmae.data.pixels import FULL, rounded
-from fcmae.data.sampling import PADDING, Key, spread
+from fcmae.data.sampling import PADDING, Key
 from fcmae.data.sources import Source
-from fcmae.data.views import Part, covering_size, resample
+from fcmae.data.views import Part, cover, covering_size, resample
 from fcmae.seeding import seeded
 
 TRIES = 10
@@ -227,9 +227,8 @@ class SegmentationEvaluation(Dataset[Any]):
 def cover_pair(pair: Pair, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Resize an image and its classes so that they cover `size` (height, width), and crop the centre of both."""
     around = covering_size((pair.classes.shape[0], pair.classes.shape[1]), size)
-    pixels, classes = resample(pair.pixels, around), resize_classes(pair.classes, around)
-    crop = v2.functional.center_crop
-    return crop(pixels, list(size)), crop(classes[None], list(size))[0]
+    classes = resize_classes(pair.classes, around)
+    return cover(pair.pixels, size), v2.functional.center_crop(classes[None], list(size))[0]
 
 
 def fixed_pairs(source: SegmentationSource, number: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -238,12 +237,7 @@ def fixed_pairs(source: SegmentationSource, number: int, size: tuple[int, int]) 
     Returns:
         Pixels (n, c, *size) and int16 (n, *size); n is 0 where none can be read.
     """
-    found: list[tuple[Tensor, Tensor]] = []
-    for index in spread(len(source), number):
-        try:
-            found.append(cover_pair(source.load(index), size))
-        except Exception:  # training names the images that do not decode
-            continue
+    found = load_spread(source, number, lambda pair: cover_pair(pair, size))
     if not found:
         return torch.empty(0, source.channels, *size), torch.empty(0, *size, dtype=torch.int16)
     return torch.stack([pixels for pixels, _ in found]), torch.stack([classes for _, classes in found])

@@ -1,7 +1,6 @@
 """Inference on image files: classes, numbers, masks, reconstructions; knows no command line or files of weights."""
 
 import math
-import operator
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from fcmae.data.views import PixelNormalizer, cover, resample, whole
 from fcmae.encoder.base import Network
 from fcmae.errors import brief
 from fcmae.files import BoundedFile
-from fcmae.heads.windows import Strip, Windows, pixel_logits, slide
+from fcmae.heads.windows import Strip, Windows, pixel_logits
 from fcmae.model import FCMAE
 from fcmae.visualize import draw_mask_ratios
 from fcmae.weights.base import Preprocessing
@@ -208,10 +207,7 @@ def segment_images(
     windows = Windows(window, stride, at_once) if stride else None
     for path, pixels in images:
         batch = pixels[None].to(device)
-        if windows and not short_side and all(map(operator.ge, pixels.shape[1:], window)):
-            strips = slide(lambda cut: network(normalize(cut)), batch, windows)  # floats of some windows alone
-        else:
-            strips = pixel_logits(network, normalize(batch), windows, short_side)
+        strips = pixel_logits(network, batch, windows, short_side, normalize)
         classes = torch.cat([*map(_classes_of, strips)])  # each strip for as long as that takes
         yield Segmentation(path, pixels, classes)
 

@@ -33,15 +33,26 @@ class Strip(NamedTuple):
     """(b, num_classes, rows, w)."""
 
 
-def slide(network: Callable[[Tensor], Tensor], images: Tensor, windows: Windows) -> Iterator[Strip]:
+def as_it_is(images: Tensor) -> Tensor:
+    """Return images that are normalised already."""
+    return images
+
+
+def slide(
+    network: Callable[[Tensor], Tensor],
+    images: Tensor,
+    windows: Windows,
+    normalize: Callable[[Tensor], Tensor] = as_it_is,
+) -> Iterator[Strip]:
     """Yield the logits of images strip by strip, from the top: the mean over all windows that see a pixel.
 
     Logits of one row of windows are in memory at a time, however large the images are.
 
     Args:
         network: (b, c, *window) -> logits (b, num_classes, *window).
-        images: (b, c, h, w), normalised; zeros are put below and on the right of smaller ones than a window.
+        images: (b, c, h, w).
         windows: their size and distance.
+        normalize: what the network sees of a window; zeros are then put below and on the right of a smaller image.
 
     Raises:
         ValueError: if windows would leave gaps.
@@ -50,23 +61,24 @@ def slide(network: Callable[[Tensor], Tensor], images: Tensor, windows: Windows)
     if not all(0 < step <= side for step, side in zip(stride, window, strict=True)):
         raise ValueError(f"stride {stride} leaves gaps between windows of {window}; it is from 1 to these")
     height, width = images.shape[-2:]
-    images = F.pad(images, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
+    around = max(height, window[0]), max(width, window[1])
+    missing = (0, around[1] - width, 0, around[0] - height)
     tops, lefts = (
-        window_starts(length, side, step)
-        for length, side, step in zip(images.shape[-2:], window, stride, strict=True)
+        window_starts(length, side, step) for length, side, step in zip(around, window, stride, strict=True)
     )
-    across = images.new_zeros(images.shape[-1], dtype=torch.float32)
+    across = images.new_zeros(around[1], dtype=torch.float32)
     for left in lefts:
         across[left : left + window[1]] += 1
     places = [(left, i) for left in lefts for i in range(len(images))]  # of a row's windows
     sums, down = None, across.new_zeros(window[0])  # of the rows from `top` on
-    for top, following in zip(tops, [*tops[1:], images.shape[-2]], strict=True):
+    for top, following in zip(tops, [*tops[1:], around[0]], strict=True):
         band = images[..., top : top + window[0], :]
         for first in range(0, len(places), batch_size):
             some = places[first : first + batch_size]
-            logits = network(torch.stack([band[i, :, :, left : left + window[1]] for left, i in some])).float()
+            seen = normalize(torch.stack([band[i, :, :, left : left + window[1]] for left, i in some]))
+            logits = network(F.pad(seen, missing)).float()
             if sums is None:
-                sums = logits.new_zeros(len(images), logits.shape[1], window[0], images.shape[-1])
+                sums = logits.new_zeros(len(images), logits.shape[1], window[0], around[1])
             for (left, i), found in zip(some, logits, strict=True):
                 sums[i, :, :, left : left + window[1]] += found
         assert sums is not None
@@ -99,22 +111,27 @@ def pixel_logits(
     images: Tensor,
     windows: Windows | None = None,
     short_side: int | None = None,
+    normalize: Callable[[Tensor], Tensor] = as_it_is,
 ) -> Iterator[Strip]:
-    """Yield the logits of each pixel of images (b, c, h, w), normalised, strip by strip from the top.
+    """Yield the logits of each pixel of images (b, c, h, w) strip by strip from the top.
 
     Args:
         network: images of any size -> logits (b, num_classes, h, w).
-        images: (b, c, h, w).
+        images: (b, c, h, w), normalised, or what `normalize` takes: then of windows alone, one after another.
         windows: how to cut them; None gives the network whole images.
         short_side: of the images that the network sees, in pixels, to and from which all is resized; None leaves
             images as they are.
+        normalize: from `images` to what the network sees.
     """
     height, width = images.shape[-2:]
     factor = short_side / min(height, width) if short_side else 1.0
     if factor != 1.0:
         size = round(height * factor), round(width * factor)
-        images = F.interpolate(images, size, mode="bicubic", antialias=True)
-    strips = iter([Strip(0, network(images))]) if windows is None else slide(network, images, windows)
+        images, normalize = F.interpolate(normalize(images), size, mode="bicubic", antialias=True), as_it_is
+    if windows is None:
+        strips = iter([Strip(0, network(normalize(images)))])
+    else:
+        strips = slide(network, images, windows, normalize)
     if factor == 1.0:
         yield from strips
     else:

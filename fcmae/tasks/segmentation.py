@@ -70,7 +70,7 @@ def balanced_weights(class_pixels: np.ndarray) -> Tensor:
     """Return a weight for each class: the median of the classes' pixels over its own (arXiv 1411.4734).
 
     Args:
-        class_pixels: (num_classes,), see `SegmentationSource`; of what was not seen, 1 is taken.
+        class_pixels: (num_classes,), of `SegmentationSource`; of what was not seen, 1 is taken.
     """
     pixels = torch.from_numpy(class_pixels).double().clamp(min=1)
     return (pixels.quantile(0.5) / pixels).float()
@@ -243,7 +243,7 @@ class Segmentation(Task[SegmentationConfig]):
         source = source.share(data.label_fraction, config.train.seed)
         weights = None
         if config.train.class_weights == "balanced":
-            weights = tuple(balanced_weights(source.class_pixels).tolist())
+            weights = tuple(balanced_weights(source.class_pixels()).tolist())
         view = SegmentationView(
             data.size,
             mean=data.mean,
@@ -328,6 +328,7 @@ class Segmentation(Task[SegmentationConfig]):
         if not len(pixels):
             return None
 
+        @torch.inference_mode()
         def draw(network: Network, normalize: PixelNormalizer) -> np.ndarray:
             device = next(network.parameters()).device
             predicted = [network.forward(normalize(some.to(device))).argmax(1) for some in pixels.split(8)]

@@ -29,10 +29,10 @@ from fcmae.config import (
     Recipe,
     RunConfig,
     Section,
+    command_of,
     load_config,
     override_config,
     shipped_configs,
-    task_of,
     to_yaml,
 )
 from fcmae.encoder.networks import is_other
@@ -218,7 +218,7 @@ def test_shipped_files_with_other_values_are_taken_or_refused_in_a_line(
     file: Path, named_text: tuple[str, bytes]
 ) -> None:
     name, content = named_text
-    try_file(KINDS[task_of(name)], file, content, [])
+    try_file(KINDS[command_of(name)], file, content, [])
 
 
 @fuzzed(60, 2000)
@@ -227,7 +227,7 @@ def test_shipped_files_with_other_characters_are_taken_or_refused_in_a_line(
     file: Path, named_text: tuple[str, bytes]
 ) -> None:
     name, content = named_text
-    try_file(KINDS[task_of(name)], file, content, [])
+    try_file(KINDS[command_of(name)], file, content, [])
 
 
 @fuzzed(100, 1500)
