@@ -61,7 +61,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if request.param == "triton":
             pytest.importorskip("triton", reason="needs Triton")
             kernels = "fcmae.ops"
-            monkeypatch.setattr(f"{kernels}.patch_depthwise_triton.WEIGHT_PROGRAMS", 21)
+            monkeypatch.setattr(f"{kernels}.patch_depthwise_triton.WEIGHT_PROGRAMS", 3)
             monkeypatch.setattr(f"{kernels}.gelu_grn_triton.PROGRAMS", 4)
             monkeypatch.setattr(f"{kernels}.gelu_grn_triton.VALUES", 256)
             if not torch.cuda.is_available():

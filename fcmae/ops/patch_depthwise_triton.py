@@ -22,11 +22,11 @@ VALUES_PER_WARP = 1024
 """Sums that a warp holds: 32 registers of each thread."""
 NORM_VALUES = 4096
 """Values of a program of the norm's backward pass, of four warps."""
-WEIGHT_CHANNELS = {8: 64, 4: 64, 2: 64, 1: 128}
+WEIGHT_CHANNELS = {8: 64, 4: 128, 2: 128, 1: 128}
 """Channels of a program of the weight's gradient, of one warp that holds a sum for each value of the kernel."""
-WEIGHT_PROGRAMS = 2048
-"""Programs among which the sum over sites in the weight's gradient is split: it says in which order is summed, so
-that it must be the same wherever a run is resumed."""
+WEIGHT_PROGRAMS = 1056
+"""Programs among which the sum over sites in the weight's gradient is split, eight for each multiprocessor of a
+Hopper. It says in which order is summed, so that it is the same wherever a run is resumed."""
 
 
 @triton.jit
