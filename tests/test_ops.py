@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -472,12 +473,19 @@ class WeightGradients(TorchDispatchMode):
         return out
 
 
+class Context(SimpleNamespace):
+    """What autograd hands to a function: its engine itself wants a GPU before it differentiates anything of one."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
 def test_weight_gradients_on_cuda_come_from_the_product_in_float32() -> None:
-    with FakeTensorMode():
-        tensors = [tensor.detach().to("cuda").requires_grad_() for tensor in mlp_tensors(2, 76, 16, torch.bfloat16)]
-        out = grn_mlp.grn_mlp(*tensors, EPS)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        with WeightGradients((33, 16)) as products:
-            torch.autograd.grad(out, tensors, torch.empty_like(out))
+    context = Context()
+    with FakeTensorMode(), WeightGradients((33, 16)) as products:
+        tensors = [tensor.detach().to("cuda") for tensor in mlp_tensors(2, 76, 16, torch.bfloat16)]
+        out = grn_mlp._GRNMLP.forward(context, *tensors, EPS)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        grn_mlp._GRNMLP.backward(context, torch.empty_like(out))
     assert products.dtypes == [torch.float32] * 2
 
 

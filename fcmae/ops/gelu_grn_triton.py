@@ -17,8 +17,8 @@ CHANNELS = (256, 128, 64)
 """Channels of a program: what wastes fewest values at an image's edge, and the widest of those."""
 PROGRAMS = 4096
 """Programs that keep a GPU busy: with fewer images and channels than that, the sites of an image are split."""
-VALUES_PER_WARP = 1024
-"""Of an image's vector."""
+VECTOR = 2048
+"""Channels of a turn of a program over an image's vectors, of four warps."""
 
 
 @triton.jit
@@ -51,11 +51,11 @@ def _gelu(h, DTYPE: tl.constexpr):
 
 @triton.jit
 def _tile(start, n, c, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Offsets (ROWS, CHANNELS) of this program's image and channels from row `start` on, and which are there."""
-    rows = start + tl.arange(0, ROWS)
+    """Where row `start` of this program's image begins, offsets (ROWS, CHANNELS) from there, and which are there."""
+    rows = tl.arange(0, ROWS)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    first = tl.program_id(2).to(tl.int64) * n
-    return (first + rows)[:, None] * c + channels[None, :], (rows < n)[:, None] & (channels < c)[None, :]
+    first = (tl.program_id(2).to(tl.int64) * n + start) * c
+    return first, rows[:, None] * c + channels[None, :], (start + rows < n)[:, None] & (channels < c)[None, :]
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def _square_sums_kernel(
     total = tl.zeros((ROWS, CHANNELS), DTYPE)
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, n, c, ROWS, CHANNELS)
-        y, _ = _gelu(tl.load(h + at, inside, other=0.0).to(DTYPE), DTYPE)
+        first, at, inside = _tile(start, n, c, ROWS, CHANNELS)
+        y, _ = _gelu(tl.load(h + first + at, inside, other=0.0).to(DTYPE), DTYPE)
         total += y * y
     _store_sums(sums, total, c, CHANNELS)
 
@@ -95,9 +95,9 @@ def _scale_kernel(
     s = _per_image(scale, c, CHANNELS, DTYPE)[None, :]
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, n, c, ROWS, CHANNELS)
-        y, _ = _gelu(tl.load(h + at, inside, other=0.0).to(DTYPE), DTYPE)
-        tl.store(out + at, (shift + s * y).to(out.dtype.element_ty), inside)
+        first, at, inside = _tile(start, n, c, ROWS, CHANNELS)
+        y, _ = _gelu(tl.load(h + first + at, inside, other=0.0).to(DTYPE), DTYPE)
+        tl.store(out + first + at, (shift + s * y).to(out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -108,9 +108,9 @@ def _grad_sums_kernel(
     total = tl.zeros((ROWS, CHANNELS), DTYPE)
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, n, c, ROWS, CHANNELS)
-        y, _ = _gelu(tl.load(h + at, inside, other=0.0).to(DTYPE), DTYPE)
-        g = tl.load(grad + at, inside, other=0.0).to(DTYPE)
+        first, at, inside = _tile(start, n, c, ROWS, CHANNELS)
+        y, _ = _gelu(tl.load(h + first + at, inside, other=0.0).to(DTYPE), DTYPE)
+        g = tl.load(grad + first + at, inside, other=0.0).to(DTYPE)
         along += g * y
         total += g
     _store_sums(along_sums, along, c, CHANNELS)
@@ -129,21 +129,20 @@ def _backward_kernel(
     total = tl.zeros((ROWS, CHANNELS), DTYPE)
     stop = tl.minimum((tl.program_id(1) + 1) * rows, n)
     for start in range(tl.program_id(1) * rows, stop, ROWS):
-        at, inside = _tile(start, n, c, ROWS, CHANNELS)
-        g = tl.load(grad + at, inside, other=0.0).to(DTYPE)
-        y, slope = _gelu(tl.load(h + at, inside, other=0.0).to(DTYPE), DTYPE)
+        first, at, inside = _tile(start, n, c, ROWS, CHANNELS)
+        g = tl.load(grad + first + at, inside, other=0.0).to(DTYPE)
+        y, slope = _gelu(tl.load(h + first + at, inside, other=0.0).to(DTYPE), DTYPE)
         d = (s * g + a * y) * slope
         total += d
-        tl.store(grad_h + at, d.to(grad_h.dtype.element_ty), inside)
-        tl.store(out + at, (shift + s * y).to(out.dtype.element_ty), inside)
+        tl.store(grad_h + first + at, d.to(grad_h.dtype.element_ty), inside)
+        tl.store(out + first + at, (shift + s * y).to(out.dtype.element_ty), inside)
     _store_sums(sums, total, c, CHANNELS)
 
 
 @triton.jit
-def _sum_splits(sums, splits, c, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):
-    """Of (b, splits, c), the sum over splits of this program's image."""
-    channels = tl.arange(0, CHANNELS)
-    total = tl.zeros((CHANNELS,), DTYPE)
+def _sum_splits(sums, splits, c, channels, DTYPE: tl.constexpr):
+    """Of (b, splits, c), the sum over splits of these channels of this program's image."""
+    total = tl.zeros(channels.shape, DTYPE)
     for split in range(splits):
         row = tl.program_id(0).to(tl.int64) * splits + split
         total += tl.load(sums + row * c + channels, channels < c, other=0.0)
@@ -155,14 +154,18 @@ def _image_forward_kernel(
     squares, gamma, norm, scale, splits, c, CHANNELS: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """n and s of an image, from partial sums of squares (b, splits, c)."""
-    channels = tl.arange(0, CHANNELS)
-    inside = channels < c
-    at = tl.program_id(0).to(tl.int64) * c + channels
-    n = tl.sqrt(_sum_splits(squares, splits, c, CHANNELS, DTYPE))
-    mean = tl.sum(n, 0) / c + EPS
-    g = tl.load(gamma + channels, inside, other=0.0).to(DTYPE)
-    tl.store(norm + at, n, inside)
-    tl.store(scale + at, 1.0 + g * n / mean, inside)
+    first = tl.program_id(0).to(tl.int64) * c
+    total = tl.zeros((CHANNELS,), DTYPE)
+    for start in range(0, c, CHANNELS):
+        total += tl.sqrt(_sum_splits(squares, splits, c, start + tl.arange(0, CHANNELS), DTYPE))
+    mean = tl.sum(total, 0) / c + EPS
+    for start in range(0, c, CHANNELS):
+        channels = start + tl.arange(0, CHANNELS)
+        inside = channels < c
+        n = tl.sqrt(_sum_splits(squares, splits, c, channels, DTYPE))
+        g = tl.load(gamma + channels, inside, other=0.0).to(DTYPE)
+        tl.store(norm + first + channels, n, inside)
+        tl.store(scale + first + channels, 1.0 + g * n / mean, inside)
 
 
 @triton.jit
@@ -170,20 +173,29 @@ def _image_backward_kernel(
     sums, norm, gamma, scale, along, splits, c, CHANNELS: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """s and dn / n of an image, from the parts of t (b, splits, c), which become those of r t."""
-    channels = tl.arange(0, CHANNELS)
-    inside = channels < c
-    at = tl.program_id(0).to(tl.int64) * c + channels
-    n = tl.load(norm + at, inside, other=0.0)
-    g = tl.load(gamma + channels, inside, other=0.0).to(DTYPE)
-    mean = tl.sum(n, 0) / c + EPS
-    u = g * _sum_splits(sums, splits, c, CHANNELS, DTYPE)
-    grad_norm = u / mean - tl.sum(u * n, 0) / c / (mean * mean)
-    r = n / mean
-    tl.store(scale + at, 1.0 + g * r, inside)
-    tl.store(along + at, tl.where(n > 0, grad_norm / tl.where(n > 0, n, 1.0), 0.0), inside)
-    for split in range(splits):
-        row = sums + (tl.program_id(0).to(tl.int64) * splits + split) * c + channels
-        tl.store(row, tl.load(row, inside, other=0.0) * r, inside)
+    first = tl.program_id(0).to(tl.int64) * c
+    total = tl.zeros((CHANNELS,), DTYPE)
+    total_along = tl.zeros((CHANNELS,), DTYPE)
+    for start in range(0, c, CHANNELS):
+        channels = start + tl.arange(0, CHANNELS)
+        n = tl.load(norm + first + channels, channels < c, other=0.0)
+        g = tl.load(gamma + channels, channels < c, other=0.0).to(DTYPE)
+        total += n
+        total_along += g * _sum_splits(sums, splits, c, channels, DTYPE) * n
+    mean = tl.sum(total, 0) / c + EPS
+    mean_along = tl.sum(total_along, 0) / c / (mean * mean)
+    for start in range(0, c, CHANNELS):
+        channels = start + tl.arange(0, CHANNELS)
+        inside = channels < c
+        n = tl.load(norm + first + channels, inside, other=0.0)
+        g = tl.load(gamma + channels, inside, other=0.0).to(DTYPE)
+        grad_norm = g * _sum_splits(sums, splits, c, channels, DTYPE) / mean - mean_along
+        r = n / mean
+        tl.store(scale + first + channels, 1.0 + g * r, inside)
+        tl.store(along + first + channels, tl.where(n > 0, grad_norm / tl.where(n > 0, n, 1.0), 0.0), inside)
+        for split in range(splits):
+            row = sums + (tl.program_id(0).to(tl.int64) * splits + split) * c + channels
+            tl.store(row, tl.load(row, inside, other=0.0) * r, inside)
 
 
 def _accumulator(h: Tensor) -> tl.dtype:
@@ -222,10 +234,9 @@ def _over_map(kernel: triton.JITFunction, h: Tensor, *tensors: Tensor) -> None:
 def _over_images(kernel: triton.JITFunction, sums: Tensor, *tensors: Tensor, eps: float) -> None:
     """Run a kernel over the vectors of each image, from partial sums (b, splits, c)."""
     b, splits, c = sums.shape
-    channels = triton.next_power_of_2(c)
+    channels = min(triton.next_power_of_2(c), VECTOR)
     sizes = {"CHANNELS": channels, "EPS": eps, "DTYPE": _accumulator(sums)}
-    warps = min(max(channels // VALUES_PER_WARP, 1), 16)
-    kernel[b,](sums, *tensors, splits, c, **sizes, num_warps=warps, enable_fp_fusion=True)
+    kernel[b,](sums, *tensors, splits, c, **sizes, num_warps=4, enable_fp_fusion=True)
 
 
 def _partial_sums(h: Tensor, *, maps: int) -> Tensor:

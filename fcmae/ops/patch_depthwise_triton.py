@@ -22,8 +22,9 @@ VALUES_PER_WARP = 1024
 """Sums that a warp holds: 32 registers of each thread."""
 NORM_VALUES = 4096
 """Values of a program of the norm's backward pass, of four warps."""
-WEIGHT_CHANNELS = {8: 64, 4: 128, 2: 128, 1: 128}
-"""Channels of a program of the weight's gradient, of one warp that holds a sum for each value of the kernel."""
+WEIGHT_CHANNELS = 64
+"""Channels of a program of the weight's gradient: one warp holds a sum for each and each value of the kernel. Twice
+as many fit into registers where sites are few and of half precision."""
 WEIGHT_PROGRAMS = 1056
 """Programs among which the sum over sites in the weight's gradient is split, eight for each multiprocessor of a
 Hopper. It says in which order is summed, so that it is the same wherever a run is resumed."""
@@ -112,14 +113,14 @@ def _convolve_kernel(
 
 @triton.jit
 def _add_product(
-    sums, g, sites, site: tl.constexpr, other: tl.constexpr, down: tl.constexpr, right: tl.constexpr,
+    sums, g, value, site: tl.constexpr, other: tl.constexpr, down: tl.constexpr, right: tl.constexpr,
     SITES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Add g at a site times the other, in a strip so far away, to the sum of its offset, if the kernel has it."""
+    """Add g at a site times the value at another, in a strip so far away, to their offset's sum, if it has one."""
     I: tl.constexpr = down + other // SITES - site // SITES + SIZE // 2
     J: tl.constexpr = right + other % SITES - site % SITES + SIZE // 2
     if I >= 0 and I < SIZE and J >= 0 and J < SIZE:
-        sums = _add(sums, I * SIZE + J, g[site] * sites[other])
+        sums = _add(sums, I * SIZE + J, g[site] * value)
     return sums
 
 
@@ -153,10 +154,10 @@ def _weight_grads_kernel(
                 slot = tl.load(row_of_slots + side, row_inside & (gx + side >= 0) & (gx + side < gw), other=-1)
                 if slot >= 0:
                     source = ((image * p + slot) * STRIPS + (y + above) % STRIPS).to(tl.int64)
-                    sites = _load_sites(x + source * (ROWS * SITES * C), inside, ROWS * SITES, C, DTYPE)
-                    for site in tl.static_range(ROWS * SITES):
-                        for other in tl.static_range(ROWS * SITES):
-                            sums = _add_product(sums, g, sites, site, other, above * ROWS, side * SITES, SITES, SIZE)
+                    for other in tl.static_range(ROWS * SITES):
+                        value = tl.load(x + source * (ROWS * SITES * C) + other * C, inside, other=0.0).to(DTYPE)
+                        for site in tl.static_range(ROWS * SITES):
+                            sums = _add_product(sums, g, value, site, other, above * ROWS, side * SITES, SITES, SIZE)
     partial += split.to(tl.int64) * (SIZE * SIZE + 1) * C + channels
     for offset in tl.static_range(SIZE * SIZE):
         tl.store(partial + offset * C, sums[offset], inside)
@@ -273,7 +274,8 @@ def patch_depthwise_weight_grads(
     """As the operation of this name."""
     b, p, k, _, c = x.shape
     rows = ROWS.get(k, 1)
-    channels = min(triton.next_power_of_2(c), WEIGHT_CHANNELS.get(k, 64))
+    widest = 2 * WEIGHT_CHANNELS if k < 8 and x.dtype.itemsize == 2 else WEIGHT_CHANNELS
+    channels = min(triton.next_power_of_2(c), widest)
     blocks = triton.cdiv(c, channels)
     strips = b * p * k // rows
     turns = triton.cdiv(strips, max(WEIGHT_PROGRAMS // blocks, 1))
