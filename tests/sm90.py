@@ -1,9 +1,10 @@
 """Compile our Triton kernels for a Hopper GPU where there is none, and count what became of them; no test itself.
 
-    TRITON_INTERPRET=0 python tests/sm90.py base bfloat16 1 2 3 4
+    TRITON_INTERPRET=0 PYTHONPATH=. python tests/sm90.py base bfloat16 3
 
-prints, as a line of JSON for each launch of a block at these stages (batch 256, 19 of 49 patches visible), its
-registers, stack and instructions. It is a program, since a process that interprets kernels cannot compile them.
+prints, as a line of JSON for each launch of a block of stage 3 (batch 256, 19 of 49 patches visible), its registers,
+stack and instructions; without arguments, of every operation. It is a program, since a process whose kernels are
+interpreted cannot compile them.
 """
 
 import json
@@ -109,10 +110,26 @@ def block(dim: int, stage: int, dtype: torch.dtype) -> None:
     gelu_grn_triton.gelu_grn_backward(h, h, norm, gamma, gamma, 1e-6)
 
 
+def operations() -> None:
+    """Launch all kernels of every operation, at the tests' small arguments in bfloat16."""
+    from test_ops import OPERATIONS, arguments, triton_side
+
+    for path in OPERATIONS:
+        triton_side(path)(
+            *(
+                a.detach().bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+                for a in arguments(path.partition(".")[2], "cpu")
+            )
+        )
+
+
 if __name__ == "__main__":
     with compiling() as launches:
-        for stage in map(int, sys.argv[3:]):
-            done = len(launches)
-            block(DIMS[sys.argv[1]], stage, getattr(torch, sys.argv[2]))
-            for launch in launches[done:]:
-                print(json.dumps({"stage": stage, **launch}), flush=True)
+        if sys.argv[1:]:
+            variant, dtype, *stages = sys.argv[1:]
+            for stage in stages:
+                block(DIMS[variant], int(stage), getattr(torch, dtype))
+        else:
+            operations()
+    for launch in launches:
+        print(json.dumps(launch))
