@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 PYTHONPATH=. python tests/sm90.py base bfloat16 3
 
-prints, as a line of JSON for each launch of a block of stage 3 (batch 256, 19 of 49 patches visible), its registers,
+prints, as a line of JSON for each launch of a block of stage 3 (batch 256, 19 of 49 patches visible), registers,
 stack and instructions; without arguments, of every operation. It is a program, since a process whose kernels are
 interpreted cannot compile them.
 """
@@ -58,7 +58,7 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
 
 
 def _count(compiled: Any) -> dict[str, Any]:
-    """Registers, stack and local memory of a thread; how often each instruction stands there, and in the longest loop."""
+    """Registers and stack of a thread; how often each instruction stands in the code, and in its longest loop."""
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

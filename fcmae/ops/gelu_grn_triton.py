@@ -30,7 +30,7 @@ def _gelu(h, DTYPE: tl.constexpr):
     beyond which it falls to 0; GELU's absolute error is below 5e-7, that of the derivative below 2e-6. In float64
     all is exact.
     """
-    if DTYPE == tl.float64:
+    if DTYPE == tl.float64:  # noqa: SIM300
         below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
         y = h * below
         density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
@@ -51,7 +51,7 @@ def _gelu(h, DTYPE: tl.constexpr):
 
 @triton.jit
 def _tile(start, n, c, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where row `start` of this program's image begins, offsets (ROWS, CHANNELS) from there, and which are there."""
+    """Where row `start` of this program's image begins, offsets (ROWS, CHANNELS) from there, and which exist."""
     rows = tl.arange(0, ROWS)
     channels = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     first = (tl.program_id(2).to(tl.int64) * n + start) * c

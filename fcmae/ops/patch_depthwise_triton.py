@@ -47,7 +47,7 @@ def _add(sums, i: tl.constexpr, value):
 
 @triton.jit
 def _place(visible_ids, strip, p, gw, STRIPS: tl.constexpr):
-    """The image of a stored strip, of STRIPS in a patch, its row of strips in that image, and its column of patches."""
+    """The image of a stored strip, of STRIPS in a patch, its row of strips there, and its column of patches."""
     patch = strip // STRIPS
     place = tl.load(visible_ids + patch).to(tl.int32)
     return patch // p, place // gw * STRIPS + strip % STRIPS, place % gw
@@ -55,7 +55,7 @@ def _place(visible_ids, strip, p, gw, STRIPS: tl.constexpr):
 
 @triton.jit
 def _row_of_slots(slots, image, y, gx, gh, gw, STRIPS: tl.constexpr):
-    """Where the slots are of row y of strips, a pointer at column gx of patches, and whether there is such a row."""
+    """Where the slots of row y of strips are, a pointer to column gx of patches, and whether the row exists."""
     inside = (y >= 0) & (y < gh * STRIPS)
     return slots + ((image * gh + y // STRIPS) * gw + gx), inside
 
@@ -113,14 +113,14 @@ def _convolve_kernel(
 
 @triton.jit
 def _add_product(
-    sums, g, value, site: tl.constexpr, other: tl.constexpr, down: tl.constexpr, right: tl.constexpr,
+    sums, g, read, site: tl.constexpr, other: tl.constexpr, down: tl.constexpr, right: tl.constexpr,
     SITES: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Add g at a site times the value at another, in a strip so far away, to their offset's sum, if it has one."""
-    I: tl.constexpr = down + other // SITES - site // SITES + SIZE // 2
-    J: tl.constexpr = right + other % SITES - site % SITES + SIZE // 2
-    if I >= 0 and I < SIZE and J >= 0 and J < SIZE:
-        sums = _add(sums, I * SIZE + J, g[site] * value)
+    """Add g at a site times what was read at another, in a strip so far away, to their offset's sum, if any."""
+    i: tl.constexpr = down + other // SITES - site // SITES + SIZE // 2
+    j: tl.constexpr = right + other % SITES - site % SITES + SIZE // 2
+    if i >= 0 and i < SIZE and j >= 0 and j < SIZE:
+        sums = _add(sums, i * SIZE + j, g[site] * read)
     return sums
 
 
@@ -130,7 +130,7 @@ def _weight_grads_kernel(
     C: tl.constexpr, SITES: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, CHANNELS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The weight's gradient, and the bias's, summed over `turns` strips into partial (splits, SIZE * SIZE + 1, C)."""
+    """The gradients of weight and bias, summed over `turns` strips into partial (splits, SIZE * SIZE + 1, C)."""
     REACH: tl.constexpr = SIZE // 2
     STRIPS: tl.constexpr = SITES // ROWS
     ABOVE: tl.constexpr = (REACH + ROWS - 1) // ROWS
@@ -155,9 +155,9 @@ def _weight_grads_kernel(
                 if slot >= 0:
                     source = ((image * p + slot) * STRIPS + (y + above) % STRIPS).to(tl.int64)
                     for other in tl.static_range(ROWS * SITES):
-                        value = tl.load(x + source * (ROWS * SITES * C) + other * C, inside, other=0.0).to(DTYPE)
+                        read = tl.load(x + source * (ROWS * SITES * C) + other * C, inside, other=0.0).to(DTYPE)
                         for site in tl.static_range(ROWS * SITES):
-                            sums = _add_product(sums, g, value, site, other, above * ROWS, side * SITES, SITES, SIZE)
+                            sums = _add_product(sums, g, read, site, other, above * ROWS, side * SITES, SITES, SIZE)
     partial += split.to(tl.int64) * (SIZE * SIZE + 1) * C + channels
     for offset in tl.static_range(SIZE * SIZE):
         tl.store(partial + offset * C, sums[offset], inside)
