@@ -203,7 +203,7 @@ def _convolve(
     rows = ROWS.get(k, 1)
     channels = triton.next_power_of_2(c)
     if rstd is None:
-        channels = min(channels, max(VALUES_PER_WARP // (rows * k), 32))
+        channels = min(channels, triton.next_power_of_2(VALUES_PER_WARP // (rows * k)))
     out = x.new_empty(x.shape)
     _convolve_kernel[b * p * k // rows, triton.cdiv(c, channels)](
         x.contiguous(),
