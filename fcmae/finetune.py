@@ -8,6 +8,7 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 import argparse
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from fcmae import arguments
@@ -28,7 +29,14 @@ from fcmae.load import adapt_channels, known_of, load_weights, require_network, 
 from fcmae.patches import grid_shape
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tasks import classification
-from fcmae.tasks.classification import Scores, build_classifier, build_loss, training_set, training_source
+from fcmae.tasks.classification import (
+    Scores,
+    build_classifier,
+    build_loss,
+    build_mixup,
+    training_set,
+    training_source,
+)
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import start_accelerator, start_run
 from fcmae.training.lock import Lock
@@ -206,10 +214,14 @@ def train(
         model.eval()  # without drop path
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
-    classification_loss = build_loss(config, len(class_names))
+    mix, classification_loss = build_mixup(config, len(class_names)), build_loss(config)
+
+    def prepare(batch: LabelledBatch) -> LabelledBatch:
+        images, targets = mix(normalize(batch.images), batch.labels)
+        return replace(batch, images=images, labels=targets)
 
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
-        return classification_loss(model, normalize(batch.images), batch.labels)
+        return classification_loss(model, batch.images, batch.labels)
 
     trainer = Trainer(
         accelerator=accelerator,
@@ -221,6 +233,7 @@ def train(
             scales=layer_rates(model, config.optim),
         ),
         compute_loss=compute_loss,
+        prepare=prepare,
         plan=Plan.of(config, len(source), accelerator.num_processes),
         config=config,
         ema_decay=config.train.ema_decay,

@@ -170,16 +170,20 @@ def build_classifier(config: FinetuneConfig, num_classes: int) -> Network:
     return model
 
 
-def build_loss(
-    config: FinetuneConfig, num_classes: int
-) -> Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]:
-    """Return a function (classifier, images, labels) -> cross-entropy, with mixup, cutmix and label smoothing."""
-    mixup = None
-    if config.data.mixup or config.data.cutmix:
-        mixup = Mixup(config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=num_classes)
+def build_mixup(config: FinetuneConfig, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return a function (images, labels) -> images and targets, mixed by mixup or cutmix, which draw on the CPU."""
+    if not (config.data.mixup or config.data.cutmix):
+        return lambda images, labels: (images, labels)
+    return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=num_classes)
 
-    def loss(classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        images, targets = (images, labels) if mixup is None else mixup(images, labels)
+
+def build_loss(config: FinetuneConfig) -> Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]:
+    """Return a function (classifier, images, targets) -> cross-entropy with label smoothing.
+
+    Targets are labels int64 (b,), or of mixed images shares of classes (b, classes).
+    """
+
+    def loss(classify: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(classify(images), targets, label_smoothing=config.train.label_smoothing)
 
     return loss
