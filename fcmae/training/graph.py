@@ -39,7 +39,7 @@ class FixedBatch(Protocol):
 class Work(Protocol):
     """What the device does in an update."""
 
-    warm_up: int
+    warm_up: ClassVar[int]
     """Updates before one takes as long as it will."""
 
     def accumulate(self, batch: Any, /) -> Tensor:
@@ -97,7 +97,7 @@ class Recorded:
         say: takes a line where it turns out that it cannot be recorded.
     """
 
-    warm_up = WARM_UP + 1
+    warm_up: ClassVar[int] = WARM_UP + 1
 
     def __init__(
         self, eager: Work, parameters: Sequence[nn.Parameter], graphs: Graphs, say: Callable[[str], None]
