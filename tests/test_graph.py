@@ -1,10 +1,12 @@
 """Recorded updates are the eager ones, by a recorder that behaves as a GPU's but computes again on the CPU."""
 
+import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from fcmae.training.checkpoint import OPTIMIZER, optimizer_tensors
 from fcmae.training.dry_run import rehearse
-from fcmae.training.graph import BLOCKING, WARM_UP, why_eager
+from fcmae.training.graph import BLOCKING, WARM_UP, watch_draws, why_eager
 from fcmae.training.launch import claim_checkpoint
 from fcmae.training.log import MetricsLog
 from fcmae.training.trainer import Trainer
@@ -23,9 +25,8 @@ class Again:
     """Recording changes no number, and leaves NaN in what it made; a replay finds and leaves gradients where the
     recording did, and the Python side of them as it is."""
 
-    def __init__(self, trainer: Trainer, waits: str = "") -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.waits = waits
         self.parameters = list(trainer.bare_model.parameters())
         self.replays: list[int] = []
         """Replays of each recording."""
@@ -37,9 +38,8 @@ class Again:
         yield
 
     @contextmanager
-    def watch(self, waits: list[str]) -> Iterator[None]:
+    def watch(self, reasons: list[str]) -> Iterator[None]:
         yield
-        waits += [self.waits] if self.waits else []
 
     def keep_pace(self) -> None:
         self.updates += 1
@@ -164,9 +164,8 @@ def test_batches_of_other_shapes_and_dtypes_are_computed_eagerly(tmp_path: Path,
     losses = [updated(trainer, given(trainer), 10) for trainer in (eager, recorded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert_alike(state(eager), state(recorded))
-    assert graphs.updates == (
-        0 if 0 in others else 10 - WARM_UP - sum(n >= 3 * WARM_UP and n % 3 == 0 for n in others)
-    )
+    begun = sum(number >= 3 * WARM_UP and number % 3 == 0 for number in others)
+    assert graphs.updates == (0 if 0 in others else 10 - WARM_UP - begun)
 
 
 def run(trainer: Trainer) -> Trainer:
@@ -210,17 +209,33 @@ def test_a_run_goes_on_recorded_or_not_from_the_checkpoint_of_the_other(tmp_path
     assert {name.split(".")[0] for name in files[0]} == {"state"}, "no learning rates"
 
 
-def test_a_step_that_waits_for_the_device_stays_eager_and_a_line_says_where(
+class Suspicious(Again):
+    def watch(self, reasons: list[str]) -> AbstractContextManager[None]:
+        return watch_draws(reasons)
+
+
+def test_a_step_that_cannot_be_recorded_stays_eager_and_a_line_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (eager, _), (recorded, _) = (trainer_of(tmp_path, recorded=r) for r in (False, False))
-    graphs = Again(recorded, waits="network.py:7")
-    recorded.record_steps(graphs)
+    graphs = Suspicious(recorded)
+    recorded.record_steps(graphs)  # whose drop-out draws on the CPU
     losses = [updated(trainer, batches(trainer), 6) for trainer in (eager, recorded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert_alike(state(eager), state(recorded))
     assert graphs.replays == []
-    assert capsys.readouterr().out.count("no CUDA graphs: network.py:7 waits for the GPU in each step") == 1
+    assert capsys.readouterr().out.count("no CUDA graphs: random numbers are drawn on the CPU in each step") == 1
+
+
+def test_draws_from_each_generator_of_the_cpu_are_noticed_and_nothing_else() -> None:
+    def noticed(call: Callable[[], object]) -> bool:
+        reasons: list[str] = []
+        with watch_draws(reasons):
+            call()
+        return bool(reasons)
+
+    assert all(noticed(draw) for draw in (lambda: torch.rand(()), np.random.rand, random.random))
+    assert not noticed(lambda: torch.rand(1, generator=torch.Generator()))
 
 
 def test_a_dry_run_times_what_is_recorded(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fcmae.errors import UserError, brief
+from fcmae.seeding import cpu_states
 from fcmae.tensors import kind
 
 WARM_UP = 3
@@ -67,8 +68,8 @@ class Graphs(Protocol):
         """Inside, run as the recording will."""
         ...
 
-    def watch(self, waits: list[str]) -> AbstractContextManager[object]:
-        """Inside, note places in the code that wait for the device, which cannot be recorded."""
+    def watch(self, reasons: list[str]) -> AbstractContextManager[object]:
+        """Inside, note why what runs cannot be recorded."""
         ...
 
     def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
@@ -167,12 +168,16 @@ class Recorded:
         if not self.possible or self.updates >= WARM_UP:
             yield
             return
-        waits: list[str] = []
-        with self.graphs.aside(), self.graphs.watch(waits) if self.updates == WARM_UP - 1 else nullcontext():
+        if self.updates < WARM_UP - 1:
+            with self.graphs.aside():
+                yield
+            return
+        reasons: list[str] = []
+        with self.graphs.aside(), self.graphs.watch(reasons):
             yield
-        if waits:
+        if reasons:
             self.possible = False
-            self.say(f"no CUDA graphs: {waits[0]} waits for the GPU in each step")
+            self.say(f"no CUDA graphs: {reasons[0]} in each step")
 
     def _record_first(self) -> Callable[[], Tensor]:
         """Record the forward and backward pass that finds no gradients, so that it writes them to new memory."""
@@ -192,6 +197,15 @@ class Recorded:
     def _remove_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+@contextmanager
+def watch_draws(reasons: list[str]) -> Iterator[None]:
+    """Inside, note if anything is drawn on the CPU, whose random numbers a replay would only repeat."""
+    before = cpu_states()
+    yield
+    if cpu_states() != before:
+        reasons.append("random numbers are drawn on the CPU")
 
 
 class CudaGraphs:
@@ -218,17 +232,18 @@ class CudaGraphs:
         present.wait_stream(self.stream)  # before anything is freed that was made on the present one
 
     @contextmanager
-    def watch(self, waits: list[str]) -> Iterator[None]:
+    def watch(self, reasons: list[str]) -> Iterator[None]:
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                yield
+                with watch_draws(reasons):
+                    yield
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        told = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
-        waits += [f"{warning.filename}:{warning.lineno}" for warning in told]
+        waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
+        reasons += [f"{warning.filename}:{warning.lineno} waits for the GPU" for warning in waits]
 
     def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
