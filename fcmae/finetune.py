@@ -189,10 +189,14 @@ def train(
         model.freeze()
 
     # The training: AdamW with smaller rates below, mixed images, smoothed labels, an EMA of the weights
-    task_loss = task.loss()
+    mix, task_loss = task.mix(), task.loss()
+
+    def prepare(batch: LabelledBatch) -> LabelledBatch:
+        images, labels = mix(normalize(batch.images), batch.labels)
+        return replace(batch, images=images, labels=labels)
 
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
-        return task_loss(model, normalize(batch.images), batch.labels)
+        return task_loss(model, batch.images, batch.labels)
 
     trainer = Trainer(
         accelerator=accelerator,
@@ -204,6 +208,7 @@ def train(
             scales=layer_rates(model, config.optim),
         ),
         compute_loss=compute_loss,
+        prepare=prepare,
         plan=Plan.of(config, len(dataset), accelerator.num_processes),
         config=config,
         ema_decay=config.train.ema_decay,

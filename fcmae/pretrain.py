@@ -171,6 +171,7 @@ def train(
             waiting=("encoder.", plan.steps_before(config.optim.decoder_first_epochs)),
         ),
         compute_loss=compute_loss,
+        eager="MinkowskiEngine waits for the GPU" if config.model.layout == "minkowski" else "",
         plan=plan,
         config=config,
         lock=lock,

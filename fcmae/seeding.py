@@ -25,6 +25,11 @@ def reseed(*keys: int) -> None:
     _seed_cpu(derive_seed(*keys))
 
 
+def cpu_states() -> tuple[object, ...]:
+    """Return what tells whether something was drawn from the generators of torch (CPU), numpy or random since."""
+    return torch.default_generator.get_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()  # noqa: NPY002
+
+
 @contextmanager
 def seeded(*keys: int) -> Iterator[None]:
     """Inside, the generators of torch (CPU), numpy and random start from `keys`; afterwards they are restored."""

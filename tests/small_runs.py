@@ -1,7 +1,7 @@
 """Runs of a real Trainer on a network of a few numbers, in this process, to be broken and resumed."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -33,6 +33,12 @@ class Numbers(NamedTuple):
 
     def to(self, device: torch.device) -> Self:
         return self
+
+    def tensors(self) -> list[Tensor]:
+        return [self.values]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return self._replace(values=change(self.values))
 
 
 def small_config(output: Path, **sections: Mapping[str, Any]) -> FinetuneConfig:

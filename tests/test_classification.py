@@ -13,7 +13,7 @@ from fcmae.config import ImageConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.errors import UserError
 from fcmae.tasks.base import build_classifier
-from fcmae.tasks.classification import ClassMetric, ClassScores, build_loss, training_source
+from fcmae.tasks.classification import ClassMetric, ClassScores, build_loss, build_mix, training_source
 
 
 def scores_of(logits: torch.Tensor, labels: torch.Tensor, batch_size: int = 7) -> ClassScores:
@@ -111,18 +111,15 @@ def test_a_new_classifier_has_small_weights_and_no_bias() -> None:
 
 def test_the_loss_is_cross_entropy_with_smoothed_labels_and_with_mixup_of_mixed_ones() -> None:
     images, labels, logits = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), torch.randn(4, 3)
-    plain = build_loss(config(), 3)(lambda _: logits, images, labels)
+    plain = build_loss(config())(lambda _: logits, images, labels)
     assert torch.equal(plain, F.cross_entropy(logits, labels, label_smoothing=0.1))
-    seen: list[torch.Tensor] = []
-
-    def classify(mixed: torch.Tensor) -> torch.Tensor:
-        seen.append(mixed)
-        return logits
-
+    unmixed = build_mix(config(), 3)(images, labels)
+    assert unmixed == (images, labels)
     np.random.seed(0)  # noqa: NPY002 (timm's Mixup draws from it)
-    mixed = build_loss(config(mixup=0.8), 3)(classify, images.clone(), labels)
-    assert not torch.equal(seen[0], images)
-    share = ((seen[0] - images.flip(0)) / (images - images.flip(0))).mean()
+    seen, targets = build_mix(config(mixup=0.8), 3)(images.clone(), labels)
+    mixed = build_loss(config())(lambda _: logits, seen, targets)
+    assert not torch.equal(seen, images)
+    share = ((seen - images.flip(0)) / (images - images.flip(0))).mean()
     targets = share * F.one_hot(labels, 3) + (1 - share) * F.one_hot(labels.flip(0), 3)
     expected = F.cross_entropy(logits, targets, label_smoothing=0.1)
     assert float(mixed) == pytest.approx(float(expected), rel=1e-3)

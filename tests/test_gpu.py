@@ -1,24 +1,29 @@
 """What only a GPU can show: the layouts agree there, and a training step never waits for it."""
 
 import importlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, relative_error, state_of
+from small_runs import stop_after
+from torch import Tensor, nn
 
 from fcmae import FCMAE, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
 from fcmae.data import CroppedBatch, PixelNormalizer, prefetch
 from fcmae.encoder.convnext import Layout
 from fcmae.training.checkpoint import MODEL, OPTIMIZER, CheckpointWriter, read_checkpoint, step_folder
-from fcmae.training.launch import start_accelerator
+from fcmae.training.graph import WARM_UP, Recorded
+from fcmae.training.launch import claim_checkpoint, start_accelerator
 from fcmae.training.optim import build_adamw
 from fcmae.training.schedule import Plan
-from fcmae.training.trainer import Trainer
+from fcmae.training.trainer import Trainer, Window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +54,7 @@ def some_crops(number: int) -> CroppedBatch:
         images=torch.from_numpy(rng.integers(0, 256, (4, 3, 90, 100), dtype=np.uint8)),
         indices=(number,) * 4,
         bad=(),
-        visible_ids=sample_visible_ids(4, 16, 0.6),
+        visible_ids=sample_visible_ids(4, 16, 0.6, torch.Generator().manual_seed(number)),
         extents=torch.from_numpy(rng.integers(20, 90, (4, 2), dtype=np.int32)),
         flipped=torch.tensor([True, False, True, False]),
         size=(64, 64),
@@ -85,37 +90,136 @@ def test_batches_copied_ahead_arrive_whole_and_in_order() -> None:
     assert torch.stack(sums).tolist() == [int(b.images.sum() + b.visible_ids.sum()) for b in expected]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
+def trainer_on_cuda(folder: Path, *, eager: bool, **train: Any) -> Trainer:
+    """A trainer of a tiny FCMAE with drop path, accumulation, clipping and an EMA, saving every five updates."""
     values = {
-        "output": str(tmp_path / "run"),
-        "model": {"variant": TINY, "stem_stride": 2},
+        "output": str(folder),
+        "resume": "auto",
+        "model": {"variant": TINY, "stem_stride": 2, "drop_path": 0.3},
         "data": {"root": "none", "image_size": 64, "batch_size": 4},
-        "optim": {"accumulate": 2, "clip_grad": 1.0},
-        "train": {"precision": "bf16", "max_steps": 10, "compile": compiled},
+        "optim": {"accumulate": 2, "clip_grad": 1.0, "base_lr": 0.03, "warmup_epochs": 0},
+        "train": {"precision": "no", "max_steps": 12} | train,
+        "checkpoint": {"every_steps": 5, "keep": 9},
+        "log": {"every_steps": 1},
     }
     config = parse_config(PretrainConfig, values, "test")
-    model = FCMAE(**dict(config.model))
+    torch.manual_seed(0)
+    model = FCMAE(**config.model.model_dump())
     accelerator = start_accelerator(config.train.precision)
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
-    trainer = Trainer(
+    return Trainer(
         accelerator=accelerator,
         model=model,
         optimizer=build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95)),
         compute_loss=lambda model, batch: model(normalize(batch.images), batch.visible_ids).loss,
+        eager="a test" if eager else "",
         plan=Plan.of(config, 100, 1),
         config=config,
+        ema_decay=0.9,
     )
-    batches = prefetch(iter([some_crops(0)] * 20), accelerator.device)
-    for _ in range(2):
+
+
+def crops_of(trainer: Trainer, others: Collection[int] = ()) -> Iterator[Any]:
+    """Endless batches that depend on how many were used alone; `others` are of three images."""
+
+    def reading() -> Iterator[CroppedBatch]:
+        for number in itertools.count(trainer.step * trainer.config.optim.accumulate):
+            batch = some_crops(number)
+            yield replace(batch, indices=batch.indices[:3]).each(lambda t: t[:3]) if number in others else batch
+
+    return prefetch(reading(), trainer.accelerator.device)
+
+
+def losses_of(trainer: Trainer, batches: Iterator[Any], updates: int) -> list[float]:
+    losses = []
+    for _ in range(updates):
+        trainer.update(batches)
+        losses.append(trainer.check(write=False))
+        trainer.window = Window.new(trainer.accelerator.device)
+    return losses
+
+
+def weights_of(trainer: Trainer) -> Tensor:
+    """All weights and their EMA in a row."""
+    assert trainer.ema is not None
+    tensors = [*trainer.bare_model.state_dict().values(), *trainer.ema.module.state_dict().values()]
+    return torch.cat([tensor.flatten().double() for tensor in tensors])
+
+
+def is_replaying(trainer: Trainer) -> bool:
+    return isinstance(trainer.work, Recorded) and None not in (trainer.work.first, trainer.work.last)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_training_step_never_waits_for_the_gpu(tmp_path: Path, eager: bool, compiled: bool) -> None:
+    trainer = trainer_on_cuda(tmp_path, eager=eager, precision="bf16", compile=compiled)
+    batches = prefetch(iter([some_crops(0)] * 20), trainer.accelerator.device)
+    for _ in range(WARM_UP + 2):
         trainer.update(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(2):
+        for _ in range(3):
             trainer.update(batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert is_replaying(trainer) is not eager
     assert trainer.check() > 0
+
+
+@pytest.mark.parametrize(
+    ("train", "tolerance"),
+    [({"precision": "no"}, 1e-4), ({"precision": "bf16"}, 1e-2), ({"precision": "bf16", "compile": True}, 1e-2)],
+)
+def test_steps_recorded_as_graphs_train_as_eager_ones(
+    tmp_path: Path, train: dict[str, Any], tolerance: float
+) -> None:
+    """With the same random numbers, other shapes in between, and evaluation."""
+    losses, weights = [], []
+    for eager in (True, False):
+        trainer = trainer_on_cuda(tmp_path, eager=eager, **train)
+        others = () if train.get("compile") else (7, 15, 20, 21)
+        batches = crops_of(trainer, others)
+        found = losses_of(trainer, batches, 10)
+        trainer.bare_model.eval()
+        with torch.inference_mode():
+            trainer.bare_model(torch.randn(64, 3, 64, 64, device="cuda"))
+        trainer.bare_model.train()
+        losses.append(found + losses_of(trainer, batches, 10))
+        weights.append(weights_of(trainer))
+        assert is_replaying(trainer) is not eager
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert relative_error(*weights) < tolerance
+
+
+def test_a_resumed_run_of_recorded_steps_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = trainer_on_cuda(tmp_path / "whole", eager=False)
+    whole.fit(crops_of(whole))
+    stopped = stop_after(tmp_path / "whole", 5, tmp_path / "stopped")
+    for eager in (False, True):
+        trainer = trainer_on_cuda(stop_after(stopped, 5, tmp_path / f"eager-{eager}"), eager=eager)
+        checkpoint = claim_checkpoint(trainer.config)
+        assert checkpoint is not None
+        trainer.restore(checkpoint)
+        trainer.fit(crops_of(trainer))
+        assert is_replaying(trainer) is not eager
+        assert relative_error(weights_of(trainer), weights_of(whole)) < 1e-6
+
+
+def test_a_step_that_waits_for_the_gpu_is_found_out_and_stays_eager(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainer_on_cuda(tmp_path, eager=False)
+    compute = trainer.compute_loss
+
+    def compute_and_wait(model: nn.Module, batch: Any) -> Tensor:
+        loss = compute(model, batch)
+        return loss if loss.item() > 0 else -loss
+
+    trainer.compute_loss = compute_and_wait
+    losses_of(trainer, crops_of(trainer), WARM_UP + 2)
+    assert not is_replaying(trainer)
+    assert f"no CUDA graphs: {__file__}:" in capsys.readouterr().out
 
 
 def test_a_checkpoint_holds_the_tensors_as_they_were_when_it_was_asked_for(tmp_path: Path) -> None:

@@ -95,16 +95,17 @@ class Batch:
         values = (getattr(self, field.name) for field in fields(self))
         return [value for value in values if isinstance(value, Tensor)]
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a batch of changed tensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 
     def pin_memory(self) -> Self:
-        return self._each(Tensor.pin_memory)
+        return self.each(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the tensors to `device`, without waiting where the memory is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class CroppedBatch(MaskedBatch):
 
     def to(self, device: torch.device) -> MaskedBatch:
         """Copy the tensors to `device` and resize the crops there, without waiting where the memory is pinned."""
-        there = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        there = self.each(lambda tensor: tensor.to(device, non_blocking=True))
         images = resize_crops(there.images, there.extents, there.flipped, self.size)
         return MaskedBatch(images=images, indices=self.indices, bad=self.bad, visible_ids=there.visible_ids)
 

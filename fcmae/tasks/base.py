@@ -42,8 +42,10 @@ from fcmae.training.checkpoint import State
 from fcmae.weights.base import Weights, load_network
 
 Settings = TypeVar("Settings", bound=FinetuneConfig)
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(normalised images, labels) -> images and targets, as mixup makes them; draws on the CPU."""
 Loss = Callable[[Callable[[Tensor], Any], Tensor, Tensor], Tensor]
-"""(network, normalised images, labels) -> scalar; the network is called on images that it may mix."""
+"""(network, normalised images, what `Mix` gave for their labels) -> scalar; of these alone: it may be recorded."""
 Training = LabelledDataset | SegmentationDataset
 Evaluation = EvaluationDataset | SegmentationEvaluation
 Pictures = Callable[[Network, PixelNormalizer], np.ndarray]
@@ -232,6 +234,10 @@ class Task(ABC, Generic[Settings]):
         """Return the tensors of finished weights as `loss` trains them."""
         return tensors
 
+    def mix(self) -> Mix:
+        """Return what mixes the images of a batch; without mixup, what leaves them as they are."""
+        return unmixed
+
     @abstractmethod
     def loss(self) -> Loss:
         """Return what is minimised."""
@@ -257,6 +263,11 @@ class Task(ABC, Generic[Settings]):
         """What checkpoints say of the model, arguments of `fcmae.training.checkpoint.State`."""
         assert self.names is not None
         return {"class_names": list(self.names)}
+
+
+def unmixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as they are."""
+    return images, labels
 
 
 # Images

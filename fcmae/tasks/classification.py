@@ -19,6 +19,7 @@ from fcmae.metrics import accuracies, accuracy, confusion_matrix, per_class
 from fcmae.tasks.base import (
     Figure,
     Loss,
+    Mix,
     Scores,
     Task,
     Training,
@@ -26,6 +27,7 @@ from fcmae.tasks.base import (
     evaluation_set,
     open_training,
     open_validation,
+    unmixed,
 )
 from fcmae.training.checkpoint import State
 from fcmae.visualize import draw_confusion
@@ -76,14 +78,20 @@ def training_source(config: ImageConfig) -> tuple[Source, tuple[str, ...]]:
 # The loss
 
 
-def build_loss(config: ImageConfig, num_classes: int) -> Loss:
-    """Return a function (classifier, images, labels) -> cross-entropy, with mixup, cutmix and label smoothing."""
-    mixup = None
-    if config.data.mixup or config.data.cutmix:
-        mixup = Mixup(config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=num_classes)
+def build_mix(config: ImageConfig, num_classes: int) -> Mix:
+    """Return a function (images, labels) -> images and targets, mixed by mixup or cutmix."""
+    if not (config.data.mixup or config.data.cutmix):
+        return unmixed
+    return Mixup(config.data.mixup, config.data.cutmix, label_smoothing=0.0, num_classes=num_classes)
 
-    def loss(classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        images, targets = (images, labels) if mixup is None else mixup(images, labels)
+
+def build_loss(config: ImageConfig) -> Loss:
+    """Return a function (classifier, images, targets) -> cross-entropy with label smoothing.
+
+    Targets are labels int64 (b,), or of mixed images shares of classes (b, classes).
+    """
+
+    def loss(classify: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(classify(images), targets, label_smoothing=config.train.label_smoothing)
 
     return loss
@@ -187,9 +195,11 @@ class Classification(Task[ImageConfig]):
             raise UserError(f"{what}: has label {labels.max()}, but there are {len(names)} classes, counted from 0")
         return evaluation_set(self.config, source, labels, names or numbered(int(labels.max()) + 1), in_chans)
 
+    def mix(self) -> Mix:
+        return build_mix(self.config, self.num_outputs)
+
     def loss(self) -> Loss:
-        assert self.names is not None
-        return build_loss(self.config, len(self.names))
+        return build_loss(self.config)
 
     def metric(self, num_outputs: int, device: torch.device) -> ClassMetric:
         return ClassMetric(num_outputs, device)

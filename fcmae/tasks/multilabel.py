@@ -20,6 +20,7 @@ from fcmae.tasks.base import (
     Figure,
     Gathered,
     Loss,
+    Mix,
     Scores,
     Task,
     Training,
@@ -27,6 +28,7 @@ from fcmae.tasks.base import (
     evaluation_set,
     open_training,
     open_validation,
+    unmixed,
 )
 from fcmae.tasks.classification import numbered
 from fcmae.tasks.pictures import draw_bars
@@ -141,14 +143,15 @@ class MultiLabel(Task[ImageConfig]):
             raise UserError(f"{what}: no image is of any class, so that there is nothing to find")
         return evaluation_set(self.config, source, labels, names, in_chans)
 
-    def loss(self) -> Loss:
-        data, smoothing = self.config.data, self.config.train.label_smoothing
-        mixup = MultiHotMixup(data.mixup, data.cutmix) if data.mixup or data.cutmix else None
+    def mix(self) -> Mix:
+        data = self.config.data
+        mixup = MultiHotMixup(data.mixup, data.cutmix) if data.mixup or data.cutmix else unmixed
+        return lambda images, labels: mixup(images, labels.float())
 
-        def loss(classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-            targets = labels.float()
-            if mixup is not None:
-                images, targets = mixup(images, targets)
+    def loss(self) -> Loss:
+        smoothing = self.config.train.label_smoothing
+
+        def loss(classify: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> Tensor:
             logits = classify(images)
             return F.binary_cross_entropy_with_logits(logits, targets * (1 - smoothing) + smoothing / 2)
 

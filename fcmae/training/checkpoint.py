@@ -143,8 +143,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """Return the optimizer's state as tensors named `state.PARAMETER.KIND`; none before the first update."""
     if not optimizer.state:  # for which torch would make a step of its own
         return {}
-    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    return _tensors(get_optimizer_state_dict(model, optimizer, options=FLAT))
+
+
+def _tensors(flat: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Keep the tensors of the state; a group's learning rate may be one, too."""
+    return {name: value for name, value in flat.items() if name.startswith("state.") and isinstance(value, Tensor)}
 
 
 def _current_name(name: str) -> str:
@@ -163,8 +167,7 @@ def restore_optimizer(
     """
     tensors = {_current_name(name): value for name, value in tensors.items()}
     own = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    wanted = {name: value for name, value in own.items() if isinstance(value, Tensor)}
-    if differing := differences(tensors, wanted, kind):
+    if differing := differences(tensors, _tensors(own), kind):
         raise UserError(
             f"{source}: {len(differing)} tensors are not those of this optimizer, such as {differing[0]}; "
             "resume with the configuration of the run, or start a new run with init_from"

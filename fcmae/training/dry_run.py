@@ -101,6 +101,10 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
     apply_s = timed(trainer.apply)  # the optimizer's state is made
     slow = micro_s > SLOW_S
     if not slow:
+        for _ in range(trainer.work.warm_up):
+            micro_batch()
+            micro_batch()  # which adds to the gradient of the first
+            trainer.apply()
         micro_s = timed(micro_batch)
         if micro_s < 0.5:
             micro_s = timed(micro_batch, min(int(1 / micro_s), 50))
@@ -118,8 +122,7 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
     megabytes = checkpoint_bytes(trainer.bare_model, ema=trainer.ema is not None) / 1e6
     return "\n".join(
         [
-            f"device         {device}, {accelerator.num_processes} process(es), "
-            f"precision {accelerator.mixed_precision}",
+            f"device         {trainer.device}",
             f"parameters     {parameters:,}",
             f"images         {plan.num_samples:,}, {plan.images_per_step} per update",
             f"updates        {plan.total_steps:,} ({plan.total_epochs:.1f} epochs, "

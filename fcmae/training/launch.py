@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 
 from fcmae.config import RunConfig
 from fcmae.errors import UserError
@@ -55,10 +55,14 @@ def start_accelerator(precision: str) -> Accelerator:
         )
     # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # float32 is float32: TF32, which cuDNN takes unasked, keeps 10 of its 23 bits, bf16 keeps 7 at twice the speed
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=None if precision == "auto" else precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.precision={precision}: {error}") from error
@@ -71,6 +75,16 @@ def start_accelerator(precision: str) -> Accelerator:
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+def describe_device(accelerator: Accelerator) -> str:
+    """Say what a run computes on, and in what, such as "NVIDIA H200, bf16"."""
+    device, precision = accelerator.device, accelerator.mixed_precision
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    each = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
+    processes = f"{accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    computed = ("float32 without TF32" if device.type == "cuda" else "float32") if precision == "no" else precision
+    return ", ".join(filter(None, [name, processes, each, computed]))
 
 
 def decide_once(decide: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,6 +31,8 @@ from fcmae.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
+from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
+from fcmae.training.launch import describe_device
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.progress import Progress
@@ -52,6 +54,12 @@ class TrainBatch(Protocol):
     def bad(self) -> Sequence[Unreadable]: ...
 
     def to(self, device: torch.device) -> Self: ...
+
+    def tensors(self) -> list[Tensor]: ...
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return such a batch of other tensors."""
+        ...
 
 
 class Show(NamedTuple):
@@ -107,7 +115,10 @@ class Trainer:
         accelerator: devices, processes, precision.
         model: called by `compute_loss`; moved, wrapped and trained.
         optimizer: over the model's parameters.
-        compute_loss: (wrapped model, batch) -> scalar loss.
+        compute_loss: (wrapped model, batch) -> scalar loss, of the batch's tensors alone: it may be recorded as a
+            CUDA graph, and called no more.
+        prepare: what is done to a batch on the device before, and not recorded: what draws on the CPU.
+        eager: why nothing must be recorded; empty for no reason but those of `why_eager`.
         plan: steps and learning rates.
         config: of the run; written into checkpoints.
         ema_decay: of the exponential moving average (EMA) of the weights, kept in `ema`; None for none. While the
@@ -123,6 +134,8 @@ class Trainer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         compute_loss: Callable[[nn.Module, Any], Tensor],
+        prepare: Callable[[Any], Any] | None = None,
+        eager: str = "",
         plan: Plan,
         config: RunConfig,
         ema_decay: float | None = None,
@@ -133,6 +146,7 @@ class Trainer:
         self.lock = lock
         self.facts = dict(facts or {})
         self.compute_loss = compute_loss
+        self.prepare = prepare
         self.plan = plan
         self.config = config
         self.run = RunFolder(config.output)
@@ -159,6 +173,21 @@ class Trainer:
         self.model: nn.Module = accelerator.prepare(model)
         self.optimizer = accelerator.prepare(optimizer)
         self.window = Window.new(accelerator.device)
+        self.work: Work = Eager(self._accumulate, self._apply)
+        self.eager = eager or why_eager(
+            accelerator.device,
+            distributed=accelerator.distributed_type != DistributedType.NO,
+            scales_loss=accelerator.scaler is not None,
+            gradient_checkpointing=config.train.gradient_checkpointing,
+        )
+        if not self.eager:
+            self.record_steps(CudaGraphs(accelerator.device))
+
+    def record_steps(self, graphs: Graphs) -> None:
+        """Have the steps recorded, and their learning rates where a recording finds them."""
+        for group in self.optimizer.param_groups:
+            group["capturable"], group["lr"] = True, torch.zeros((), device=self.accelerator.device)
+        self.work = Recorded(self.work, list(self.bare_model.parameters()), graphs, self.say)
 
     # Checkpoints
 
@@ -247,6 +276,12 @@ class Trainer:
         for concern in self.plan.concerns(self.config):
             self.say(f"warning: {concern}")
 
+    @property
+    def device(self) -> str:
+        """What the run computes on, and how."""
+        graphs = f"no CUDA graphs ({self.eager})" if self.eager else "CUDA graphs"
+        return f"{describe_device(self.accelerator)}, {graphs}"
+
     def _check_images(self, batch: TrainBatch) -> None:
         """Name and remember the samples that could not be read."""
         for index, name, reason in batch.bad:
@@ -308,7 +343,9 @@ class Trainer:
             yield
 
     def _record(self, log: MetricsLog | None) -> None:
+        asked = time.perf_counter()
         loss = self.check()
+        self.window.busy_s += time.perf_counter() - asked  # what the device had still to do
         self._require_lock()
         w = self.window
         rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
@@ -340,33 +377,45 @@ class Trainer:
     def accumulate(self, batches: Iterator[Any], micro: int) -> None:
         """Add the gradient of the update's micro-batch number `micro`, from 0."""
         accelerator = self.accelerator
-        micro_batches = self.config.optim.accumulate
         asked = time.perf_counter()
         batch = next(batches)
         self.window.waiting_s += time.perf_counter() - asked
         # after the batch: a loader's first one draws from the same generator
         reseed(self.config.train.seed, self.step, micro, accelerator.process_index)
         self._check_images(batch)
-        batch = batch.to(accelerator.device)
-        last = micro == micro_batches - 1
+        inputs = batch.to(accelerator.device)
+        if self.prepare is not None:
+            inputs = self.prepare(inputs)
+        last = micro == self.config.optim.accumulate - 1
         with nullcontext() if last else accelerator.no_sync(self.model):
-            loss = self.compute_loss(self.model, batch)
-            accelerator.backward(loss / micro_batches)
-        self.window.add(loss.detach(), self.step, batch.indices)
+            loss = self.work.accumulate(inputs)
+        self.window.add(loss, self.step, batch.indices)
+
+    def _accumulate(self, batch: Any) -> Tensor:
+        loss = self.compute_loss(self.model, batch)
+        self.accelerator.backward(loss / self.config.optim.accumulate)
+        return loss.detach()
 
     def apply(self) -> None:
         """Update the weights, and their EMA, by the gradients."""
         step_lr = self.plan.lr(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = step_lr * group["lr_scale"] * (self.step >= group["first_step"])
-        if self.config.optim.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            lr = step_lr * group["lr_scale"] * (self.step >= group["first_step"])
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self.work.apply()
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.bare_model, self.step)
         self.seen_images += self.plan.images_per_step
+
+    def _apply(self) -> None:
+        if self.config.optim.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, batches: Iterator[Any]) -> None:
         """Make one update of `accumulate` micro-batches."""
@@ -410,6 +459,7 @@ class Trainer:
             self.say(f"{self.run.path} is finished already: delete it, or name another output, to run again")
         else:
             self.warn()
+            self.say(f"device           {self.device}")
             images = f"{self.plan.images_per_step} of {self.plan.num_samples:,} images"
             first = "the first takes longer, as kernels are compiled and workers started"
             self.say(f"updates          {self.step + 1} to {total:,} with {images} each; {first}")

@@ -1,0 +1,268 @@
+"""Recorded updates are the eager ones, by a recorder that behaves as a GPU's but computes again on the CPU."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import Numbers, batches, outcome, small_config, small_trainer, stop_after
+from torch import Tensor, nn
+
+from fcmae.training.checkpoint import OPTIMIZER, optimizer_tensors
+from fcmae.training.dry_run import rehearse
+from fcmae.training.graph import BLOCKING, WARM_UP, watch_draws, why_eager
+from fcmae.training.launch import claim_checkpoint
+from fcmae.training.log import MetricsLog
+from fcmae.training.trainer import Trainer
+
+
+class Again:
+    """Recording changes no number, and leaves NaN in what it made; a replay finds and leaves gradients where the
+    recording did, and the Python side of them as it is."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.parameters = list(trainer.bare_model.parameters())
+        self.replays: list[int] = []
+        """Replays of each recording."""
+        self.asides = self.updates = 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.asides += 1
+        yield
+
+    @contextmanager
+    def watch(self, reasons: list[str]) -> Iterator[None]:
+        yield
+
+    def keep_pace(self) -> None:
+        self.updates += 1
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [parameter.grad for parameter in self.parameters]
+
+    def _lend(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        before = self._gradients()
+        moments = [value for state in self.trainer.optimizer.state.values() for value in state.values()]
+        tensors = [*self.trainer.bare_model.state_dict().values(), *moments, *filter(torch.is_tensor, before)]
+        kept, generator = [tensor.clone() for tensor in tensors], torch.get_rng_state()
+        output = function()
+        torch.set_rng_state(generator)
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+        after = self._gradients()
+        for new in (output, *after):
+            if new is not None and not any(new is old for old in before):
+                new.fill_(torch.nan)
+        number = len(self.replays)
+        self.replays.append(0)
+
+        def replay() -> Any:
+            self.replays[number] += 1
+            present = self._gradients()
+            self._lend(before)
+            result = function()
+            for own, gradient in zip(after, self._gradients(), strict=True):
+                if own is not None and gradient is not None and own is not gradient:
+                    own.copy_(gradient)
+            self._lend(present)
+            return output if output is None else output.copy_(result)
+
+        return replay
+
+
+MICRO_BATCHES = 3
+SETTINGS: dict[str, Any] = {"optim": {"accumulate": MICRO_BATCHES, "clip_grad": 0.5}}
+
+
+def trainer_of(folder: Path, *, recorded: bool, **settings: Any) -> tuple[Trainer, Again]:
+    """A trainer of a network with drop-out and a frozen parameter, of numbers of any dtype."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Dropout(0.3), nn.Linear(4, 2))
+    network.register_parameter("frozen", nn.Parameter(torch.ones(2), requires_grad=False))
+    trainer = small_trainer(small_config(folder, **(SETTINGS | settings)), network)
+    trainer.compute_loss = lambda model, batch: model(batch.values.float()).square().mean()
+    graphs = Again(trainer)
+    if recorded:
+        trainer.record_steps(graphs)
+    return trainer, graphs
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    assert trainer.ema is not None
+    return {
+        **{f"model.{name}": value for name, value in trainer.bare_model.state_dict().items()},
+        **{f"ema.{name}": value for name, value in trainer.ema.module.state_dict().items()},
+        **optimizer_tensors(trainer.bare_model, trainer.optimizer.optimizer),
+    }
+
+
+def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same tensors, but for learning rates, of which a recording finds the nearest of float32."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def updated(trainer: Trainer, given: Iterator[Numbers], updates: int) -> list[float]:
+    """Make updates; returns the mean loss of each."""
+    losses = []
+    for _ in range(updates):
+        trainer.update(given)
+        losses.append(trainer.check(write=False))
+        trainer.window = type(trainer.window).new(torch.device("cpu"))
+    return losses
+
+
+@pytest.mark.parametrize("accumulate", [1, MICRO_BATCHES])
+def test_recorded_updates_are_the_eager_ones(tmp_path: Path, accumulate: int) -> None:
+    settings = {"optim": {"accumulate": accumulate, "clip_grad": 0.5}}
+    (eager, _), (recorded, graphs) = (trainer_of(tmp_path, recorded=r, **settings) for r in (False, True))
+    losses = [updated(trainer, batches(trainer), 10) for trainer in (eager, recorded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len({round(loss, 6) for loss in losses[0]}) == 10
+    assert_alike(state(eager), state(recorded))
+    assert recorded.step == 10
+    assert graphs.asides == WARM_UP * (accumulate + 1)
+    made = 10 - WARM_UP
+    assert graphs.updates == made
+    assert graphs.replays == ([made, made * (accumulate - 1), made] if accumulate > 1 else [made, made])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {0},  # the first batch of all, so that all others are eager
+        {1, 3},  # while warming up
+        {3 * WARM_UP},  # the update that would be the first to be recorded
+        {3 * WARM_UP + 1},  # in it
+        {3 * WARM_UP + 2, 3 * WARM_UP + 7},  # the last of it, in one after it
+        {3 * WARM_UP + 3, 3 * WARM_UP + 6, 3 * WARM_UP + 7, 3 * WARM_UP + 8},  # whole updates, and their beginnings
+    ],
+)
+def test_batches_of_other_shapes_and_dtypes_are_computed_eagerly(tmp_path: Path, others: set[int]) -> None:
+    def changed(number: int, values: Tensor) -> Tensor:
+        if number not in others:
+            return values
+        return values.double() if number % 2 else torch.cat([values, values + 1])
+
+    def given(trainer: Trainer) -> Iterator[Numbers]:
+        for number, batch in enumerate(batches(trainer)):
+            yield batch._replace(values=changed(number, batch.values))
+
+    (eager, _), (recorded, graphs) = (trainer_of(tmp_path, recorded=r) for r in (False, True))
+    losses = [updated(trainer, given(trainer), 10) for trainer in (eager, recorded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_alike(state(eager), state(recorded))
+    begun = sum(number >= 3 * WARM_UP and number % 3 == 0 for number in others)
+    assert graphs.updates == (0 if 0 in others else 10 - WARM_UP - begun)
+
+
+def run(trainer: Trainer) -> Trainer:
+    """Train to the end, evaluating in between as stories do."""
+
+    def evaluate(step: int, log: MetricsLog | None) -> float:
+        trainer.bare_model.eval()
+        with torch.inference_mode():
+            score = float(trainer.bare_model(torch.ones(1, 3)).sum())
+        trainer.bare_model.train()
+        return score
+
+    checkpoint = claim_checkpoint(trainer.config)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    trainer.fit(batches(trainer), evaluate=evaluate, evaluate_every=2)
+    return trainer
+
+
+def test_a_resumed_run_of_recorded_steps_equals_the_uninterrupted_one(tmp_path: Path) -> None:
+    """Though the first updates after the resumption are eager."""
+    run(trainer_of(tmp_path / "whole", recorded=True)[0])
+    stopped = stop_after(tmp_path / "whole", 6, tmp_path / "stopped")
+    trainer, graphs = trainer_of(stopped, recorded=True)
+    run(trainer)
+    assert trainer.step == 10
+    assert graphs.updates == 4 - WARM_UP
+    assert outcome(tmp_path / "whole") == outcome(stopped)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_goes_on_recorded_or_not_from_the_checkpoint_of_the_other(tmp_path: Path, first: bool) -> None:
+    whole = run(trainer_of(tmp_path / "whole", recorded=first)[0])
+    stopped = stop_after(tmp_path / "whole", 4, tmp_path / "stopped")
+    other = run(trainer_of(stopped, recorded=not first)[0])
+    assert_alike(state(whole), state(other))
+    files = [load_file(folder / "checkpoints" / "last" / OPTIMIZER) for folder in (tmp_path / "whole", stopped)]
+    assert {name: (value.dtype, value.shape) for name, value in files[0].items()} == {
+        name: (value.dtype, value.shape) for name, value in files[1].items()
+    }
+    assert {name.split(".")[0] for name in files[0]} == {"state"}, "no learning rates"
+
+
+class Suspicious(Again):
+    def watch(self, reasons: list[str]) -> AbstractContextManager[None]:
+        return watch_draws(reasons)
+
+
+def test_a_step_that_cannot_be_recorded_stays_eager_and_a_line_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (eager, _), (recorded, _) = (trainer_of(tmp_path, recorded=r) for r in (False, False))
+    graphs = Suspicious(recorded)
+    recorded.record_steps(graphs)  # whose drop-out draws on the CPU
+    losses = [updated(trainer, batches(trainer), 6) for trainer in (eager, recorded)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_alike(state(eager), state(recorded))
+    assert graphs.replays == []
+    assert capsys.readouterr().out.count("no CUDA graphs: random numbers are drawn on the CPU in each step") == 1
+
+
+def test_draws_from_each_generator_of_the_cpu_are_noticed_and_nothing_else() -> None:
+    def noticed(call: Callable[[], object]) -> bool:
+        reasons: list[str] = []
+        with watch_draws(reasons):
+            call()
+        return bool(reasons)
+
+    assert all(noticed(draw) for draw in (lambda: torch.rand(()), np.random.rand, random.random))
+    assert not noticed(lambda: torch.rand(1, generator=torch.Generator()))
+
+
+def test_a_dry_run_times_what_is_recorded(tmp_path: Path) -> None:
+    trainer, graphs = trainer_of(tmp_path, recorded=True)
+    text = rehearse(trainer, lambda num_workers: batches(trainer), queue=1)
+    assert "device         cpu, " in text
+    assert len(graphs.replays) == 3
+
+
+def test_what_cannot_be_recorded_is_eager_for_a_reason_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine: dict[str, Any] = {"distributed": False, "scales_loss": False, "gradient_checkpointing": False}
+    gpu = torch.device("cuda")
+    monkeypatch.delenv(BLOCKING, raising=False)
+    assert why_eager(gpu, **fine) == ""
+    assert "NVIDIA" in why_eager(torch.device("cpu"), **fine)
+    assert "NVIDIA" in why_eager(torch.device("mps"), **fine)
+    assert "processes" in why_eager(gpu, **fine | {"distributed": True})
+    assert "fp16" in why_eager(gpu, **fine | {"scales_loss": True})
+    assert "gradient_checkpointing" in why_eager(gpu, **fine | {"gradient_checkpointing": True})
+    monkeypatch.setenv(BLOCKING, "1")
+    assert BLOCKING in why_eager(gpu, **fine)
+
+
+def test_a_run_says_at_its_beginning_what_it_computes_on_and_whether_steps_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(trainer_of(tmp_path / "run", recorded=False, train={"max_steps": 1})[0])
+    threads = torch.get_num_threads()
+    line = f"device           cpu, {threads} thread(s), float32, no CUDA graphs (these need an NVIDIA GPU)\n"
+    assert line in capsys.readouterr().out
