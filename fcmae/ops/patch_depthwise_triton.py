@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Sizes of the work, from compiled code and not yet tuned on a GPU.
+# Sizes of the work, from code compiled for a Hopper and not yet tuned on a GPU; what has been measured on a kind of
+# GPU belongs here. They are not measured at a run's start: there the first step may be recorded as a CUDA graph, in
+# which nothing can be timed, and those of the weight's gradient say in which order is summed.
 ROWS = {8: 1, 4: 1, 2: 2, 1: 1}
 """Rows of sites of a strip, by sites per patch side: two share what is read, four do not fit into registers."""
 VALUES_PER_WARP = 1024
@@ -269,7 +271,7 @@ def patch_depthwise_weight_grads(
     channels = min(triton.next_power_of_2(c), widest)
     blocks = triton.cdiv(c, channels)
     strips = b * p * k // rows
-    turns = triton.cdiv(strips, max(WEIGHT_PROGRAMS // blocks, 1))
+    turns = max(triton.cdiv(strips, max(WEIGHT_PROGRAMS // blocks, 1)), 1)
     splits = triton.cdiv(strips, turns)
     dtype = torch.promote_types(x.dtype, torch.float32)
     partial = x.new_empty(splits, size * size + 1, c, dtype=dtype)
