@@ -183,7 +183,7 @@ def _accumulator(x: Tensor) -> tl.dtype:
 
 
 def _warps(values: int) -> int:
-    return min(max(values // VALUES_PER_WARP, 1), 8)
+    return min(triton.next_power_of_2(max(values // VALUES_PER_WARP, 1)), 8)
 
 
 def _convolve(
