@@ -391,7 +391,7 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_reference(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = randomise(FCMAE(((1, 1, 1, 1), (4, 6, 8, 10)), stem_stride=1, decoder_dim=8)).to(device)
-    images, ids = torch.randn(2, 3, 8, 16, device=device), torch.tensor([[1], [0]], device=device)
+    images, ids = torch.randn(1, 3, 8, 16, device=device), torch.tensor([[1]], device=device)
     model.layout = "masked"
     reference = model(images, ids)  # its encoder has none of the operations
     expected = [reference.loss, *gradients(reference.loss, model).values()]
