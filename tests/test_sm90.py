@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(
-    3600
-)  # compilers take as long as the processor is slow, and `make sm90` has 48 blocks
+pytestmark = pytest.mark.timeout(3600)  # for `make sm90`: 10 seconds of a processor for each block
 
 EVERY_CASE = [
     f"{variant}:{dtype}:{stage}"
