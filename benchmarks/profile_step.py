@@ -144,7 +144,7 @@ def profile(
 def issue_and_step_ms(
     way: train_step.Way, batch: tuple[torch.Tensor, torch.Tensor], args: argparse.Namespace
 ) -> tuple[float, float]:
-    """Return medians, over steps that each begin with an idle GPU, of what the CPU takes and what the step takes."""
+    """Return medians of what the CPU takes, and the whole step, over steps that each begin with an idle GPU."""
     issued, whole = [], []
     for _ in range(max(args.steps, 3)):
         torch.cuda.synchronize()
