@@ -194,7 +194,7 @@ def build_way(name: str, args: argparse.Namespace) -> tuple[Way, tuple[Tensor, T
 def build_trainer(model: FCMAE, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Trainer:
     """Build the trainer of a pretraining run, which writes nothing, as nothing asks it to."""
     data = {"root": "none", "image_size": args.image_size, "batch_size": args.batch}
-    values = {"output": "none", "model": {"variant": args.variant}, "data": data}
+    values = {"output": "none", "model": {"variant": args.variant}, "data": data, "optim": {"accumulate": 1}}
     config = parse_config(PretrainConfig, values | {"train": {"precision": args.precision}}, "train_step")
     accelerator = start_accelerator(args.precision)
     normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
