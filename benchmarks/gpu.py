@@ -156,7 +156,7 @@ def count_tests(place: Place) -> dict[str, float]:
     """Return how many tests failed and passed."""
     (summary,) = re.findall(r"^.*\d+ \w+.* in [\d.]+s.*$", place.log.read_text(), re.MULTILINE)[-1:]
     counted = re.findall(r"(\d+) (passed|failed|errors?|skipped)", summary)
-    return {"failed": 0, "passed": 0} | {what: int(number) for number, what in counted}
+    return {"failed": 0.0, "passed": 0.0} | {what: float(number) for number, what in counted}
 
 
 def rows_of(place: Place) -> dict[str, dict[str, Any]]:
@@ -349,7 +349,7 @@ def machine(device: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A process, which on leaving has ended with all that it started."""
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
@@ -369,7 +369,7 @@ def run(part: Part, place: Place, seconds: float) -> str:
     """Run the commands of a part, what they print into its log; returns why it failed, empty if it did not."""
     place.clear()
     paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | part.environment
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **part.environment}
     end = time.monotonic() + seconds
     with place.log.open("wb") as log:
         for command in part.commands:

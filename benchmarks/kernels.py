@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import train_step
@@ -88,7 +88,7 @@ def time_us(run: Callable[[], object], device: str) -> float:
     if device == "cuda":
         from triton.testing import do_bench
 
-        return 1e3 * do_bench(run, return_mode="median")
+        return 1e3 * cast(float, do_bench(run, return_mode="median"))
     run()
     return 1e6 * statistics.median(train_step.seconds_of(run, device) for _ in range(3))
 
