@@ -3,6 +3,7 @@
     python benchmarks/gpu.py RESULTS --list
     python benchmarks/gpu.py RESULTS --minutes 9
     python benchmarks/gpu.py RESULTS --parts base profile
+    python benchmarks/gpu.py RESULTS --table
     python benchmarks/gpu.py rehearsal --quick
 
 Run from the root of the repository. Each part is processes with a time limit; one that fails holds up none. As soon
@@ -131,6 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="the folder of results.jsonl and log.txt")
     parser.add_argument("--list", action="store_true", help="only name the parts")
+    parser.add_argument("--table", action="store_true", help="only print the figures of RESULTS, in Markdown")
     parser.add_argument(
         "--parts", nargs="+", metavar="PART", help="these, again where need be; default: what is new"
     )
@@ -144,7 +146,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if shutil.which("nvidia-smi") else "cpu"
-    if args.device == "cpu" and not (args.quick or args.list):
+    if args.device == "cpu" and not (args.quick or args.list or args.table):
         parser.error("there is no GPU; --quick rehearses on a CPU")
     return args
 
@@ -299,12 +301,12 @@ def parts(args: argparse.Namespace) -> list[Part]:
         missing = "" if shutil.which(command[0]) else command[0]
         return Part(name, minutes, [command], missing=missing, environment=environment)
 
-    memcheck = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9", sys.executable, "-m", "pytest", "-x"]
+    memcheck = ["compute-sanitizer", "--tool=memcheck", "--report-api-errors=no", "--error-exitcode=9"]
     profile = script("profile_step", *options(), *times, device)
     profiles = [[*profile, out("profile", "packed")]]
     profiles += [[*profile, "--graph", out("profile", "graph")]] if on_gpu else []
     kernels = script("kernels", *options(), device)
-    ncu = ["ncu", "--clock-control=none", "--kernel-name", KERNELS, "--launch-count=30", "--metrics"]
+    ncu = ["ncu", "--clock-control=none", "--kernel-name", KERNELS, "--metrics", ",".join(COUNTERS)]
     run = [option for option in options(batch="64") if not option.startswith("--device")]
     few = ["--updates=6", "--every=2"] if quick else []
     loader = ["--workers=1", "--images=16", *few] if quick else [f"--workers={os.cpu_count()}"]
@@ -313,7 +315,12 @@ def parts(args: argparse.Namespace) -> list[Part]:
         tests("ops-tests", 5, OPS),
         tests("gpu-tests", 4, "-m", "gpu", *on_a_gpu),
         # without the cache of memory, in which what lies beside a tensor belongs to the process, too
-        tool("memcheck", 3, [*memcheck, OPS, "-k", MEMCHECKED], PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        tool(
+            "memcheck",
+            3,
+            [*memcheck, sys.executable, "-m", "pytest", OPS, "-k", MEMCHECKED],
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        ),
         step("base", 4, ["packed", "trainer"], ["--graph", "--compile"]),
         Part("profile", 3, profiles, profile_figures),
         step("base-64", 3, ["packed", "trainer"], ["--graph", "--compile"], batch="64"),
@@ -325,7 +332,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         step("large", 3, ["packed"], ["--graph"], variant="large"),
         step("huge", 4, ["packed"], ["--graph"], variant="huge", batch="128"),
         step("official", 4, official, ["--official", str(args.official)], batch="64", precision="no"),
-        tool("counters", 3, [*ncu, ",".join(COUNTERS), *kernels, "--stages", "3"]),
+        tool("counters", 3, [*ncu, *kernels, "--once"]),
         Part("sizes", 6, [[*kernels, "--stages", "3", "--sweep", out("sizes")]], kernel_figures),
         cifar10(args, sizes["precision"]),
         tests("all-tests", 10, "tests"),
@@ -351,7 +358,7 @@ def machine(device: str) -> dict[str, str]:
 @contextlib.contextmanager
 def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A process, which on leaving has ended with all that it started."""
-    process = subprocess.Popen(command, start_new_session=True, **options)
+    process = subprocess.Popen(command, process_group=0, **options)
     try:
         yield process
     finally:
@@ -410,17 +417,29 @@ def measure(part: Part, args: argparse.Namespace, seconds: float) -> dict[str, A
     return line
 
 
+def rows(line: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield the figures of a line: name, value, what was predicted, and their ratio."""
+    for name, value in line["figures"].items():
+        predicted = None if line["quick"] else PREDICTED.get(f"{line['part']} {name}")
+        ratio = f"{value / predicted:.2f}" if predicted else ""
+        yield [name, f"{value:,.4g}", "" if predicted is None else f"{predicted:,g}", ratio]
+
+
 def show(line: Mapping[str, Any], log: Path) -> None:
     """Print how a part went, and its figures beside what was predicted."""
     print(f"  {line['failed'] or 'done'} ({line['seconds']:.0f} s)")
-    for name, value in line["figures"].items():
-        predicted = None if line["quick"] else PREDICTED.get(f"{line['part']} {name}")
-        text = f"    {name:42} {value:10,.4g}"
-        if predicted is not None:
-            text += f"  predicted {predicted:,g}" + (f", ratio {value / predicted:.2f}" if predicted else "")
-        print(text)
+    for name, value, predicted, ratio in rows(line):
+        print(f"    {name:42} {value:>10}" + (f"  predicted {predicted}  {ratio}" if predicted else ""))
     if line["failed"]:
         print("".join(f"    {text}\n" for text in log.read_text(errors="replace").splitlines()[-12:]), end="")
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Lay the newest figures of each part out as a Markdown table."""
+    newest = {line["part"]: line for line in lines}
+    body = [[part, *row] for part, line in newest.items() for row in rows(line)]
+    head = ["| part | figure | measured | predicted | ratio |", "|---|---|---:|---:|---:|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in body)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -432,13 +451,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{part.name:10} {part.minutes:3g} min  " + (f"needs {part.missing}" if part.missing else ""))
             print("".join(f"           {shown(command)}\n" for command in part.commands), end="")
         return 0
+    path = args.results / "results.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in lines if line["quick"] == args.quick]
+    if args.table:
+        print(table(lines))
+        return 0
     if unknown := [name for name in args.parts or () if name not in known]:
         sys.exit(f"error: --parts {' '.join(unknown)}: not among {', '.join(known)}")
     for folder in (args.results, args.work):
         folder.mkdir(parents=True, exist_ok=True)
-    path = args.results / "results.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {line["part"] for line in lines if line["quick"] == args.quick}
+    done = {line["part"] for line in lines}
     if args.quick:
         write_package(args.work / "cifar10-package")
     end = time.monotonic() + 60 * args.minutes

@@ -6,7 +6,8 @@
 Times are medians, on a GPU by events between runs that find an empty cache (triton.testing.do_bench). GB/s counts
 what an operation must read and write at the least, TFLOP/s the products. `--sweep` times the operations again with
 other sizes of their work, constants of the modules of kernels (`SIZES`): to choose better ones by, not to change
-while a run goes on, as some say in which order is summed.
+while a run goes on, as some say in which order is summed. `--once` times nothing, for programs such as ncu, which
+count what a kernel does.
 """
 
 import argparse
@@ -76,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16", choices=train_step.DTYPES)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--sweep", action="store_true", help="try other sizes of the work, too")
+    parser.add_argument("--once", action="store_true", help="run each operation once, and time none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there as well")
     args = parser.parse_args(argv)
     if args.device == "auto":
@@ -213,9 +215,13 @@ def measure(operation: Operation, stage: int | None, args: argparse.Namespace) -
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     args = parse_args(argv)
-    name = train_step.device_name(args.device)
+    if args.once:
+        for stage in args.stages:
+            for operation in operations(stage, args):
+                operation.run()
+        return
     header = {
-        "device": f"{args.device}: {name}",
+        "device": f"{args.device}: {train_step.device_name(args.device)}",
         "torch": torch.__version__,
         "step": f"{args.variant}, {args.image_size} px, batch {args.batch}, {args.precision}",
     }

@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="no")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--images", type=int, default=8192)
+    parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--updates", type=int, default=150)
     parser.add_argument("--every", type=int, default=10, help="updates of a record")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there as well")

@@ -286,6 +286,8 @@ def test_kernels_measures_every_operation_of_a_stage_and_sizes_of_their_work(
     assert kernels.SIZES.keys() == {row["operation"] for row in rows if row["sweep"]}
     for (name, constant), value in sizes.items():
         assert getattr(importlib.import_module(f"fcmae.ops.{name}"), constant) == value
+    monkeypatch.setattr(kernels, "time_us", None)
+    kernels.main([*options, "--once"])
     assert kernels.resizing(kernels.parse_args(options)).run().images.shape == (2, 3, 64, 64)
 
 
@@ -343,7 +345,7 @@ def test_the_gpu_script_goes_on_after_failures_and_skips_what_is_done(
     assert gpu.main(options) == 1
     out = capsys.readouterr().out
     assert "    it broke" in out
-    assert re.search(r"speed +3  predicted 4, ratio 0.75", out)
+    assert re.search(r"speed +3  predicted 4  0.75", out)
     assert "3 failed or left out\n  bad: exit code 1\n  slow: took more than 0.0 minutes\n  absent: left out" in out
     lines = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
     assert [(line["part"], bool(line["failed"])) for line in lines] == [
@@ -356,6 +358,9 @@ def test_the_gpu_script_goes_on_after_failures_and_skips_what_is_done(
     assert gpu.main(options) == 1  # for what is left out
     assert count.read_text() == "xx"
     assert gpu.main([*options, "--parts", "good"]) == 0
+    capsys.readouterr()
+    assert gpu.main([*options, "--table"]) == 0
+    assert "| good | speed | 3 | 4 | 0.75 |" in capsys.readouterr().out
     assert count.read_text() == "xxx"
     with pytest.raises(SystemExit, match=r"^error: --parts other: not among bad, slow, absent, good$"):
         gpu.main([*options, "--parts", "other"])
