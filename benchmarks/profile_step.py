@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 import torch
 import train_step
 
-from fcmae.training.launch import keep_freed_memory
-
 GROUPS = {
     # group: what the names of its operations begin with
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmv", "aten::addr"),
@@ -231,8 +229,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--way", default="packed", help="of train_step.py, also with +compile and +graph")
     own, others = parser.parse_known_args(argv)
     args = train_step.parse_args(others)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    train_step.compute_as_runs_do(args.threads)
     way = own.way + (train_step.GRAPH if args.graph else "")
     header = {key: value for key, value in train_step.describe(args).items() if key != "rounds"}
     print("\n".join(f"{key}: {value}" for key, value in header.items()))

@@ -7,12 +7,12 @@
 All ways run in one process, in rounds that take each way in turn, so that a busy machine disturbs them alike:
 
     packed, masked, minkowski   our layouts (minkowski where MinkowskiEngine is installed)
+    trainer                     packed in the Trainer of pretrain.py, from uint8 images: on a GPU by CUDA graphs
     plain                       packed without our kernels (plain.py)
     masked-channels_last        masked, images and weights in torch.channels_last
     spark                       SparK's way of masked dense convolution (spark.py)
     channelwise                 minkowski with the engine's own depthwise convolution (channelwise.py)
     official                    facebookresearch/ConvNeXt-V2, from the folder that --official names (official.py)
-    trainer                     packed in the Trainer of pretrain.py, from uint8 images: on a GPU by CUDA graphs
     WAY+compile                 with --compile: torch.compile of ours
     packed[+compile]+graph      with --graph, on a GPU: recorded as the Trainer does
 
@@ -28,6 +28,7 @@ least, over the time, as a share of what a large copy reaches. Both are measured
 """
 
 import argparse
+import gc
 import itertools
 import json
 import platform
@@ -141,6 +142,14 @@ def has_engine() -> bool:
     return True
 
 
+def compute_as_runs_do(threads: int) -> None:
+    """Set what `start_accelerator` sets of this process, and its threads."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("highest")  # float32 without TF32
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def build_model(way: str, args: argparse.Namespace) -> FCMAE | Official:
     """Build the network, the same weights for every way, with biases and GRN away from zero so leaks show."""
     torch.manual_seed(0)
@@ -176,17 +185,17 @@ def build_batch(way: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 def build_way(name: str, args: argparse.Namespace) -> tuple[Way, tuple[Tensor, Tensor]]:
     """Build one way by name ("packed", "packed+compile+graph", ...) and its batch."""
-    base, *how = name.split("+")
+    base = name.partition("+")[0]
     model, batch = build_model(base, args), build_batch(base, args)
     optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
-    way = Way(name, torch.compile(model) if COMPILED[1:] in how else model, optimizer)
+    way = Way(name, torch.compile(model) if COMPILED in name else model, optimizer)
     if base == "trainer":
         assert isinstance(model, FCMAE)
         trainer = build_trainer(model, optimizer, args)
         levels = (batch[0] * 50 + 128).clamp(0, 255).to(torch.uint8)
         batches = itertools.repeat(MaskedBatch(images=levels, indices=(), bad=(), visible_ids=batch[1]))
         way.step, way.warm_up = lambda: trainer.update(batches), 1 + trainer.work.warm_up
-    elif GRAPH[1:] in how:
+    elif GRAPH in name:
         way.step, way.warm_up = record(way, batch, args), 1 + Recorded.warm_up
     return way, batch
 
@@ -352,6 +361,7 @@ def peak_memory_here(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Name
     On CUDA also beyond what other ways still hold.
     """
     if args.device == "cuda":
+        gc.collect()  # else what others have done with would be freed meanwhile
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
@@ -501,10 +511,7 @@ def run_variant(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Measure each variant, print, write."""
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the scripts do, as float32 without TF32 is
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    compute_as_runs_do(args.threads)
     if args.measure_memory:
         print(peak_memory_here(*build_way(args.measure_memory, args), args))
         return
