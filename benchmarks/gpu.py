@@ -317,7 +317,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     return [
         tests("ops-tests", 5, "tests/test_ops.py"),
         tests("gpu-tests", 4, "-m", "gpu", *on_a_gpu),
-        # widths that fill no program, and no cache of memory, in which what lies beside a tensor is the process's, too
+        # widths that fill no program; no cache of memory, as what lies beside a tensor would be the process's, too
         tool("memcheck", 3, [*memcheck, *odd, "--once"], PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         step("base", 4, ["packed", "trainer"], ["--graph", "--compile"]),
         Part("profile", 3, profiles, profile_figures),
