@@ -237,33 +237,33 @@ def script(name: str, *options: str) -> list[str]:
 def cifar10(args: argparse.Namespace, precision: str) -> Part:
     """Pretrain on CIFAR-10 as shipped, but for the number of epochs, classify by k-NN, and fine-tune twice."""
     package, folder = args.work / "cifar10-package" if args.quick else args.cifar10, args.work / "cifar10-runs"
-    data, epochs = folder / "arrays", 1.0 if args.quick else args.cifar10_epochs
+    data, length = folder / "arrays", 1.0 if args.quick else args.cifar10_epochs
     runs = {name: folder / name for name in ("pretrain", "finetune", "scratch")}
     small = ["data.batch_size=8", "log.every_steps=1"] if args.quick else []
 
-    def train(story: str, config: str, run: str, length: float, *keys: str) -> list[str]:
+    def train(story: str, config: str, run: str, epochs: float, *keys: str) -> list[str]:
         common = [f"data.root={data}", f"output={runs[run]}", "resume=auto", f"train.precision={precision}"]
         common += [f"data.num_workers={0 if args.quick else os.cpu_count()}", *small]
-        epochs = [f"train.epochs={length:g}", f"optim.warmup_epochs={length / 20:g}"]
-        return [sys.executable, f"{story}.py", "--config", config, *common, *epochs, *keys]
+        common += [f"train.epochs={epochs:g}", f"optim.warmup_epochs={epochs / 20:g}"]
+        return [sys.executable, f"{story}.py", "--config", config, *common, *keys]
 
     def figures(place: Place) -> dict[str, float]:
         found: dict[str, float] = {}
         for name, run in runs.items():
-            lines = (run / "metrics.jsonl").read_text().splitlines()
-            last = {key: value for line in lines for key, value in json.loads(line).items()}
-            kept = ("loss", "images_per_s", "data_wait", "knn_top1", "val_top1")
-            found |= {f"{name} {key}": last[key] for key in kept if key in last}
+            if (metrics := run / "metrics.jsonl").exists():
+                records = map(json.loads, metrics.read_text().splitlines())
+                last = {key: value for record in records for key, value in record.items()}
+                kept = ("loss", "images_per_s", "data_wait", "knn_top1", "val_top1")
+                found |= {f"{name} {key}": last[key] for key in kept if key in last}
         return found
 
-    knn = f"eval.knn_every_epochs={epochs:g}"
-    start = f"init_from={runs['pretrain']}"
+    knn, start = f"eval.knn_every_epochs={length:g}", f"init_from={runs['pretrain']}"
     commands = [
-        train("pretrain", "pretrain/cifar10", "pretrain", epochs, knn),
-        train("finetune", "finetune/small-images", "finetune", epochs / 20, start),
-        train("finetune", "finetune/small-images", "scratch", epochs / 20, "init_from=null"),
+        train("pretrain", "pretrain/cifar10", "pretrain", length, knn),
+        train("finetune", "finetune/small-images", "finetune", length / 20, start),
+        train("finetune", "finetune/small-images", "scratch", length / 20, "init_from=null"),
     ]
-    if not data.exists():
+    if not (data / "val").exists():
         commands.insert(0, script("cifar10", "prepare", str(package), str(data)))
     return Part("cifar10", 20, commands, figures, "" if package else "--cifar10 DIR")
 
@@ -310,7 +310,6 @@ def parts(args: argparse.Namespace) -> list[Part]:
     profiles += [[*profile, "--graph", out("profile", "graph")]] if on_gpu else []
     kernels = script("kernels", *options(), device)
     ncu = ["ncu", "--clock-control=none", "--kernel-name", KERNELS, "--metrics", ",".join(COUNTERS)]
-    run = [option for option in options(batch="64") if not option.startswith("--device")]
     few = ["--updates=6", "--every=2"] if quick else []
     loader = ["--workers=1", "--images=16", *few] if quick else [f"--workers={os.cpu_count()}"]
     official = ["packed", "minkowski", "official"]
@@ -322,7 +321,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         step("base", 4, ["packed", "trainer"], ["--graph", "--compile"]),
         Part("profile", 3, profiles, profile_figures),
         step("base-64", 3, ["packed", "trainer"], ["--graph", "--compile"], batch="64"),
-        Part("resume", 4, [script("resumed", *run, *few, out("resume"))], resume_figures),
+        Part("resume", 4, [script("resumed", *options(batch="64"), *few, out("resume"))], resume_figures),
         Part("kernels", 4, [[*kernels, out("kernels")]], kernel_figures),
         step("dense", 6, ["packed", "masked", "spark"], ["--compile"]),
         Part("real", 5, [script("real_images", *options(), device, *loader, out("real"))], real_figures),
