@@ -61,6 +61,8 @@ KERNELS = {
         "fprop",
     ),
     "LayerNorm": ("layer_norm", "LayerNorm", "GammaBeta", "_norm_backward_kernel"),
+    "weights folded and cast": ("_fold",),
+    "crops resized": ("_across_kernel", "_down_kernel"),
     "GELU and GRN": (
         "_square_sums_kernel",
         "_scale_kernel",
