@@ -34,7 +34,7 @@ EPS = 1e-6
 
 OPERATIONS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": op
-    for module in (gather_depthwise, gelu_grn, patch_depthwise, patch_loss)
+    for module in (gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss)
     for name, op in vars(module).items()
     if isinstance(op, CustomOpDef)
 }
@@ -313,6 +313,26 @@ def test_grn_mlp_equals_its_reference(shape: tuple[int, int, int], dtype: torch.
         assert relative_error(ours.double(), theirs) <= MLP_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("c", [1, 5, 300])
+def test_folded_parameters_and_their_gradients_equal_autograds(c: int, dtype: torch.dtype, device: str) -> None:
+    """In bfloat16 the parameters are float32, as under autocast."""
+    _, norm_weight, norm_bias, w1, b1, _, _, w2, b2 = mlp_tensors(1, 1, c, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (norm_weight, norm_bias, w1, b1)]
+    expected = [exact[2] * exact[0], exact[3] + exact[2] @ exact[1]]
+    grads = [torch.randn(tensor.shape, dtype=w1.dtype) for tensor in expected]
+    expected += [w2, b2, *torch.autograd.grad(expected, exact[:3], [grad.double() for grad in grads])]
+
+    given = [tensor.detach().to(device) for tensor in (norm_weight, norm_bias, w1, b1, w2, b2)]
+    ours = [*grn_mlp.fold_norm(*given, dtype)]
+    grad_w1, sums = grn_mlp.fold_norm_backward(*(grad.to(device) for grad in grads), *given[:3])
+    for folded in ours:
+        assert folded.dtype == dtype
+    assert grad_w1.dtype == sums.dtype == w1.dtype
+    for result, reference in zip([*ours, *sums, grad_w1], expected, strict=True):
+        assert relative_error(result.double().cpu(), reference.detach().double()) <= TOLERANCE[dtype]
+
+
 def test_grn_mlp_passes_gradcheck() -> None:
     tensors = mlp_tensors(2, 3, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda *tensors: grn_mlp.grn_mlp(*tensors, EPS), tensors)  # pyright: ignore[reportCallIssue]
@@ -394,6 +414,8 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_reference(
     expected = [reference.loss, *gradients(reference.loss, model).values()]
     monkeypatch.setattr(grn_mlp, "gelu_grn_forward", gelu_grn.gelu_grn)  # as on CUDA
     monkeypatch.setattr(grn_mlp, "gelu_grn_gradients", gelu_grn.gelu_grn_backward)
+    monkeypatch.setattr(grn_mlp, "folded", grn_mlp.fold_norm)
+    monkeypatch.setattr(grn_mlp, "folded_gradients", grn_mlp.fold_norm_backward)
     model.layout = "packed"
     out = model(images, ids)
     for ours, theirs in zip([out.loss, *gradients(out.loss, model).values()], expected, strict=True):
@@ -409,6 +431,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
     neighbours = neighbour_table(1, 2, 3, 3)
     rows = torch.randn(neighbours.shape[1], 5)
     gather_weight = torch.randn(5, 9).t()
+    mlp = [tensor.detach() for tensor in mlp_tensors(1, 1, 5, torch.float32)]
     given: dict[str, tuple[Any, ...]] = {
         "gather_depthwise": (
             rows.requires_grad_(), gather_weight.requires_grad_(), rows[0].clone().requires_grad_(), neighbours
@@ -424,6 +447,8 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
         "patch_depthwise_weight_grads": (grad, x.detach(), ids, slots, [2, 2], 3),
         "gelu_grn": (h, gamma, beta, EPS),
         "gelu_grn_backward": (g, h, gamma.abs().expand(2, 5), gamma, beta, EPS),
+        "fold_norm": (*mlp[1:5], *mlp[7:], torch.bfloat16),
+        "fold_norm_backward": (mlp[3] + 1, mlp[4] + 1, *mlp[1:4]),
         "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
     }  # fmt: skip
     return tuple(
