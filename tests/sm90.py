@@ -1,10 +1,10 @@
 """Compile our Triton kernels for a Hopper GPU where there is none, and count what became of them; no test itself.
 
-    TRITON_INTERPRET=0 PYTHONPATH=. python tests/sm90.py base bfloat16 3
+    TRITON_INTERPRET=0 PYTHONPATH=. python tests/sm90.py base:bfloat16:1 base:bfloat16:3 others:bfloat16
 
-prints, as a line of JSON for each launch of a block of stage 3 (batch 256, 19 of 49 patches visible), registers,
-stack and instructions; without arguments, of every operation. It is a program, since a process whose kernels are
-interpreted cannot compile them.
+prints a line of JSON, with registers, stack and instructions, for each launch of a block of stages 1 and 3 (batch
+256, 19 of 49 patches visible), and of the kernels that no block has. It is a program, since a process whose kernels
+are interpreted cannot compile them. Compiler and disassembler come with Triton.
 """
 
 import json
@@ -13,7 +13,9 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -38,17 +40,15 @@ class Driver:
 
 
 @contextmanager
-def compiling() -> Iterator[list[dict[str, Any]]]:
-    """Let launches only compile, on tensors of any device, and note what each became."""
+def compiling() -> Iterator[list[tuple[str, Any]]]:
+    """Let launches only compile, on tensors of any device, and note each kernel's name and what it became."""
     triton.runtime.driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
-    launches: list[dict[str, Any]] = []
+    launches: list[tuple[str, Any]] = []
     run = JITFunction.run
 
     def only_compile(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled: Any = run(kernel, *args, warmup=True, **kwargs)
-        launches.append(
-            {"kernel": f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}", **_count(compiled)}
-        )
+        name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
+        launches.append((name, run(kernel, *args, warmup=True, **kwargs)))
 
     JITFunction.run = only_compile
     try:
@@ -57,10 +57,11 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
         JITFunction.run = run
 
 
-def _count(compiled: Any) -> dict[str, Any]:
+@cache  # many launches share a kernel
+def count(kernel: Any) -> dict[str, Any]:
     """Registers and stack of a thread; how often each instruction stands in the code, and in its longest loop."""
     with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         usage, code = (
             subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
@@ -84,52 +85,64 @@ def _count(compiled: Any) -> dict[str, Any]:
     return {
         "registers": registers,
         "stack": stack + local,
-        "threads": 32 * compiled.metadata.num_warps,
+        "threads": 32 * kernel.metadata.num_warps,
         "instructions": Counter(instructions),
         "loop": Counter(loop),
     }
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ids(*shape: int) -> torch.Tensor:
+    return _empty(*shape, dtype=torch.int64)
+
+
 def block(dim: int, stage: int, dtype: torch.dtype) -> None:
     """Launch all kernels of a block, forward and backward, on tensors without memory."""
-    from fcmae.ops import gelu_grn_triton, patch_depthwise_triton
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    from fcmae.ops import gelu_grn_triton, grn_mlp_triton, patch_depthwise_triton
 
     b, p, grid = 256, 19, (7, 7)
     k, c = 8 >> (stage - 1), dim << (stage - 1)
-    ids, slots = empty(b, p, dtype=torch.int64), empty(b, 49, dtype=torch.int32)
-    x, h = empty(b, p, k, k, c, dtype=dtype), empty(b, p * k * k, 4 * c, dtype=dtype)
-    weight, norm, gamma = empty(c, 1, 7, 7), empty(b, 4 * c), empty(4 * c)
-    _, rstd = patch_depthwise_triton.patch_depthwise_norm_rstd(x, weight, empty(c), ids, slots, grid, 1e-6)
+    ids, slots = _ids(b, p), _empty(b, 49, dtype=torch.int32)
+    x, h = _empty(b, p, k, k, c, dtype=dtype), _empty(b, p * k * k, 4 * c, dtype=dtype)
+    weight, norm, gamma = _empty(c, 1, 7, 7), _empty(b, 4 * c), _empty(4 * c)
+    _, rstd = patch_depthwise_triton.patch_depthwise_norm_rstd(x, weight, _empty(c), ids, slots, grid, 1e-6)
     patch_depthwise_triton.patch_norm_backward(x, x, rstd)
     patch_depthwise_triton.patch_depthwise(x, weight, None, ids, slots, grid)
     patch_depthwise_triton.patch_depthwise_weight_grads(x, x, ids, slots, grid, 7)
     gelu_grn_triton.gelu_grn(h, gamma, gamma, 1e-6)
     gelu_grn_triton.gelu_grn_backward(h, h, norm, gamma, gamma, 1e-6)
+    w1, norm_weight = _empty(4 * c, c), _empty(c)
+    grn_mlp_triton.fold_norm(norm_weight, norm_weight, w1, gamma, w1.t(), norm_weight, dtype)
+    grn_mlp_triton.fold_norm_backward(w1, gamma, norm_weight, norm_weight, w1)
 
 
-def operations() -> None:
-    """Launch all kernels of every operation, at the tests' small arguments in bfloat16."""
-    from test_ops import OPERATIONS, arguments, triton_side
+def others(dtype: torch.dtype) -> None:
+    """Launch all kernels that no block has: of the loss, and of the convolution of rows that lie anywhere."""
+    from fcmae.ops import gather_depthwise_triton, patch_loss_triton
 
-    for path in OPERATIONS:
-        triton_side(path)(
-            *(
-                a.detach().bfloat16() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-                for a in arguments(path.partition(".")[2], "cpu")
-            )
-        )
+    pred, images, hidden = _empty(256, 30, 3072, dtype=dtype), _empty(256, 3, 224, 224), _ids(256, 30)
+    patch_loss_triton.patch_errors(pred, images, hidden, 32, True, 1e-6)
+    x, weight, neighbours = _empty(4864, 512, dtype=dtype), _empty(49, 512), _ids(49, 4864)
+    gather_depthwise_triton.gather_depthwise(x, weight, weight[0], neighbours)
+    gather_depthwise_triton.gather_depthwise_backward(x, weight, x, neighbours)
+
+
+def compiled(case: str) -> list[dict[str, Any]]:
+    """What became of every launch of a block, "base:bfloat16:3", or of what no block has, "others:bfloat16"."""
+    with compiling() as launches:
+        name, dtype, *stage = case.split(":")
+        if name == "others":
+            others(getattr(torch, dtype))
+        else:
+            block(DIMS[name], int(stage[0]), getattr(torch, dtype))
+    return [{"case": case, "kernel": name, **count(kernel)} for name, kernel in launches]
 
 
 if __name__ == "__main__":
-    with compiling() as launches:
-        if sys.argv[1:]:
-            variant, dtype, *stages = sys.argv[1:]
-            for stage in stages:
-                block(DIMS[variant], int(stage), getattr(torch, dtype))
-        else:
-            operations()
-    for launch in launches:
-        print(json.dumps(launch))
+    with ProcessPoolExecutor(2) as pool:
+        for launches in pool.map(compiled, sys.argv[1:]):
+            for launch in launches:
+                print(json.dumps(launch), flush=True)

@@ -484,6 +484,33 @@ def test_every_operation_takes_tensors_however_they_are_stored(
         assert relative_error(one.double(), other.double()) <= 1e-6
 
 
+@pytest.mark.parametrize("path", [path for path in OPERATIONS if not path.startswith(("gather", "grn_mlp"))])
+def test_every_operation_takes_a_batch_of_no_images(path: str, device: str) -> None:
+    given = arguments(path.partition(".")[2], device)
+    images = given[1 if path == "gelu_grn.gelu_grn_backward" else 0].shape[0]
+    empty = [a.detach()[:0] if isinstance(a, Tensor) and a.shape[:1] == (images,) else a for a in given]
+    results, expected = (torch.utils._pytree.tree_leaves(OPERATIONS[path](*a)) for a in (empty, given))
+    for result, one in zip(results, expected, strict=True):
+        assert result.shape[1:] == one.shape[1:]
+        assert not result.any()  # a sum over no images is zero
+
+
+def test_grn_mlp_is_differentiated_in_its_own_dtype_also_inside_of_autocast() -> None:
+    tensors = mlp_tensors(2, 3, 4, torch.float32)
+    expected = torch.autograd.grad(grn_mlp.grn_mlp(*tensors, EPS).sum(), tensors)  # pyright: ignore[reportCallIssue]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.autograd.grad(grn_mlp.grn_mlp(*tensors, EPS).sum(), tensors)  # pyright: ignore[reportCallIssue]
+    for one, other in zip(ours, expected, strict=True):
+        assert relative_error(one, other) <= 1e-6
+
+
+def test_more_images_than_a_gpu_takes_are_refused_in_a_line() -> None:
+    kernels = pytest.importorskip("fcmae.ops.gelu_grn_triton", reason="needs Triton")
+    h, vector = torch.empty(65536, 1, 4), torch.empty(4)
+    with pytest.raises(ValueError, match="at most 65,535 images at once, got 65,536: make the batch smaller"):
+        kernels.gelu_grn(h, vector, vector, EPS)
+
+
 class WeightGradients(TorchDispatchMode):
     """Notes the dtype of every product of two matrices that has this shape."""
 

@@ -232,6 +232,44 @@ def test_a_fine_tuning_step_never_waits_for_the_gpu(version: Version) -> None:
     assert launched["aten.convolution_backward"] == 8  # the stem, four blocks and three downsamplings
 
 
+BUDGET = {
+    # (layout, version): launches of a block, forward and backward, and of all the rest of a step
+    ("packed", 2): (9, 20, 140),
+    ("packed", 1): (15, 26, 140),
+    ("dense", 2): (11, 17, 70),
+    ("dense", 1): (16, 23, 70),
+}
+"""At most. Of a block of version 2, packed, forward: its parameters cast, the convolution's weight turned round, the
+convolution, two matrix products, three passes of GELU and GRN, the sum; backward: six of GELU and GRN, parameters
+and the norm, four matrix products and a bias's sum, eight of the convolution, and a sum."""
+
+
+def launches_of_a_step(layout: Layout, version: Version, depth: int) -> tuple[int, int]:
+    """How much the forward and the backward pass launch; without the optimizer, which is one for all blocks."""
+    with fake_cuda() as launched:
+        if layout == "dense":
+            network = on_fake_cuda(lambda: ConvNeXt(DEPTHS[depth], version=version, num_classes=5))
+        else:
+            network = on_fake_cuda(lambda: FCMAE(DEPTHS[depth], layout=layout, version=version))
+        pixels, ids = fake_batch()
+        images = pixels.float()
+        launched.clear()
+        loss = network(images).sum() if layout == "dense" else network(images, ids).loss
+        forward = launched.total()
+        autocast_off()
+        backward(loss)
+    return forward, launched.total() - forward
+
+
+@pytest.mark.parametrize(("layout", "version"), BUDGET)
+def test_a_block_and_the_rest_of_a_step_launch_no_more_than_their_budget(layout: Layout, version: Version) -> None:
+    one, two = (launches_of_a_step(layout, version, depth) for depth in DEPTHS)
+    block = [more - less for more, less in zip(two, one, strict=True)]
+    blocks = 4 if layout == "dense" else 5  # the decoder has one
+    for counted, most in zip([*block, sum(one) - blocks * sum(block)], BUDGET[layout, version], strict=True):
+        assert 0 < counted <= most
+
+
 def residuals(network: nn.Module, compute: Callable[[], Any]) -> list[torch.dtype]:
     """Dtypes of what goes into the blocks of a network, and of what comes out of them."""
     found: list[torch.dtype] = []

@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Sizes of the work, from compiled code and not yet tuned on a GPU. They say in which order sums are taken, so that
-# they may depend on shapes, never on a measurement: a resumed run would differ.
+# Sizes of the work, from code compiled for a Hopper and not yet tuned on a GPU; what has been measured on a kind of
+# GPU belongs here. They say in which order sums are taken, so that they may depend on shapes and the kind of GPU,
+# but not on a measurement at a run's start: resumed, the run would differ.
 VALUES = 1024
 """Values of a turn of a program, of four warps: a load of 128 bits for each thread and map of bfloat16."""
 CHANNELS = (256, 128, 64)
 """Channels of a program: what wastes fewest values at an image's edge, and the widest of those."""
 PROGRAMS = 4096
 """Programs that keep a GPU busy: with fewer images and channels than that, the sites of an image are split."""
+IMAGES = 65535
+"""What CUDA takes along the grid's third axis. Along the first, images would cost a division and registers."""
 VECTOR = 2048
 """Channels of a turn of a program over an image's vectors, of four warps."""
 
@@ -170,9 +173,10 @@ def _image_forward_kernel(
 
 @triton.jit
 def _image_backward_kernel(
-    sums, norm, gamma, scale, along, splits, c, CHANNELS: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr
+    sums, norm, gamma, scale, along, grad_gamma, splits, c,
+    CHANNELS: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """s and dn / n of an image, from the parts of t (b, splits, c), which become those of r t."""
+    """s, dn / n and r t of an image, r t in parts as t is, from partial sums of t (b, splits, c)."""
     first = tl.program_id(0).to(tl.int64) * c
     total = tl.zeros((CHANNELS,), DTYPE)
     total_along = tl.zeros((CHANNELS,), DTYPE)
@@ -194,8 +198,8 @@ def _image_backward_kernel(
         tl.store(scale + first + channels, 1.0 + g * r, inside)
         tl.store(along + first + channels, tl.where(n > 0, grad_norm / tl.where(n > 0, n, 1.0), 0.0), inside)
         for split in range(splits):
-            row = sums + (tl.program_id(0).to(tl.int64) * splits + split) * c + channels
-            tl.store(row, tl.load(row, inside, other=0.0) * r, inside)
+            at = (tl.program_id(0).to(tl.int64) * splits + split) * c + channels
+            tl.store(grad_gamma + at, tl.load(sums + at, inside, other=0.0) * r, inside)
 
 
 def _accumulator(h: Tensor) -> tl.dtype:
@@ -217,13 +221,15 @@ def _rows(h: Tensor) -> int:
     """Sites of h (b, n, c) that a program walks down, whole turns: all, if that makes programs enough."""
     b, n, c = h.shape
     rows, channels = _turn(h)
-    splits = triton.cdiv(PROGRAMS, b * triton.cdiv(c, channels))
+    splits = triton.cdiv(PROGRAMS, max(b, 1) * triton.cdiv(c, channels))
     return rows * triton.cdiv(n, rows * splits)
 
 
 def _over_map(kernel: triton.JITFunction, h: Tensor, *tensors: Tensor) -> None:
     """Run a pass over h (b, n, c)."""
     b, n, c = h.shape
+    if b > IMAGES:
+        raise ValueError(f"a GPU takes at most {IMAGES:,} images at once, got {b:,}: make the batch smaller")
     turn, channels = _turn(h)
     rows = _rows(h)
     grid = (triton.cdiv(c, channels), triton.cdiv(n, rows), b)
@@ -261,10 +267,11 @@ def gelu_grn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the operation of this name."""
     grad, h, norm, gamma, beta = (tensor.contiguous() for tensor in (grad, h, norm, gamma, beta))
+    (t,) = _partial_sums(h, maps=1)
     sums = _partial_sums(h, maps=3)  # of r t, of g, of dh
     scale, along = torch.empty_like(norm), torch.empty_like(norm)
     grad_h, out = torch.empty_like(h), torch.empty_like(h)
-    _over_map(_grad_sums_kernel, h, grad, sums[0], sums[1])
-    _over_images(_image_backward_kernel, sums[0], norm, gamma, scale, along, eps=eps)
+    _over_map(_grad_sums_kernel, h, grad, t, sums[1])
+    _over_images(_image_backward_kernel, t, norm, gamma, scale, along, sums[0], eps=eps)
     _over_map(_backward_kernel, h, grad, scale, along, beta, grad_h, out, sums[2])
     return grad_h, out, sums.sum((1, 2))

@@ -160,22 +160,27 @@ class _GRNMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
-        grad = grads[0].flatten(0, 1)
-        grad_a = (grad @ w2).view_as(h)
-        grad_h, a, sums = gelu_grn_gradients(grad_a, h, norm, gamma, beta, ctx.eps)
-        grad_gamma, grad_beta, grad_b1 = sums.to(w1.dtype).unbind()
-        rows = grad_h.flatten(0, 1)
-        grad_w = _weight_gradient(rows, x.flatten(0, 1), w1.dtype)
-        grad_w1, norm_sums = folded_gradients(grad_w, grad_b1, norm_weight, norm_bias, w1)
-        return (
-            (rows @ w).view_as(x),
-            *norm_sums.unbind(),
-            grad_w1,
-            grad_b1,
-            grad_gamma,
-            grad_beta,
-            _weight_gradient(grad, a.flatten(0, 1), ctx.dtype),
-            grad.sum(0, dtype=ctx.dtype),
-            None,
-        )
+        with torch.autocast(grads[0].device.type, enabled=False):  # of a loss.backward() inside of it, too
+            return _gradients(ctx, grads[0])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
+    grad = grad.flatten(0, 1)
+    grad_a = (grad @ w2).view_as(h)
+    grad_h, a, sums = gelu_grn_gradients(grad_a, h, norm, gamma, beta, ctx.eps)
+    grad_gamma, grad_beta, grad_b1 = sums.to(w1.dtype).unbind()
+    rows = grad_h.flatten(0, 1)
+    grad_w = _weight_gradient(rows, x.flatten(0, 1), w1.dtype)
+    grad_w1, norm_sums = folded_gradients(grad_w, grad_b1, norm_weight, norm_bias, w1)
+    return (
+        (rows @ w).view_as(x),
+        *norm_sums.unbind(),
+        grad_w1,
+        grad_b1,
+        grad_gamma,
+        grad_beta,
+        _weight_gradient(grad, a.flatten(0, 1), ctx.dtype),
+        grad.sum(0, dtype=ctx.dtype),
+        None,
+    )

@@ -1,8 +1,9 @@
 """The Triton side of `patch_depthwise`: the same formulas, accumulating in at least float32.
 
 A program computes a strip, a row or two of sites of one patch, for a block of channels, and keeps its sums in
-registers: each site it reads serves all the sums within the kernel's reach. Where a strip lies comes from
-visible_ids, where its neighbours are stored from slots; a hidden neighbour is skipped with all its work.
+registers, as a tuple (written out in the loop: a function for each sum would double the time to compile): each site
+it reads serves all the sums within the kernel's reach. Where a strip lies comes from visible_ids, where its
+neighbours are stored from slots; a hidden neighbour is skipped with all its work.
 """
 
 # What pyright does not know of Triton's language and launches:
@@ -15,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Sizes of the work, from compiled code and not yet tuned on a GPU.
+# Sizes of the work, from code compiled for a Hopper and not yet tuned on a GPU; what has been measured on a kind of
+# GPU belongs here. They are not measured at a run's start: there the first step may be recorded as a CUDA graph, in
+# which nothing can be timed, and those of the weight's gradient say in which order is summed.
 ROWS = {8: 1, 4: 1, 2: 2, 1: 1}
 """Rows of sites of a strip, by sites per patch side: two share what is read, four do not fit into registers."""
 VALUES_PER_WARP = 1024
@@ -37,12 +40,6 @@ def _load_sites(strip, inside, COUNT: tl.constexpr, C: tl.constexpr, DTYPE: tl.c
     for i in tl.static_range(COUNT):
         sites += (tl.load(strip + i * C, inside, other=0.0).to(DTYPE),)
     return sites
-
-
-@triton.jit
-def _add(sums, i: tl.constexpr, value):
-    """The tuple `sums` with value added to its i-th."""
-    return sums[:i] + (sums[i] + value,) + sums[i + 1 :]  # noqa: RUF005  (Triton knows no unpacking)
 
 
 @triton.jit
@@ -96,10 +93,10 @@ def _convolve_kernel(
                             if right + side * SITES >= -REACH and right + side * SITES <= REACH:
                                 at = weight_row + (right + side * SITES + REACH) * C
                                 w = tl.load(at, inside, other=0.0).to(DTYPE)
-                                for row in tl.static_range(max(0, -down), min(ROWS, ROWS - down)):
-                                    for column in tl.static_range(max(0, -right), min(SITES, SITES - right)):
-                                        site = sites[(row + down) * SITES + column + right]
-                                        sums = _add(sums, row * SITES + column, site * w)
+                                for s in tl.static_range(max(0, -down) * SITES, min(ROWS, ROWS - down) * SITES):
+                                    if s % SITES + right >= 0 and s % SITES + right < SITES:
+                                        value = sums[s] + sites[s + down * SITES + right] * w
+                                        sums = sums[:s] + (value,) + sums[s + 1 :]  # noqa: RUF005
     first = strip.to(tl.int64) * (ROWS * SITES)
     for site in tl.static_range(ROWS * SITES):
         value = sums[site]
@@ -109,19 +106,6 @@ def _convolve_kernel(
             tl.store(rstd + first + site, r)
             value = centred * r
         tl.store(out + (first + site) * C + channels, value.to(out.dtype.element_ty), inside)
-
-
-@triton.jit
-def _add_product(
-    sums, g, read, site: tl.constexpr, other: tl.constexpr, down: tl.constexpr, right: tl.constexpr,
-    SITES: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    """Add g at a site times what was read at another, in a strip so far away, to their offset's sum, if any."""
-    i: tl.constexpr = down + other // SITES - site // SITES + SIZE // 2
-    j: tl.constexpr = right + other % SITES - site % SITES + SIZE // 2
-    if i >= 0 and i < SIZE and j >= 0 and j < SIZE:
-        sums = _add(sums, i * SIZE + j, g[site] * read)
-    return sums
 
 
 @triton.jit
@@ -154,10 +138,19 @@ def _weight_grads_kernel(
                 slot = tl.load(row_of_slots + side, row_inside & (gx + side >= 0) & (gx + side < gw), other=-1)
                 if slot >= 0:
                     source = ((image * p + slot) * STRIPS + (y + above) % STRIPS).to(tl.int64)
-                    for other in tl.static_range(ROWS * SITES):
-                        read = tl.load(x + source * (ROWS * SITES * C) + other * C, inside, other=0.0).to(DTYPE)
-                        for site in tl.static_range(ROWS * SITES):
-                            sums = _add_product(sums, g, read, site, other, above * ROWS, side * SITES, SITES, SIZE)
+                    strip_there = x + source * (ROWS * SITES * C)
+                    # Rows and columns are counted from the first site here.
+                    for row in tl.static_range(above * ROWS, above * ROWS + ROWS):
+                        for column in tl.static_range(side * SITES, side * SITES + SITES):
+                            at = strip_there + ((row - above * ROWS) * SITES + column - side * SITES) * C
+                            read = tl.load(at, inside, other=0.0).to(DTYPE)
+                            for i in tl.static_range(max(0, row + REACH + 1 - ROWS), min(SIZE, row + REACH + 1)):
+                                for j in tl.static_range(
+                                    max(0, column + REACH + 1 - SITES), min(SIZE, column + REACH + 1)
+                                ):  # to which a site here belongs
+                                    value = g[(row + REACH - i) * SITES + column + REACH - j] * read
+                                    value += sums[i * SIZE + j]
+                                    sums = sums[: i * SIZE + j] + (value,) + sums[i * SIZE + j + 1 :]  # noqa: RUF005
     partial += split.to(tl.int64) * (SIZE * SIZE + 1) * C + channels
     for offset in tl.static_range(SIZE * SIZE):
         tl.store(partial + offset * C, sums[offset], inside)
@@ -278,7 +271,7 @@ def patch_depthwise_weight_grads(
     channels = min(triton.next_power_of_2(c), widest)
     blocks = triton.cdiv(c, channels)
     strips = b * p * k // rows
-    turns = triton.cdiv(strips, max(WEIGHT_PROGRAMS // blocks, 1))
+    turns = max(triton.cdiv(strips, max(WEIGHT_PROGRAMS // blocks, 1)), 1)
     splits = triton.cdiv(strips, turns)
     dtype = torch.promote_types(x.dtype, torch.float32)
     partial = x.new_empty(splits, size * size + 1, c, dtype=dtype)
