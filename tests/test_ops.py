@@ -357,7 +357,17 @@ def examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]
     slots = patch_depthwise.patch_slots(ids, 4)
     h, _, gamma, beta = maps((2, 3, 5), torch.float32)
     pred, images, hidden = hidden_patches(2, 3, grid, 4, p)
+    neighbours = neighbour_table(1, 2, 3, 3)
     cases: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "rows": (
+            gather_depthwise.gather_depthwise,
+            [torch.randn(neighbours.shape[1], 5), torch.randn(9, 5), torch.randn(5), neighbours],
+        ),
+        "mlp": (lambda *tensors: grn_mlp.grn_mlp(*tensors, EPS), mlp_tensors(2, 3, 4, torch.float32)),  # pyright: ignore[reportCallIssue]
+        "errors": (
+            lambda pred, hidden: patch_loss.patch_errors(pred, images.to(device), hidden, 4, True, EPS)[0],
+            [pred, hidden],
+        ),
         "depthwise": (
             lambda x, weight, ids, slots: patch_depthwise.patch_depthwise(x, weight, None, ids, slots, grid),
             [x, weight, ids, slots],
@@ -377,7 +387,7 @@ def examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]
     for _, tensors in cases.values():
         for i, tensor in enumerate(tensors):
             wide = tensor.is_floating_point()
-            tensors[i] = tensor.to(device, torch.float32 if wide else None).requires_grad_(wide)
+            tensors[i] = tensor.detach().to(device, torch.float32 if wide else None).requires_grad_(wide)
     return cases
 
 
@@ -482,6 +492,21 @@ def test_every_operation_takes_tensors_however_they_are_stored(
     for one, other in zip(ours, reference, strict=True):
         assert one.is_contiguous()
         assert relative_error(one.double(), other.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("stored", [transposed, expanded])
+@pytest.mark.parametrize("name", ["rows", "mlp", "errors", "depthwise", "depthwise and norm", "gelu and grn"])
+def test_gradients_are_the_same_however_that_of_the_output_is_stored(
+    name: str, stored: Callable[[Tensor], Tensor], device: str
+) -> None:
+    function, tensors = examples(device)[name]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    out = function(*tensors)
+    grad = stored(torch.randn_like(out))
+    assert not grad.is_contiguous()
+    ours, plain = (torch.autograd.grad(out, wanted, g, retain_graph=True) for g in (grad, grad.contiguous()))
+    for one, other in zip(ours, plain, strict=True):
+        assert relative_error(one, other) <= 1e-5
 
 
 @pytest.mark.parametrize("path", [path for path in OPERATIONS if not path.startswith(("gather", "grn_mlp"))])
