@@ -8,12 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
+from small_runs import batches, small_config, small_trainer
 from test_ops import OPERATIONS, triton_side
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -133,7 +135,9 @@ def backward(loss: Tensor) -> None:
             if hasattr(node, "variable"):
                 (node.variable.grad,) = given
                 continue
-            found = node.apply(*given) if isinstance(node, torch.autograd.function.BackwardCFunction) else node(*given)
+            found = (
+                node.apply(*given) if isinstance(node, torch.autograd.function.BackwardCFunction) else node(*given)
+            )
             found = found if isinstance(found, tuple) else (found,)
             wanted = [edge for edge in node.next_functions if edge[0] is not None]
             found = [gradient for gradient in found if gradient is not None]
@@ -145,6 +149,7 @@ def backward(loss: Tensor) -> None:
                 edges[below] -= 1
                 if not edges[below]:
                     ready.append(below)
+
 
 def autocast_off() -> None:
     """As it is outside of the forward pass."""
@@ -239,9 +244,10 @@ BUDGET = {
     ("dense", 2): (11, 17, 70),
     ("dense", 1): (16, 23, 70),
 }
-"""At most. Of a block of version 2, packed, forward: its parameters cast, the convolution's weight turned round, the
-convolution, two matrix products, three passes of GELU and GRN, the sum; backward: six of GELU and GRN, parameters
-and the norm, four matrix products and a bias's sum, eight of the convolution, and a sum."""
+"""At most. A block of version 2, packed, forward: its parameters folded and cast, the depthwise weight transposed,
+the convolution, two matrix products, three passes of GELU and GRN, the residual. Backward: four passes of GELU and
+GRN, four matrix products and the sum of a bias, two of the folded parameters, the norm, seven of the convolution,
+the residual."""
 
 
 def launches_of_a_step(layout: Layout, version: Version, depth: int) -> tuple[int, int]:
@@ -310,3 +316,25 @@ def test_the_residual_stream_is_of_autocasts_dtype_on_a_cpu(layout: Layout) -> N
         assert {*residuals(model, lambda: model(images, ids))} == {torch.bfloat16}
     assert {*residuals(model, lambda: model(images, ids))} == {torch.float32}
     assert {*residuals(model.double(), lambda: model(images.double(), ids))} == {torch.float64}
+
+
+def test_a_compiled_step_takes_no_kernel_because_it_is_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which sums in another order than that which the process before it had taken."""
+    inductor = torch._inductor.config
+    if not hasattr(inductor, "deterministic"):
+        pytest.skip("PyTorch 2.8 has no such mode")
+    found: list[bool] = []
+
+    def lower(graph: Any, *inputs: Any) -> None:
+        found.append(inductor.deterministic)
+        raise NotImplementedError("without code generation")
+
+    monkeypatch.setattr("torch._inductor.graph.GraphLowering.run", lower)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    monkeypatch.setattr(inductor, "fx_graph_cache", False)
+    trainer = small_trainer(small_config(tmp_path, train={"compile": True}))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="without code generation"):
+        trainer.update(batches(trainer))
+    assert found == [True]
