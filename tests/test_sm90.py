@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(3600)  # for `make sm90`: 10 seconds of a processor for each block
+
 EVERY_CASE = [
     f"{variant}:{dtype}:{stage}"
     for variant in ("tiny", "base", "large", "huge")
     for dtype in ("bfloat16", "float16", "float32")
     for stage in (1, 2, 3, 4)
 ]
-CASES = ["base:bfloat16:1", "base:bfloat16:3", "huge:bfloat16:2", "huge:bfloat16:4", "huge:float32:3"]
-"""Every stage, channels that fill their blocks or not, both sizes of numbers; `make sm90` adds the others."""
+CASES = ["base:bfloat16:1", "base:bfloat16:3", "huge:float32:2", "huge:bfloat16:4"]
+"""Every stage, channels that fill their blocks or not, both sizes of numbers; `make sm90` has all."""
 if "FCMAE_SM90" in os.environ:
     CASES = EVERY_CASE
 

@@ -120,8 +120,8 @@ def fold_norm_backward(
 folded_gradients = composition(cuda=fold_norm_backward)(_fold_gradients)
 
 
-_MM_COMPILES = torch.__version__ >= "2.10"
-"""Whether `torch.compile` knows mm's `out_dtype`."""
+_MM_HAS_OUT_DTYPE = torch.__version__ >= "2.10"
+"""Since torch 2.8, but before 2.10 neither for `torch.compile` nor for fake tensors."""
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,7 +130,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     On CUDA, half precision is summed and returned in float32: what several multiprocessors sum in parts is not
     rounded in between, and needs no cast.
     """
-    if grad.is_cuda and grad.dtype.itemsize == 2 and (_MM_COMPILES or not torch.compiler.is_compiling()):
+    if grad.is_cuda and grad.dtype.itemsize == 2 and _MM_HAS_OUT_DTYPE:
         return torch.mm(grad.t(), x, out_dtype=torch.float32).to(dtype)
     return (grad.t() @ x).to(dtype)
 

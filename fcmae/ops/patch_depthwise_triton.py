@@ -93,8 +93,11 @@ def _convolve_kernel(
                             if right + side * SITES >= -REACH and right + side * SITES <= REACH:
                                 at = weight_row + (right + side * SITES + REACH) * C
                                 w = tl.load(at, inside, other=0.0).to(DTYPE)
-                                for s in tl.static_range(max(0, -down) * SITES, min(ROWS, ROWS - down) * SITES):
-                                    if s % SITES + right >= 0 and s % SITES + right < SITES:
+                                for s in tl.static_range(ROWS * SITES):
+                                    if (
+                                        (s // SITES + down >= 0 and s // SITES + down < ROWS)
+                                        and (s % SITES + right >= 0 and s % SITES + right < SITES)
+                                    ):  # fmt: skip
                                         value = sums[s] + sites[s + down * SITES + right] * w
                                         sums = sums[:s] + (value,) + sums[s + 1 :]  # noqa: RUF005
     first = strip.to(tl.int64) * (ROWS * SITES)
@@ -144,13 +147,15 @@ def _weight_grads_kernel(
                         for column in tl.static_range(side * SITES, side * SITES + SITES):
                             at = strip_there + ((row - above * ROWS) * SITES + column - side * SITES) * C
                             read = tl.load(at, inside, other=0.0).to(DTYPE)
-                            for i in tl.static_range(max(0, row + REACH + 1 - ROWS), min(SIZE, row + REACH + 1)):
-                                for j in tl.static_range(
-                                    max(0, column + REACH + 1 - SITES), min(SIZE, column + REACH + 1)
-                                ):  # to which a site here belongs
-                                    value = g[(row + REACH - i) * SITES + column + REACH - j] * read
-                                    value += sums[i * SIZE + j]
-                                    sums = sums[: i * SIZE + j] + (value,) + sums[i * SIZE + j + 1 :]  # noqa: RUF005
+                            for i in tl.static_range(SIZE):
+                                if row + REACH - i >= 0 and row + REACH - i < ROWS:
+                                    for j in tl.static_range(SIZE):
+                                        if column + REACH - j >= 0 and column + REACH - j < SITES:
+                                            value = g[(row + REACH - i) * SITES + column + REACH - j] * read
+                                            value += sums[i * SIZE + j]
+                                            sums = (
+                                                sums[: i * SIZE + j] + (value,) + sums[i * SIZE + j + 1 :]  # noqa: RUF005
+                                            )
     partial += split.to(tl.int64) * (SIZE * SIZE + 1) * C + channels
     for offset in tl.static_range(SIZE * SIZE):
         tl.store(partial + offset * C, sums[offset], inside)
@@ -178,7 +183,7 @@ def _accumulator(x: Tensor) -> tl.dtype:
 
 
 def _warps(values: int) -> int:
-    return min(max(values // VALUES_PER_WARP, 1), 8)
+    return min(triton.next_power_of_2(max(values // VALUES_PER_WARP, 1)), 8)
 
 
 def _convolve(
