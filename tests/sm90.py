@@ -101,7 +101,7 @@ def _ids(*shape: int) -> torch.Tensor:
 
 def block(dim: int, stage: int, dtype: torch.dtype) -> None:
     """Launch all kernels of a block, forward and backward, on tensors without memory."""
-    from fcmae.ops import gelu_grn_triton, patch_depthwise_triton
+    from fcmae.ops import gelu_grn_triton, grn_mlp_triton, patch_depthwise_triton
 
     b, p, grid = 256, 19, (7, 7)
     k, c = 8 >> (stage - 1), dim << (stage - 1)
@@ -114,6 +114,9 @@ def block(dim: int, stage: int, dtype: torch.dtype) -> None:
     patch_depthwise_triton.patch_depthwise_weight_grads(x, x, ids, slots, grid, 7)
     gelu_grn_triton.gelu_grn(h, gamma, gamma, 1e-6)
     gelu_grn_triton.gelu_grn_backward(h, h, norm, gamma, gamma, 1e-6)
+    w1, norm_weight = _empty(4 * c, c), _empty(c)
+    grn_mlp_triton.fold_norm(norm_weight, norm_weight, w1, gamma, w1.t(), norm_weight, dtype)
+    grn_mlp_triton.fold_norm_backward(w1, gamma, norm_weight, norm_weight, w1)
 
 
 def others(dtype: torch.dtype) -> None:

@@ -233,6 +233,49 @@ def test_only_declared_packages_are_imported() -> None:
     assert not used - declared - sys.stdlib_module_names
 
 
+ON_A_GPU = (
+    *(ROOT / "fcmae" / f"{name}.py" for name in ("pretrain", "finetune")),
+    *(ROOT / "fcmae" / "ops").glob("*_triton.py"),
+    *(ROOT / "tests" / f"{name}.py" for name in ("conftest", "test_gpu", "test_graph", "test_ops", "test_step")),
+    *(ROOT / "benchmarks" / f"{name}.py" for name in ("train_step", "profile_step")),
+)
+"""What runs where a GPU is lent, and nothing can be installed but a few wheels that are brought along."""
+
+FOUND_THERE = {
+    # an image for PyTorch has these
+    *("torch", "torchvision", "triton", "numpy", "PIL", "yaml", "tqdm", "psutil", "pytest"),
+    # and, where networks are trained, these
+    *("accelerate", "einops", "hypothesis", "numba", "safetensors", "timm", "torchmetrics"),
+    "pydantic",  # brought along, with what it needs
+}
+
+
+def test_what_runs_on_a_lent_gpu_imports_no_package_that_is_not_there() -> None:
+    """When it is imported, that is; what a function imports is wanted by those who call it."""
+    folders = [ROOT, ROOT / "tests", ROOT / "benchmarks"]
+    waiting, seen, packages = [*ON_A_GPU], set[Path](), dict[str, str]()
+    while waiting:
+        file = waiting.pop()
+        seen.add(file)
+        nodes = ast.parse(file.read_text()).body
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        for name in names:
+            parts = name.split(".")
+            places = [folder.joinpath(*parts[:n]) for folder in folders for n in range(1, len(parts) + 1)]
+            ours = [path for place in places for path in (place.with_suffix(".py"), place / "__init__.py")]
+            if ours := [path for path in ours if path.exists()]:
+                waiting += {*ours} - seen
+            else:
+                packages[parts[0]] = file.name
+    assert len(seen) > 50
+    used = packages.keys() - sys.stdlib_module_names
+    assert_none(f"{packages[name]} imports {name}: import it where it is used" for name in used - FOUND_THERE)
+    assert_none(f"{name} is imported no more" for name in FOUND_THERE - used)
+
+
 @pytest.mark.parametrize(
     "program",
     [

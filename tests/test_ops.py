@@ -35,7 +35,7 @@ EPS = 1e-6
 
 OPERATIONS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": op
-    for module in (gather_depthwise, gelu_grn, patch_depthwise, patch_loss)
+    for module in (gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss)
     for name, op in vars(module).items()
     if isinstance(op, CustomOpDef)
 }
@@ -317,6 +317,26 @@ def test_grn_mlp_equals_its_reference(shape: tuple[int, int, int], dtype: torch.
         assert relative_error(ours.double(), theirs) <= MLP_TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("c", [1, 5, 300])
+def test_folded_parameters_and_their_gradients_equal_autograds(c: int, dtype: torch.dtype, device: str) -> None:
+    """In bfloat16 the parameters are float32, as under autocast."""
+    _, norm_weight, norm_bias, w1, b1, _, _, w2, b2 = mlp_tensors(1, 1, c, dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (norm_weight, norm_bias, w1, b1)]
+    expected = [exact[2] * exact[0], exact[3] + exact[2] @ exact[1]]
+    grads = [torch.randn(tensor.shape, dtype=w1.dtype) for tensor in expected]
+    expected += [w2, b2, *torch.autograd.grad(expected, exact[:3], [grad.double() for grad in grads])]
+
+    given = [tensor.detach().to(device) for tensor in (norm_weight, norm_bias, w1, b1, w2, b2)]
+    ours = [*grn_mlp.fold_norm(*given, dtype)]
+    grad_w1, sums = grn_mlp.fold_norm_backward(*(grad.to(device) for grad in grads), *given[:3])
+    for folded in ours:
+        assert folded.dtype == dtype
+    assert grad_w1.dtype == sums.dtype == w1.dtype
+    for result, reference in zip([*ours, *sums, grad_w1], expected, strict=True):
+        assert relative_error(result.double().cpu(), reference.detach().double()) <= TOLERANCE[dtype]
+
+
 def test_grn_mlp_passes_gradcheck() -> None:
     tensors = mlp_tensors(2, 3, 4, torch.float64)
     assert torch.autograd.gradcheck(lambda *tensors: grn_mlp.grn_mlp(*tensors, EPS), tensors)  # pyright: ignore[reportCallIssue]
@@ -341,7 +361,17 @@ def examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]
     slots = patch_depthwise.patch_slots(ids, 4)
     h, _, gamma, beta = maps((2, 3, 5), torch.float32)
     pred, images, hidden = hidden_patches(2, 3, grid, 4, p)
+    neighbours = neighbour_table(1, 2, 3, 3)
     cases: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        "rows": (
+            gather_depthwise.gather_depthwise,
+            [torch.randn(neighbours.shape[1], 5), torch.randn(9, 5), torch.randn(5), neighbours],
+        ),
+        "mlp": (lambda *tensors: grn_mlp.grn_mlp(*tensors, EPS), mlp_tensors(2, 3, 4, torch.float32)),  # pyright: ignore[reportCallIssue]
+        "errors": (
+            lambda pred, hidden: patch_loss.patch_errors(pred, images.to(device), hidden, 4, True, EPS)[0],
+            [pred, hidden],
+        ),
         "depthwise": (
             lambda x, weight, ids, slots: patch_depthwise.patch_depthwise(x, weight, None, ids, slots, grid),
             [x, weight, ids, slots],
@@ -361,7 +391,7 @@ def examples(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]
     for _, tensors in cases.values():
         for i, tensor in enumerate(tensors):
             wide = tensor.is_floating_point()
-            tensors[i] = tensor.to(device, torch.float32 if wide else None).requires_grad_(wide)
+            tensors[i] = tensor.detach().to(device, torch.float32 if wide else None).requires_grad_(wide)
     return cases
 
 
@@ -398,6 +428,8 @@ def test_the_whole_model_gives_the_loss_and_gradients_of_the_reference(
     expected = [reference.loss, *gradients(reference.loss, model).values()]
     monkeypatch.setattr(grn_mlp, "gelu_grn_forward", gelu_grn.gelu_grn)  # as on CUDA
     monkeypatch.setattr(grn_mlp, "gelu_grn_gradients", gelu_grn.gelu_grn_backward)
+    monkeypatch.setattr(grn_mlp, "folded", grn_mlp.fold_norm)
+    monkeypatch.setattr(grn_mlp, "folded_gradients", grn_mlp.fold_norm_backward)
     model.layout = "packed"
     out = model(images, ids)
     for ours, theirs in zip([out.loss, *gradients(out.loss, model).values()], expected, strict=True):
@@ -413,6 +445,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
     neighbours = neighbour_table(1, 2, 3, 3)
     rows = torch.randn(neighbours.shape[1], 5)
     gather_weight = torch.randn(5, 9).t()
+    mlp = [tensor.detach() for tensor in mlp_tensors(1, 1, 5, torch.float32)]
     given: dict[str, tuple[Any, ...]] = {
         "gather_depthwise": (
             rows.requires_grad_(), gather_weight.requires_grad_(), rows[0].clone().requires_grad_(), neighbours
@@ -428,6 +461,8 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
         "patch_depthwise_weight_grads": (grad, x.detach(), ids, slots, [2, 2], 3),
         "gelu_grn": (h, gamma, beta, EPS),
         "gelu_grn_backward": (g, h, gamma.abs().expand(2, 5), gamma, beta, EPS),
+        "fold_norm": (*mlp[1:5], *mlp[7:], torch.bfloat16),
+        "fold_norm_backward": (mlp[3] + 1, mlp[4] + 1, *mlp[1:4]),
         "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
     }  # fmt: skip
     return tuple(
@@ -463,8 +498,23 @@ def test_every_operation_takes_tensors_however_they_are_stored(
         assert relative_error(one.double(), other.double()) <= 1e-6
 
 
+@pytest.mark.parametrize("stored", [transposed, expanded])
+@pytest.mark.parametrize("name", ["rows", "mlp", "errors", "depthwise", "depthwise and norm", "gelu and grn"])
+def test_gradients_are_the_same_however_that_of_the_output_is_stored(
+    name: str, stored: Callable[[Tensor], Tensor], device: str
+) -> None:
+    function, tensors = examples(device)[name]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    out = function(*tensors)
+    grad = stored(torch.randn_like(out))
+    assert not grad.is_contiguous()
+    ours, plain = (torch.autograd.grad(out, wanted, g, retain_graph=True) for g in (grad, grad.contiguous()))
+    for one, other in zip(ours, plain, strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:var_mean")  # PyTorch's, of nothing
-@pytest.mark.parametrize("path", [path for path in OPERATIONS if not path.startswith("gather")])
+@pytest.mark.parametrize("path", [path for path in OPERATIONS if not path.startswith(("gather", "grn_mlp"))])
 def test_every_operation_takes_a_batch_of_no_images(path: str, device: str) -> None:
     given = arguments(path.partition(".")[2], device)
     images = given[1 if path == "gelu_grn.gelu_grn_backward" else 0].shape[0]

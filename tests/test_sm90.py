@@ -35,6 +35,8 @@ REGISTERS = {
     "gelu_grn_triton._grad_sums_kernel": 48,
     "gelu_grn_triton._image_backward_kernel": 128,
     "gelu_grn_triton._backward_kernel": 64,
+    "grn_mlp_triton._fold_kernel": 64,
+    "grn_mlp_triton._fold_backward_kernel": 128,
 }
 """Of the kernels of a block: at most, of a thread."""
 

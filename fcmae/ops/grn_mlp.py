@@ -11,7 +11,8 @@ and backward, with g the gradient of out:
     grad_v = columns' sums of W1 * grad_W,    grad_s = W1' grad_b1
     grad_W2 = g' a with a computed again from h,    grad_b2 = sum g
 
-So of the maps of width 4c only h is kept, and the norm's weight and bias cost work on parameters, none on maps.
+So of the maps of width 4c only h is kept, and the norm's weight and bias cost work on parameters, none on maps. On
+CUDA that work, with the casts of autocast, is a kernel each way.
 """
 
 from typing import Any
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcmae.ops.gelu_grn import gelu_grn_forward, gelu_grn_gradients, gelu_grn_reference
+from fcmae.ops.operation import composition, operation
 
 
 def grn_mlp_reference(
@@ -66,6 +68,58 @@ def grn_mlp(
         return _GRNMLP.apply(x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, eps)
 
 
+# What the parameters are to the matrix products
+
+
+def _fold(
+    norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w, b = w1 * norm_weight, torch.addmv(b1, w1, norm_bias)
+    return w.to(dtype), b.to(dtype), w2.to(dtype), b2.to(dtype)
+
+
+def _fake_fold(norm_weight: Tensor, norm_bias: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+    *tensors, dtype = parameters
+    return tuple(tensor.new_empty(tensor.shape, dtype=dtype) for tensor in tensors)
+
+
+@operation(fake=_fake_fold)
+def fold_norm(
+    norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return W, b1 + W1 s, W2 and b2 in dtype, in memory of their own; arguments are those of `grn_mlp`."""
+    w, b, w2, b2 = _fold(norm_weight, norm_bias, w1, b1, w2, b2, dtype)
+    return w.contiguous(), b, w2.clone(memory_format=torch.contiguous_format), b2.clone()
+
+
+folded = composition(cuda=fold_norm)(_fold)
+
+
+def _fold_gradients(
+    grad_w: Tensor, grad_b: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_w1 = torch.addr(grad_w * norm_weight, grad_b, norm_bias)
+    return grad_w1, torch.stack([(w1 * grad_w).sum(0), grad_b @ w1])
+
+
+@operation(fake=lambda grad_w, *_: (grad_w.new_empty(grad_w.shape), grad_w.new_empty(2, grad_w.shape[1])))
+def fold_norm_backward(
+    grad_w: Tensor, grad_b: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of w1, and those of norm_weight and norm_bias as (2, c).
+
+    Args:
+        grad_w: of W, (4c, c), in w1's dtype.
+        grad_b: of b1 + W1 s, (4c,), which is that of b1; in w1's dtype.
+        norm_weight, norm_bias, w1: as `fold_norm` took them.
+    """
+    grad_w1, sums = _fold_gradients(grad_w, grad_b, norm_weight, norm_bias, w1)
+    return grad_w1.contiguous(), sums
+
+
+folded_gradients = composition(cuda=fold_norm_backward)(_fold_gradients)
+
+
 _MM_HAS_OUT_DTYPE = torch.__version__ >= "2.10"
 """Since torch 2.8, but before 2.10 neither for `torch.compile` nor for fake tensors."""
 
@@ -96,12 +150,13 @@ class _GRNMLP(torch.autograd.Function):
         b2: Tensor,
         eps: float,
     ) -> Tensor:
-        w = (w1 * norm_weight).to(x.dtype)
-        h = F.linear(x, w, torch.addmv(b1, w1, norm_bias).to(x.dtype))
+        w, b, cast_w2, cast_b2 = folded(norm_weight, norm_bias, w1, b1, w2, b2, x.dtype)
+        h = F.linear(x, w, b)
         a, norm = gelu_grn_forward(h, gamma, beta, eps)
-        ctx.save_for_backward(x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm)
-        ctx.eps = eps
-        return F.linear(a, w2.to(x.dtype), b2.to(x.dtype))
+        kept = w2 if w2.dtype == x.dtype else cast_w2
+        ctx.save_for_backward(x, norm_weight, norm_bias, w1, gamma, beta, kept, w, h, norm)
+        ctx.eps, ctx.dtype = eps, w2.dtype
+        return F.linear(a, cast_w2, cast_b2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,20 +167,20 @@ class _GRNMLP(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
     grad = grad.flatten(0, 1)
-    grad_a = (grad @ w2.to(grad.dtype)).view_as(h)
+    grad_a = (grad @ w2).view_as(h)
     grad_h, a, sums = gelu_grn_gradients(grad_a, h, norm, gamma, beta, ctx.eps)
     grad_gamma, grad_beta, grad_b1 = sums.to(w1.dtype).unbind()
     rows = grad_h.flatten(0, 1)
     grad_w = _weight_gradient(rows, x.flatten(0, 1), w1.dtype)
+    grad_w1, norm_sums = folded_gradients(grad_w, grad_b1, norm_weight, norm_bias, w1)
     return (
         (rows @ w).view_as(x),
-        (w1 * grad_w).sum(0),
-        grad_b1 @ w1,
-        torch.addr(grad_w * norm_weight, grad_b1, norm_bias),
+        *norm_sums.unbind(),
+        grad_w1,
         grad_b1,
         grad_gamma,
         grad_beta,
-        _weight_gradient(grad, a.flatten(0, 1), w2.dtype),
-        grad.sum(0, dtype=w2.dtype),
+        _weight_gradient(grad, a.flatten(0, 1), ctx.dtype),
+        grad.sum(0, dtype=ctx.dtype),
         None,
     )

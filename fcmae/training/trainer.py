@@ -105,6 +105,15 @@ class Window:
         self.indices.setdefault(step, []).extend(indices)
 
 
+def untimed() -> dict[str, bool]:
+    """Return options with which `torch.compile` takes no kernel because it was the fastest when it was tried.
+
+    Such kernels sum in different orders, and the process that resumes a run would try them anew. PyTorch 2.8, which
+    has no such mode, keeps what it took in a cache on the machine.
+    """
+    return {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
+
+
 class Trainer:
     """Runs the updates of a plan, from where a checkpoint left off to the end.
 
@@ -169,7 +178,7 @@ class Trainer:
             self.ema = ModelEmaV3(model, ema_decay, use_warmup=True, warmup_gamma=10.0, warmup_power=1.0)
             self.ema.to(accelerator.device)
         if config.train.compile:
-            model.compile(fullgraph=True)
+            model.compile(fullgraph=True, options=untimed())
         self.model: nn.Module = accelerator.prepare(model)
         self.optimizer = accelerator.prepare(optimizer)
         self.window = Window.new(accelerator.device)
