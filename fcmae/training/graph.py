@@ -57,8 +57,15 @@ class Eager:
     """One operation after the other."""
 
     accumulate: Callable[[Any], Tensor]
-    apply: Callable[[], None]
+    exchange: Callable[[], None]
+    """Makes the gradients those of all processes, where `accumulate` does not; never recorded."""
+    step: Callable[[], None]
+    """Updates the weights by the gradients, and removes these."""
     warm_up: ClassVar[int] = 0
+
+    def apply(self) -> None:
+        self.exchange()
+        self.step()
 
 
 class Graphs(Protocol):
@@ -101,7 +108,7 @@ class Recorded:
     warm_up: ClassVar[int] = WARM_UP + 1
 
     def __init__(
-        self, eager: Work, parameters: Sequence[nn.Parameter], graphs: Graphs, say: Callable[[str], None]
+        self, eager: Eager, parameters: Sequence[nn.Parameter], graphs: Graphs, say: Callable[[str], None]
     ) -> None:
         self.eager = eager
         self.parameters = parameters
@@ -149,9 +156,9 @@ class Recorded:
             with self._warming_up():
                 self.eager.apply()
         else:
-            if self.last is None:
-                with self._gradients():
-                    self.last = self.graphs.record(self.eager.apply)
+            with self._gradients():
+                self.eager.exchange()
+                self.last = self.last or self.graphs.record(self.eager.step)
             self.last()
             self.graphs.keep_pace()
         self.begun = False
@@ -278,14 +285,19 @@ BLOCKING = "CUDA_LAUNCH_BLOCKING"
 """PyTorch's and CUDA's own switch for finding errors, under which nothing can be recorded."""
 
 
-def why_eager(device: torch.device, *, distributed: bool, scales_loss: bool, gradient_checkpointing: bool) -> str:
-    """Return why the work of a run is not recorded as CUDA graphs; empty where it is."""
+def why_eager(device: torch.device, *, machines: bool, scales_loss: bool, gradient_checkpointing: bool) -> str:
+    """Return why the work of a run is not recorded as CUDA graphs; empty where it is.
+
+    Args:
+        machines: whether processes of several machines exchange gradients, which takes so long that it is done
+            while others are computed.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return "these need an NVIDIA GPU"
     if os.environ.get(BLOCKING, "0") not in ("", "0"):
         return f"{BLOCKING} is set"
-    if distributed:
-        return "processes exchange gradients"  # by NCCL, which no test of ours has recorded
+    if machines:
+        return "machines exchange gradients while they compute others"
     if scales_loss:
         return "train.precision=fp16 leaves out updates whose gradients overflow"
     if gradient_checkpointing:
