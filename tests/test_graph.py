@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,10 +18,11 @@ from safetensors.torch import load_file
 from small_runs import Numbers, batches, outcome, small_config, small_trainer, stop_after
 from torch import Tensor, nn
 
+from fcmae.errors import UserError
 from fcmae.training import trainer as trainer_module
 from fcmae.training.checkpoint import OPTIMIZER, optimizer_tensors
 from fcmae.training.dry_run import rehearse
-from fcmae.training.graph import BLOCKING, WARM_UP, watch_draws, why_eager
+from fcmae.training.graph import BLOCKING, WARM_UP, CudaGraphs, watch_draws, why_eager
 from fcmae.training.launch import claim_checkpoint
 from fcmae.training.log import MetricsLog
 from fcmae.training.trainer import Trainer
@@ -133,7 +136,7 @@ def updated(trainer: Trainer, given: Iterator[Numbers], updates: int) -> list[fl
 
 @pytest.mark.parametrize("accumulate", [1, MICRO_BATCHES])
 def test_recorded_updates_are_the_eager_ones(tmp_path: Path, accumulate: int) -> None:
-    settings = {"optim": {"accumulate": accumulate, "clip_grad": 0.5}}
+    settings: dict[str, Any] = {"optim": {"accumulate": accumulate, "clip_grad": 0.5}}
     (eager, _), (recorded, graphs) = (trainer_of(tmp_path, recorded=r, **settings) for r in (False, True))
     losses = [updated(trainer, batches(trainer), 10) for trainer in (eager, recorded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -248,7 +251,9 @@ def test_recorded_updates_of_several_processes_are_those_of_ddp(
     ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     running = [subprocess.Popen([sys.executable, "-c", program], env=own) for own in ranks]
     assert [process.wait(timeout=200) for process in running] == [0, 0]
-    eager, recorded, other = (torch.load(tmp_path / f"{name}.pt") for name in ("eager-0", "recorded-0", "recorded-1"))
+    eager, recorded, other = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("eager-0", "recorded-0", "recorded-1")
+    )
     assert_alike(eager, recorded)
     for name, value in recorded.items():
         if not name.startswith("ema"):
@@ -282,6 +287,60 @@ def test_draws_from_each_generator_of_the_cpu_are_noticed_and_nothing_else() -> 
 
     assert all(noticed(draw) for draw in (lambda: torch.rand(()), np.random.rand, random.random))
     assert not noticed(lambda: torch.rand(1, generator=torch.Generator()))
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
+    """Of a GPU that need not be there."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return CudaGraphs(torch.device("cuda"))
+
+
+def test_waits_for_the_gpu_are_noticed_with_their_places(
+    cuda_graphs: CudaGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int | str] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    reasons: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which would hide one
+        with cuda_graphs.watch(reasons):
+            warnings.warn("a prototype feature", stacklevel=1)
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+    assert [reason.rpartition(":")[0] for reason in reasons] == [__file__]
+    assert reasons[0].endswith(" waits for the GPU")
+    assert modes == [0, "warn", 0]
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (None, "as a CUDA graph (it was invalidated); start the same command with CUDA_LAUNCH_BLOCKING=1"),
+        (RuntimeError("not permitted\nhere"), "as a CUDA graph (not permitted here); start the same command"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+    ],
+)
+def test_what_cannot_be_recorded_is_an_error_that_names_the_cause(
+    cuda_graphs: CudaGraphs, monkeypatch: pytest.MonkeyPatch, cause: Exception | None, expected: str
+) -> None:
+    @contextmanager
+    def graph(*args: object, **kwargs: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("it was invalidated")
+
+    def function() -> None:
+        if cause is not None:
+            raise cause
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    kind = torch.OutOfMemoryError if "memory" in expected else UserError
+    with pytest.raises(kind, match=re.escape(expected)):
+        cuda_graphs.record(function)
 
 
 @pytest.mark.parametrize("accumulate", [1, MICRO_BATCHES])

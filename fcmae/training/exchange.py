@@ -36,7 +36,7 @@ def _send(tensors: Iterable[Tensor], begin: Callable[[Tensor], Any]) -> None:
         message.wait()  # for which a GPU waits, and no processor
         values = flat.split([tensor.numel() for tensor in part])
         received = [value.view_as(tensor) for value, tensor in zip(values, part, strict=True)]
-        torch._foreach_copy_(part, received)  # one launch for many
+        torch._foreach_copy_(part, received)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _parts(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -6,6 +6,7 @@ rates are filled in. Random numbers are those of eager steps: a replay starts at
 offset.
 """
 
+import gc
 import os
 import warnings
 from collections import deque
@@ -254,6 +255,7 @@ class CudaGraphs:
 
     def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # or it might free the graphs of another run meanwhile; and memory is about to be short
         try:
             # thread_local: another thread may pin memory of the next batches or wait for what it copies to the disk
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -264,7 +266,8 @@ class CudaGraphs:
                 raise cause from None
             raise UserError(
                 f"the step cannot be recorded as a CUDA graph ({brief(cause)}); start the same command with "
-                f"{BLOCKING}=1 in the environment, which trains without, and report this"
+                f"{BLOCKING}=1 in the environment, which trains without, and report this",
+                everywhere=False,
             ) from error
 
         def replay() -> Any:
