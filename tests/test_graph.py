@@ -19,6 +19,7 @@ from small_runs import Numbers, batches, outcome, small_config, small_trainer, s
 from torch import Tensor, nn
 
 from fcmae.errors import UserError
+from fcmae.training import exchange
 from fcmae.training import trainer as trainer_module
 from fcmae.training.checkpoint import OPTIMIZER, optimizer_tensors
 from fcmae.training.dry_run import rehearse
@@ -222,6 +223,7 @@ def test_a_run_goes_on_recorded_or_not_from_the_checkpoint_of_the_other(tmp_path
 def train_as_one_of_many(folder: Path) -> None:
     """What each process of the next test does: the same updates, as DDP makes them and recorded."""
     rank = int(os.environ["RANK"])
+    exchange.TOGETHER = 10  # so that there are several messages
 
     def given(trainer: Trainer) -> Iterator[Numbers]:
         for batch in batches(trainer):

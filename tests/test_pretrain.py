@@ -152,12 +152,12 @@ def test_images_with_pixels_that_are_not_known_are_trained_on(
     np.save(folder / "nothing.npy", np.full((40, 48, 5), np.nan, np.float32))
     options = ["data.name=folder", f"data.root={folder.parent}", "data.num_workers=1", "model.in_chans=5"]
     options += ["data.mean=[500,500,500,500,500]", "data.std=[140,140,140,140,140]", "data.clip=[0,900]"]
-    options += [f"model.target={target}", "data.nodata=-9999", "visualize.bands=[4,2,0]", "train.max_steps=60"]
+    options += [f"model.target={target}", "data.nodata=-9999", "visualize.bands=[4,2,0]", "train.max_steps=40"]
     options += ["data.batch_size=14", "optim.base_lr=0.1", "visualize.num_images=14"]
     assert run(*arguments, *options) == 0
     found = [*losses(tmp_path / "run").values()]
     assert np.isfinite(found).all()
-    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+    assert np.mean(found[-5:]) < 0.95 * np.mean(found[:5])
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
     for path in (tmp_path / "run" / "reconstructions").iterdir():
         with Image.open(path) as picture:
@@ -251,10 +251,10 @@ def test_the_same_command_gives_the_same_run_to_the_bit(arguments: list[str], tm
 
 
 def test_the_loss_falls(arguments: list[str], tmp_path: Path) -> None:
-    assert run(*arguments, "train.max_steps=200", "log.every_steps=20", "optim.base_lr=0.06") == 0
+    assert run(*arguments, "train.max_steps=100", "log.every_steps=10", "optim.base_lr=0.12") == 0
     history = list(losses(tmp_path / "run").values())
     assert 0.9 < history[0] < 1.1
-    assert history[-1] < 0.9 * history[0]
+    assert history[-1] < 0.95 * history[0]
 
 
 @pytest.mark.minkowski
