@@ -376,17 +376,40 @@ def test_a_dry_run_times_replays_and_neither_warm_up_nor_recording(
 
 
 def test_what_cannot_be_recorded_is_eager_for_a_reason_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fine: dict[str, Any] = {"machines": False, "scales_loss": False, "gradient_checkpointing": False}
+    fine: dict[str, Any] = {"processes": 1, "scales_loss": False, "gradient_checkpointing": False}
     gpu = torch.device("cuda")
     monkeypatch.delenv(BLOCKING, raising=False)
     assert why_eager(gpu, **fine) == ""
     assert "NVIDIA" in why_eager(torch.device("cpu"), **fine)
     assert "NVIDIA" in why_eager(torch.device("mps"), **fine)
-    assert "machines" in why_eager(gpu, **fine | {"machines": True})
     assert "fp16" in why_eager(gpu, **fine | {"scales_loss": True})
     assert "gradient_checkpointing" in why_eager(gpu, **fine | {"gradient_checkpointing": True})
     monkeypatch.setenv(BLOCKING, "1")
     assert BLOCKING in why_eager(gpu, **fine)
+
+
+@pytest.mark.parametrize(
+    ("processes", "here", "gpus", "reached", "fast"),
+    [
+        (4, "4", 4, True, True),
+        (4, "4", 8, True, True),
+        (4, "4", 4, False, False),  # by PCIe
+        (4, "2", 4, True, False),  # of two machines
+        (4, None, 4, True, False),  # of which the launcher says nothing
+        (4, "4", 1, True, False),  # each of which sees its own GPU alone
+    ],
+)
+def test_steps_of_processes_are_recorded_where_gradients_travel_fast(
+    processes: int, here: str | None, gpus: int, reached: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reached or (one, other) != (3, 1))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv(BLOCKING, raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    found = why_eager(torch.device("cuda"), processes=processes, scales_loss=False, gradient_checkpointing=False)
+    assert found == ("" if fast else "gradients travel between machines, or by PCIe, while others are computed")
 
 
 def test_a_run_says_at_its_beginning_what_it_computes_on_and_whether_steps_are_recorded(

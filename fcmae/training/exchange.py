@@ -1,6 +1,7 @@
 """What DDP does between processes, in calls of their own, where its hooks would be in the way; knows no network."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,6 +11,16 @@ from torch import Tensor
 
 TOGETHER = 2**24
 """Values that travel together, 64 MB of float32: few messages, and the next is gathered while one travels."""
+
+
+def is_fast(number: int) -> bool:
+    """Whether so many processes exchange gradients in little of an update's time: on one machine, by NVLink.
+
+    CUDA says only which GPUs read each other's memory: those without NVLink mostly do not.
+    """
+    here = number == int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    pairs = itertools.permutations(range(number), 2)
+    return here and all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
 
 
 def share(tensors: Iterable[Tensor]) -> None:

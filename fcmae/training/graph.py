@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fcmae.errors import UserError, brief
 from fcmae.seeding import cpu_states
 from fcmae.tensors import kind
+from fcmae.training.exchange import is_fast
 
 WARM_UP = 3
 """Updates before the recording, as many as PyTorch's notes on CUDA graphs have: kernels are compiled, and what is
@@ -288,19 +289,14 @@ BLOCKING = "CUDA_LAUNCH_BLOCKING"
 """PyTorch's and CUDA's own switch for finding errors, under which nothing can be recorded."""
 
 
-def why_eager(device: torch.device, *, machines: bool, scales_loss: bool, gradient_checkpointing: bool) -> str:
-    """Return why the work of a run is not recorded as CUDA graphs; empty where it is.
-
-    Args:
-        machines: whether processes of several machines exchange gradients, which takes so long that it is done
-            while others are computed.
-    """
+def why_eager(device: torch.device, *, processes: int, scales_loss: bool, gradient_checkpointing: bool) -> str:
+    """Return why the work of a run is not recorded as CUDA graphs; empty where it is."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "these need an NVIDIA GPU"
     if os.environ.get(BLOCKING, "0") not in ("", "0"):
         return f"{BLOCKING} is set"
-    if machines:
-        return "machines exchange gradients while they compute others"
+    if processes > 1 and not is_fast(processes):
+        return "gradients travel between machines, or by PCIe, while others are computed"
     if scales_loss:
         return "train.precision=fp16 leaves out updates whose gradients overflow"
     if gradient_checkpointing:

@@ -72,13 +72,9 @@ def start_accelerator(precision: str) -> Accelerator:
             raise UserError("train.precision=fp16: needs a GPU; on CPU use bf16 or no")
         launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
         if launched and os.environ.get("OMP_NUM_THREADS") == "1":  # what launchers set by default
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here()))
+            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
-
-
-def processes_here() -> int:
-    """Return how many of the run's processes are on this machine; 1 where the launcher does not say."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def describe_device(accelerator: Accelerator) -> str:

@@ -33,7 +33,7 @@ from fcmae.training.checkpoint import (
 )
 from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
-from fcmae.training.launch import describe_device, processes_here
+from fcmae.training.launch import describe_device
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.progress import Progress
@@ -173,7 +173,7 @@ class Trainer:
             model.compile(fullgraph=True)
         self.eager = eager or why_eager(
             accelerator.device,
-            machines=accelerator.num_processes != processes_here(),
+            processes=accelerator.num_processes,
             scales_loss=accelerator.scaler is not None,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
