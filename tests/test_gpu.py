@@ -2,7 +2,10 @@
 
 import importlib
 import itertools
-from collections.abc import Collection, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,16 +13,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, relative_error, state_of
+from conftest import ROOT, TINY, records, relative_error, run_main, state_of
 from small_runs import stop_after
+from test_segmentation import draw_shapes
+from test_segmentation_task import write_pairs
 from torch import Tensor, nn
 
-from fcmae import FCMAE, sample_visible_ids
+from fcmae import FCMAE, finetune, pretrain, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data import CroppedBatch, PixelNormalizer, prefetch
+from fcmae.data import CroppedBatch, PixelNormalizer, prefetch, save_arrays
 from fcmae.encoder.convnext import Layout
 from fcmae.training.checkpoint import MODEL, OPTIMIZER, CheckpointWriter, read_checkpoint, step_folder
-from fcmae.training.graph import WARM_UP, Recorded
+from fcmae.training.graph import BLOCKING, WARM_UP, Recorded
 from fcmae.training.launch import claim_checkpoint, start_accelerator
 from fcmae.training.optim import build_adamw
 from fcmae.training.schedule import Plan
@@ -120,11 +125,12 @@ def trainer_on_cuda(folder: Path, *, eager: bool, **train: Any) -> Trainer:
 
 
 def crops_of(trainer: Trainer, others: Collection[int] = ()) -> Iterator[Any]:
-    """Endless batches that depend on how many were used alone; `others` are of three images."""
+    """Endless batches that depend on the process and on how many were used alone; `others` are of three images."""
+    first = 1000 * trainer.accelerator.process_index
 
     def reading() -> Iterator[CroppedBatch]:
         for number in itertools.count(trainer.step * trainer.config.optim.accumulate):
-            batch = some_crops(number)
+            batch = some_crops(first + number)
             yield replace(batch, indices=batch.indices[:3]).each(lambda t: t[:3]) if number in others else batch
 
     return prefetch(reading(), trainer.accelerator.device)
@@ -220,6 +226,90 @@ def test_a_step_that_waits_for_the_gpu_is_found_out_and_stays_eager(
     losses_of(trainer, crops_of(trainer), WARM_UP + 2)
     assert not is_replaying(trainer)
     assert f"no CUDA graphs: {__file__}:" in capsys.readouterr().out
+
+
+def train_as_one_of_many(folder: Path) -> None:
+    """What each process of the next test does: the same updates, as DDP makes them and recorded."""
+    for eager in (True, False):
+        trainer = trainer_on_cuda(folder, eager=eager)
+        losses_of(trainer, crops_of(trainer), 10)
+        assert is_replaying(trainer) is not eager
+        torch.save(weights_of(trainer), folder / f"eager-{eager}-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_recorded_updates_of_processes_are_those_of_ddp(
+    tmp_path: Path, environment: dict[str, str], processes: int
+) -> None:
+    """One has NCCL's thread, which looks after its calls, beside it while it records."""
+    if processes > 1 and (torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1)):
+        pytest.skip("needs two GPUs with NVLink")
+    program = f"import test_gpu, pathlib; test_gpu.train_as_one_of_many(pathlib.Path({str(tmp_path)!r}))"
+    environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
+    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=own) for own in ranks]
+    assert {process.wait(timeout=280) for process in running} == {0}
+    eager, first, last = (
+        torch.load(tmp_path / f"eager-{name}.pt") for name in ("True-0", "False-0", f"False-{processes - 1}")
+    )
+    assert relative_error(first, eager) < 1e-4
+    assert torch.equal(first, last)
+
+
+SECTIONS = """
+model: {variant: [[1, 1, 2, 1], [16, 16, 32, 32]], stem_stride: 1, drop_path: 0.3}
+optim: {base_lr: 0.03, accumulate: 2, clip_grad: 1, warmup_epochs: 0}
+data: {name: arrays, image_size: 32, batch_size: 8, num_workers: 2}
+train: {precision: "no", max_steps: 12}
+checkpoint: {every_steps: 5}
+log: {every_steps: 1}
+"""
+PRETRAIN = ["visualize.every_steps=4", "visualize.num_images=2", "eval.collapse_every_epochs=1"]
+PRETRAIN += ["eval.knn_every_epochs=1"]
+SEGMENT = ["task=segmentation", "data.name=folder", "train.dice=1", "train.class_weights=balanced"]
+
+
+@pytest.mark.parametrize(
+    ("main", "settings"),
+    [
+        (pretrain.main, PRETRAIN),
+        (pretrain.main, ["model.decoder=transformer", "model.target=hog", "data.nodata=nan"]),
+        (pretrain.main, ["model.decoder=unet", "model.response=batch_norm", "optim.decoder_first_epochs=1"]),
+        (finetune.main, ["train.ema_decay=0.9", "optim.layer_decay=0.9", "eval.every_epochs=1"]),
+        (finetune.main, ["train.freeze_encoder=true", "data.mixup=0", "data.cutmix=0"]),
+        (finetune.main, SEGMENT),
+    ],
+)
+def test_runs_recorded_as_graphs_are_those_that_are_not(
+    main: Callable[[list[str]], int],
+    settings: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With evaluation, pictures and checkpoints in between."""
+    for split in ("train", "val"):
+        if settings == SEGMENT:
+            write_pairs(tmp_path / "data" / split, *draw_shapes(32, 40, seed=1))
+        else:
+            images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+            save_arrays(tmp_path / "data" / split, images, np.arange(64) % 4)
+    (tmp_path / "config.yaml").write_text(SECTIONS)
+    words = ["--config", str(tmp_path / "config.yaml"), f"data.root={tmp_path / 'data'}", *settings]
+    for eager in (False, True):
+        if eager:
+            monkeypatch.setenv(BLOCKING, "1")  # which CUDA has read before
+        assert run_main(main, *words, f"output={tmp_path / f'eager-{eager}'}") == 0
+        out = capsys.readouterr().out
+        assert (f"no CUDA graphs ({BLOCKING} is set)" in out) is eager
+        assert "no CUDA graphs:" not in out
+    losses = [
+        [record["loss"] for record in records(tmp_path / f"eager-{eager}") if "loss" in record]
+        for eager in (False, True)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_checkpoint_holds_the_tensors_as_they_were_when_it_was_asked_for(tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
 """Recorded updates are the eager ones, by a recorder that behaves as a GPU's but computes again on the CPU."""
 
+import os
 import random
+import re
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,9 +18,12 @@ from safetensors.torch import load_file
 from small_runs import Numbers, batches, outcome, small_config, small_trainer, stop_after
 from torch import Tensor, nn
 
+from fcmae.errors import UserError
+from fcmae.training import exchange
+from fcmae.training import trainer as trainer_module
 from fcmae.training.checkpoint import OPTIMIZER, optimizer_tensors
 from fcmae.training.dry_run import rehearse
-from fcmae.training.graph import BLOCKING, WARM_UP, watch_draws, why_eager
+from fcmae.training.graph import BLOCKING, WARM_UP, CudaGraphs, watch_draws, why_eager
 from fcmae.training.launch import claim_checkpoint
 from fcmae.training.log import MetricsLog
 from fcmae.training.trainer import Trainer
@@ -85,10 +93,13 @@ MICRO_BATCHES = 3
 SETTINGS: dict[str, Any] = {"optim": {"accumulate": MICRO_BATCHES, "clip_grad": 0.5}}
 
 
-def trainer_of(folder: Path, *, recorded: bool, **settings: Any) -> tuple[Trainer, Again]:
+def trainer_of(
+    folder: Path, *, recorded: bool, seed: int = 0, norm: nn.Module | None = None, **settings: Any
+) -> tuple[Trainer, Again]:
     """A trainer of a network with drop-out and a frozen parameter, of numbers of any dtype."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Dropout(0.3), nn.Linear(4, 2))
+    torch.manual_seed(seed)
+    layers = nn.Linear(3, 4), nn.GELU(), nn.Dropout(0.3), nn.Linear(4, 2)
+    network = nn.Sequential(*(layers if norm is None else (norm, *layers)))
     network.register_parameter("frozen", nn.Parameter(torch.ones(2), requires_grad=False))
     trainer = small_trainer(small_config(folder, **(SETTINGS | settings)), network)
     trainer.compute_loss = lambda model, batch: model(batch.values.float()).square().mean()
@@ -126,7 +137,7 @@ def updated(trainer: Trainer, given: Iterator[Numbers], updates: int) -> list[fl
 
 @pytest.mark.parametrize("accumulate", [1, MICRO_BATCHES])
 def test_recorded_updates_are_the_eager_ones(tmp_path: Path, accumulate: int) -> None:
-    settings = {"optim": {"accumulate": accumulate, "clip_grad": 0.5}}
+    settings: dict[str, Any] = {"optim": {"accumulate": accumulate, "clip_grad": 0.5}}
     (eager, _), (recorded, graphs) = (trainer_of(tmp_path, recorded=r, **settings) for r in (False, True))
     losses = [updated(trainer, batches(trainer), 10) for trainer in (eager, recorded)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -209,6 +220,48 @@ def test_a_run_goes_on_recorded_or_not_from_the_checkpoint_of_the_other(tmp_path
     assert {name.split(".")[0] for name in files[0]} == {"state"}, "no learning rates"
 
 
+def train_as_one_of_many(folder: Path) -> None:
+    """What each process of the next test does: the same updates, as DDP makes them and recorded."""
+    rank = int(os.environ["RANK"])
+    exchange.TOGETHER = 10  # so that there are several messages
+
+    def given(trainer: Trainer) -> Iterator[Numbers]:
+        for batch in batches(trainer):
+            yield batch._replace(values=batch.values.roll(rank, 1))
+
+    for name in ("eager", "recorded"):
+        trainer, graphs = trainer_of(folder, recorded=False, seed=rank, norm=nn.BatchNorm1d(3))
+        if name == "recorded":
+            assert trainer.model is trainer.bare_model
+            trainer.record_steps(graphs)
+        else:
+            assert isinstance(trainer.model, nn.parallel.DistributedDataParallel)
+            trainer_module.why_eager = lambda *args, **kwargs: ""
+            trainer_module.CudaGraphs = lambda device: None
+        updated(trainer, given(trainer), WARM_UP + 3)
+        torch.save(state(trainer), folder / f"{name}-{rank}.pt")
+    assert graphs.replays == [3, 3 * (MICRO_BATCHES - 1), 3]
+
+
+def test_recorded_updates_of_several_processes_are_those_of_ddp(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Weights from the first process, gradients averaged before they are clipped, buffers of the first."""
+    program = f"import test_graph, pathlib; test_graph.train_as_one_of_many(pathlib.Path({str(tmp_path)!r}))"
+    environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
+    ranks = [environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    running = [subprocess.Popen([sys.executable, "-c", program], env=own) for own in ranks]
+    assert [process.wait(timeout=200) for process in running] == [0, 0]
+    eager, recorded, other = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("eager-0", "recorded-0", "recorded-1")
+    )
+    assert_alike(eager, recorded)
+    for name, value in recorded.items():
+        if not name.startswith("ema"):
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0)
+
+
 class Suspicious(Again):
     def watch(self, reasons: list[str]) -> AbstractContextManager[None]:
         return watch_draws(reasons)
@@ -238,25 +291,125 @@ def test_draws_from_each_generator_of_the_cpu_are_noticed_and_nothing_else() -> 
     assert not noticed(lambda: torch.rand(1, generator=torch.Generator()))
 
 
-def test_a_dry_run_times_what_is_recorded(tmp_path: Path) -> None:
-    trainer, graphs = trainer_of(tmp_path, recorded=True)
-    text = rehearse(trainer, lambda num_workers: batches(trainer), queue=1)
-    assert "device         cpu, " in text
-    assert len(graphs.replays) == 3
+@pytest.fixture
+def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> CudaGraphs:
+    """Of a GPU that need not be there."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return CudaGraphs(torch.device("cuda"))
+
+
+def test_waits_for_the_gpu_are_noticed_with_their_places(
+    cuda_graphs: CudaGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int | str] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    reasons: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which would hide one
+        with cuda_graphs.watch(reasons):
+            warnings.warn("a prototype feature", stacklevel=1)
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+    assert [reason.rpartition(":")[0] for reason in reasons] == [__file__]
+    assert reasons[0].endswith(" waits for the GPU")
+    assert modes == [0, "warn", 0]
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (None, "as a CUDA graph (it was invalidated); start the same command with CUDA_LAUNCH_BLOCKING=1"),
+        (RuntimeError("not permitted\nhere"), "as a CUDA graph (not permitted here); start the same command"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+    ],
+)
+def test_what_cannot_be_recorded_is_an_error_that_names_the_cause(
+    cuda_graphs: CudaGraphs, monkeypatch: pytest.MonkeyPatch, cause: Exception | None, expected: str
+) -> None:
+    @contextmanager
+    def graph(*args: object, **kwargs: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("it was invalidated")
+
+    def function() -> None:
+        if cause is not None:
+            raise cause
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    kind = torch.OutOfMemoryError if "memory" in expected else UserError
+    with pytest.raises(kind, match=re.escape(expected)):
+        cuda_graphs.record(function)
+
+
+@pytest.mark.parametrize("accumulate", [1, MICRO_BATCHES])
+def test_a_dry_run_times_replays_and_neither_warm_up_nor_recording(
+    tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fcmae.training.dry_run.time.perf_counter", lambda: now[0])
+
+    class Clocked(Again):
+        def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
+            replay = super().record(function)
+            now[0] += 1000
+
+            def timed() -> Any:
+                now[0] += 1
+                return replay()
+
+            return timed
+
+    def load(num_workers: int) -> Iterator[Numbers]:
+        for batch in batches(trainer):
+            now[0] += 0.25
+            yield batch
+
+    trainer, _ = trainer_of(tmp_path, recorded=False, optim={"accumulate": accumulate})
+    trainer.record_steps(Clocked(trainer))
+    text = rehearse(trainer, load, queue=1)
+    assert f"step alone     {accumulate + 1}.00 s an update" in text
+    assert "data alone     8 images/s" in text
 
 
 def test_what_cannot_be_recorded_is_eager_for_a_reason_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fine: dict[str, Any] = {"distributed": False, "scales_loss": False, "gradient_checkpointing": False}
+    fine: dict[str, Any] = {"processes": 1, "scales_loss": False, "gradient_checkpointing": False}
     gpu = torch.device("cuda")
     monkeypatch.delenv(BLOCKING, raising=False)
     assert why_eager(gpu, **fine) == ""
     assert "NVIDIA" in why_eager(torch.device("cpu"), **fine)
     assert "NVIDIA" in why_eager(torch.device("mps"), **fine)
-    assert "processes" in why_eager(gpu, **fine | {"distributed": True})
     assert "fp16" in why_eager(gpu, **fine | {"scales_loss": True})
     assert "gradient_checkpointing" in why_eager(gpu, **fine | {"gradient_checkpointing": True})
     monkeypatch.setenv(BLOCKING, "1")
     assert BLOCKING in why_eager(gpu, **fine)
+
+
+@pytest.mark.parametrize(
+    ("processes", "here", "gpus", "reached", "fast"),
+    [
+        (4, "4", 4, True, True),
+        (4, "4", 8, True, True),
+        (4, "4", 4, False, False),  # by PCIe
+        (4, "2", 4, True, False),  # of two machines
+        (4, None, 4, True, False),  # of which the launcher says nothing
+        (4, "4", 1, True, False),  # each of which sees its own GPU alone
+    ],
+)
+def test_steps_of_processes_are_recorded_where_gradients_travel_fast(
+    processes: int, here: str | None, gpus: int, reached: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: reached or (one, other) != (3, 1))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv(BLOCKING, raising=False)
+    if here is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    found = why_eager(torch.device("cuda"), processes=processes, scales_loss=False, gradient_checkpointing=False)
+    assert found == ("" if fast else "gradients travel between machines, or by PCIe, while others are computed")
 
 
 def test_a_run_says_at_its_beginning_what_it_computes_on_and_whether_steps_are_recorded(

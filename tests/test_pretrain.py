@@ -12,14 +12,18 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import accelerate.commands.launch
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -148,12 +152,12 @@ def test_images_with_pixels_that_are_not_known_are_trained_on(
     np.save(folder / "nothing.npy", np.full((40, 48, 5), np.nan, np.float32))
     options = ["data.name=folder", f"data.root={folder.parent}", "data.num_workers=1", "model.in_chans=5"]
     options += ["data.mean=[500,500,500,500,500]", "data.std=[140,140,140,140,140]", "data.clip=[0,900]"]
-    options += [f"model.target={target}", "data.nodata=-9999", "visualize.bands=[4,2,0]", "train.max_steps=60"]
+    options += [f"model.target={target}", "data.nodata=-9999", "visualize.bands=[4,2,0]", "train.max_steps=40"]
     options += ["data.batch_size=14", "optim.base_lr=0.1", "visualize.num_images=14"]
     assert run(*arguments, *options) == 0
     found = [*losses(tmp_path / "run").values()]
     assert np.isfinite(found).all()
-    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+    assert np.mean(found[-5:]) < 0.95 * np.mean(found[:5])
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
     for path in (tmp_path / "run" / "reconstructions").iterdir():
         with Image.open(path) as picture:
@@ -247,10 +251,10 @@ def test_the_same_command_gives_the_same_run_to_the_bit(arguments: list[str], tm
 
 
 def test_the_loss_falls(arguments: list[str], tmp_path: Path) -> None:
-    assert run(*arguments, "train.max_steps=200", "log.every_steps=20", "optim.base_lr=0.06") == 0
+    assert run(*arguments, "train.max_steps=100", "log.every_steps=10", "optim.base_lr=0.12") == 0
     history = list(losses(tmp_path / "run").values())
     assert 0.9 < history[0] < 1.1
-    assert history[-1] < 0.9 * history[0]
+    assert history[-1] < 0.95 * history[0]
 
 
 @pytest.mark.minkowski
@@ -289,42 +293,67 @@ def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_pat
     assert records(tmp_path / "four")[-1]["seen_images"] == records(tmp_path / "one")[-1]["seen_images"]
 
 
-def test_two_processes_see_together_what_one_sees(
-    arguments: list[str], tmp_path: Path, environment: dict[str, str]
+def test_two_processes_see_and_evaluate_together_what_one_does(
+    arguments: list[str], labelled: list[str], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    settings = [*arguments, "model.drop_path=0", "train.max_steps=6", "optim.accumulate=2"]
+    settings = [*arguments, *labelled, "model.drop_path=0", "train.max_steps=6", "optim.accumulate=2"]
+    settings += ["eval.knn_every_epochs=100", "eval.num_images=39", "eval.collapse_every_epochs=100"]
     assert run(*settings, f"output={tmp_path / 'one'}", "data.batch_size=4") == 0
     command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
     command += [str(ROOT / "pretrain.py"), *settings, f"output={tmp_path / 'two'}", "data.batch_size=2"]
     done = launch(command, environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step 6/6") == 1
+    assert done.stdout.count("k-NN top1") == 2
     assert done.stdout.count("\nnext:\n") == done.stdout.count("updates          1 to 6") == 1
     assert done.stdout.count("warning: 6 updates are few") == done.stdout.count("opening ") == 1
     assert "strides" not in done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one[1] == pytest.approx(two[1], abs=1e-6)
     assert one == pytest.approx(two, abs=1e-5)
-    assert records(tmp_path / "one")[-1]["seen_images"] == records(tmp_path / "two")[-1]["seen_images"]
+    seen, collapse = (
+        [[record[key] for record in records(tmp_path / run) if key in record] for run in ("one", "two")]
+        for key in ("seen_images", "cosine_distance/stage_4")
+    )
+    assert seen[0] == seen[1]
+    assert len(collapse[0]) == 2
+    assert collapse[0] == pytest.approx(collapse[1], abs=1e-4)
+    first, second = knn(tmp_path / "one"), knn(tmp_path / "two")
+    assert first[0] == second[0]
+    assert first == pytest.approx(second, abs=0.12)  # trained weights may differ enough for one image of nine
 
 
-def test_accelerate_launches_one_process(arguments: list[str], tmp_path: Path, environment: dict[str, str]) -> None:
-    command = ["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision"]
-    command += ["bf16", "--dynamo_backend", "no", str(ROOT / "pretrain.py"), *arguments, "train.max_steps=2"]
-    done = launch(command, environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+def accelerate_launch(*words: str) -> None:
+    """Run `accelerate launch`; the process that it starts is this one, in that one's environment."""
+
+    def start(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        assert command[:2] == [sys.executable, "pretrain.py"]
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            return SimpleNamespace(returncode=run(*command[2:]), wait=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        replaced = {"Popen": start, "CalledProcessError": subprocess.CalledProcessError}
+        patch.setattr(accelerate.commands.launch, "subprocess", SimpleNamespace(**replaced))
+        launch_command(launch_command_parser().parse_args([*words]))
+
+
+def test_accelerate_launches_one_process(arguments: list[str], tmp_path: Path) -> None:
+    how = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16", "--dynamo_backend", "no"]
+    accelerate_launch(*how, "pretrain.py", *arguments, "train.max_steps=2")
     assert list(losses(tmp_path / "run")) == [1, 2]
 
 
 def test_accelerate_launch_on_cpu_does_not_quietly_start_fewer_processes(
-    arguments: list[str], tmp_path: Path, environment: dict[str, str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "pretrain.py"), *arguments]
-    done = launch(command, environment)
-    assert done.returncode != 0
-    assert "error: accelerate launch starts a single process on CPU" in done.stderr
-    assert "torchrun --nproc_per_node" in done.stderr
+    how = ["--num_processes", "2", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
+    with pytest.raises(subprocess.CalledProcessError):
+        accelerate_launch(*how, "--dynamo_backend", "no", "pretrain.py", *arguments)
+    err = capsys.readouterr().err
+    assert "error: accelerate launch starts a single process on CPU" in err
+    assert "torchrun --nproc_per_node" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -367,17 +396,18 @@ def test_bf16_and_clipping_train(arguments: list[str], tmp_path: Path) -> None:
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
 
 
-@pytest.mark.parametrize(("precision", "backend"), [("no", "inductor"), ("bf16", "aot_eager")])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_compiled_run_is_traced_whole_and_gives_the_losses_of_an_eager_one(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, backend: str
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
+    """But for inductor's code, of which tests/test_model.py compiles as much as shows each layer."""
     settings = [*arguments, "train.max_steps=4", f"train.precision={precision}", "model.drop_path=0"]
     assert run(*settings, f"output={tmp_path / 'eager'}") == 0
     compile_module = torch.nn.Module.compile
 
     def trace(self: torch.nn.Module, *, fullgraph: bool) -> None:
         assert fullgraph
-        compile_module(self, backend=backend, fullgraph=True)  # aot_eager: without minutes of code generation
+        compile_module(self, backend="aot_eager", fullgraph=True)  # without a minute of code generation
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
     graphs = counters["stats"]["unique_graphs"]
@@ -390,21 +420,27 @@ def test_a_compiled_run_is_traced_whole_and_gives_the_losses_of_an_eager_one(
 
 
 def test_a_terminal_of_80_columns_shows_rate_data_wait_and_time_left(
-    arguments: list[str], environment: dict[str, str]
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terminal, stderr = pty.openpty()
-    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, str(ROOT / "pretrain.py"), *arguments, "visualize.num_images=0"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
-    os.close(stderr)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal ends whose other side is closed
-        while part := os.read(terminal, 4096):
-            shown += part
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # how a terminal ends whose other side is closed
+            while part := os.read(terminal, 4096):
+                shown.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(side, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert run(*arguments, "visualize.num_images=0") == 0
+        monkeypatch.undo()
+    reader.join()
     os.close(terminal)
-    assert process.wait() == 0
     bar = r"loss \d\.\d+ lr \S+ \d+ images/s data wait \d+% [\d:]+ left done \d\d:\d\d \|"
-    assert re.search(bar, shown.decode())
+    assert re.search(bar, b"".join(shown).decode())
 
 
 def test_print_config_prints_what_would_run_and_runs_nothing(
@@ -669,30 +705,6 @@ def test_knn_of_a_resumed_run_equals_that_of_the_uninterrupted_one(
     assert (knn(folder), losses(folder)) == whole
 
 
-def test_two_processes_evaluate_as_one(
-    arguments: list[str], labelled: list[str], tmp_path: Path, environment: dict[str, str]
-) -> None:
-    settings = [*arguments, *labelled, "model.drop_path=0", "train.max_steps=2", "eval.num_images=39"]
-    settings += ["eval.collapse_every_epochs=1"]
-    assert run(*settings, f"output={tmp_path / 'one'}") == 0
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
-    command += [str(ROOT / "pretrain.py"), *settings, f"output={tmp_path / 'two'}", "data.batch_size=4"]
-    done = launch(command, environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("k-NN top1") == 2
-    assert knn(tmp_path / "one") == knn(tmp_path / "two")
-    collapse = [
-        [
-            record["cosine_distance/stage_4"]
-            for record in records(tmp_path / run)
-            if "cosine_distance/stage_4" in record
-        ]
-        for run in ("one", "two")
-    ]
-    assert collapse[0] == pytest.approx(collapse[1], abs=1e-4)
-    assert len(collapse[0]) == 2
-
-
 def test_features_are_evaluated_in_bf16_and_on_held_out_images(
     arguments: list[str], labelled: list[str], tmp_path: Path
 ) -> None:
@@ -869,19 +881,19 @@ def test_a_non_finite_loss_stops_the_run_and_spares_the_last_checkpoint(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     program = """
-import resource, sys, torch
+import resource, torch
 from fcmae.training.launch import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-faults = []
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults[1:]))  # a kernel short of memory takes some back at any time
+def least_faults():
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(faults[1:])  # a kernel short of memory takes some back at any time
+given_back = least_faults()
+keep_freed_memory()
+print(given_back, least_faults())
 """
-    faults = {
-        what: int(subprocess.run([sys.executable, "-c", program, what], check=True, capture_output=True).stdout)
-        for what in ("keep", "give back")
-    }
-    assert faults["keep"] * 20 < faults["give back"]
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept * 20 < given_back

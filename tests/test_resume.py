@@ -34,7 +34,7 @@ STORIES: dict[str, tuple[ModuleType, str, str]] = {
 model: {variant: [[1, 1, 1, 1], [8, 8, 16, 16]], stem_stride: 1, decoder_dim: 16, drop_path: 0.2}
 data: {name: arrays, root: DATA, image_size: 32, batch_size: 4, num_workers: 0}
 optim: {base_lr: 0.03, warmup_epochs: 1, accumulate: 2}
-train: {max_steps: 60}
+train: {max_steps: 40}
 log: {every_steps: 4}
 visualize: {num_images: 0}
 """,

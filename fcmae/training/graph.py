@@ -6,6 +6,7 @@ rates are filled in. Random numbers are those of eager steps: a replay starts at
 offset.
 """
 
+import gc
 import os
 import warnings
 from collections import deque
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from fcmae.errors import UserError, brief
 from fcmae.seeding import cpu_states
 from fcmae.tensors import kind
+from fcmae.training.exchange import is_fast
 
 WARM_UP = 3
 """Updates before the recording, as many as PyTorch's notes on CUDA graphs have: kernels are compiled, and what is
@@ -57,8 +59,15 @@ class Eager:
     """One operation after the other."""
 
     accumulate: Callable[[Any], Tensor]
-    apply: Callable[[], None]
+    exchange: Callable[[], None]
+    """Makes the gradients those of all processes, where `accumulate` does not; never recorded."""
+    step: Callable[[], None]
+    """Updates the weights by the gradients, and removes these."""
     warm_up: ClassVar[int] = 0
+
+    def apply(self) -> None:
+        self.exchange()
+        self.step()
 
 
 class Graphs(Protocol):
@@ -101,7 +110,7 @@ class Recorded:
     warm_up: ClassVar[int] = WARM_UP + 1
 
     def __init__(
-        self, eager: Work, parameters: Sequence[nn.Parameter], graphs: Graphs, say: Callable[[str], None]
+        self, eager: Eager, parameters: Sequence[nn.Parameter], graphs: Graphs, say: Callable[[str], None]
     ) -> None:
         self.eager = eager
         self.parameters = parameters
@@ -149,9 +158,9 @@ class Recorded:
             with self._warming_up():
                 self.eager.apply()
         else:
-            if self.last is None:
-                with self._gradients():
-                    self.last = self.graphs.record(self.eager.apply)
+            with self._gradients():
+                self.eager.exchange()
+                self.last = self.last or self.graphs.record(self.eager.step)
             self.last()
             self.graphs.keep_pace()
         self.begun = False
@@ -247,6 +256,7 @@ class CudaGraphs:
 
     def record(self, function: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # or it might free the graphs of another run meanwhile; and memory is about to be short
         try:
             # thread_local: another thread may pin memory of the next batches or wait for what it copies to the disk
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
@@ -257,7 +267,8 @@ class CudaGraphs:
                 raise cause from None
             raise UserError(
                 f"the step cannot be recorded as a CUDA graph ({brief(cause)}); start the same command with "
-                f"{BLOCKING}=1 in the environment, which trains without, and report this"
+                f"{BLOCKING}=1 in the environment, which trains without, and report this",
+                everywhere=False,
             ) from error
 
         def replay() -> Any:
@@ -278,14 +289,14 @@ BLOCKING = "CUDA_LAUNCH_BLOCKING"
 """PyTorch's and CUDA's own switch for finding errors, under which nothing can be recorded."""
 
 
-def why_eager(device: torch.device, *, distributed: bool, scales_loss: bool, gradient_checkpointing: bool) -> str:
+def why_eager(device: torch.device, *, processes: int, scales_loss: bool, gradient_checkpointing: bool) -> str:
     """Return why the work of a run is not recorded as CUDA graphs; empty where it is."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "these need an NVIDIA GPU"
     if os.environ.get(BLOCKING, "0") not in ("", "0"):
         return f"{BLOCKING} is set"
-    if distributed:
-        return "processes exchange gradients"  # by NCCL, which no test of ours has recorded
+    if processes > 1 and not is_fast(processes):
+        return "gradients travel between machines, or by PCIe, while others are computed"
     if scales_loss:
         return "train.precision=fp16 leaves out updates whose gradients overflow"
     if gradient_checkpointing:

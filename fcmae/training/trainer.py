@@ -31,6 +31,7 @@ from fcmae.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
+from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
 from fcmae.training.launch import describe_device
 from fcmae.training.lock import Lock
@@ -179,16 +180,20 @@ class Trainer:
             self.ema.to(accelerator.device)
         if config.train.compile:
             model.compile(fullgraph=True, options=untimed())
-        self.model: nn.Module = accelerator.prepare(model)
-        self.optimizer = accelerator.prepare(optimizer)
-        self.window = Window.new(accelerator.device)
-        self.work: Work = Eager(self._accumulate, self._apply)
         self.eager = eager or why_eager(
             accelerator.device,
-            distributed=accelerator.distributed_type != DistributedType.NO,
+            processes=accelerator.num_processes,
             scales_loss=accelerator.scaler is not None,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
+        self.without_ddp = not self.eager and accelerator.distributed_type != DistributedType.NO
+        """Whether gradients are averaged once all are computed, as hooks on them are not called in a replay."""
+        self.model: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.without_ddp)
+        if self.without_ddp:
+            share([*model.parameters(), *model.buffers()])
+        self.optimizer = accelerator.prepare(optimizer)
+        self.window = Window.new(accelerator.device)
+        self.work: Work = Eager(self._accumulate, self._exchange, self._step)
         if not self.eager:
             self.record_steps(CudaGraphs(accelerator.device))
 
@@ -196,7 +201,8 @@ class Trainer:
         """Have the steps recorded, and their learning rates where a recording finds them."""
         for group in self.optimizer.param_groups:
             group["capturable"], group["lr"] = True, torch.zeros((), device=self.accelerator.device)
-        self.work = Recorded(self.work, list(self.bare_model.parameters()), graphs, self.say)
+        eager = Eager(self._accumulate, self._exchange, self._step)
+        self.work = Recorded(eager, list(self.bare_model.parameters()), graphs, self.say)
 
     # Checkpoints
 
@@ -420,7 +426,13 @@ class Trainer:
             self.ema.update(self.bare_model, self.step)
         self.seen_images += self.plan.images_per_step
 
-    def _apply(self) -> None:
+    def _exchange(self) -> None:
+        if self.without_ddp:
+            gradients = (parameter.grad for parameter in self.bare_model.parameters())
+            average(gradient for gradient in gradients if gradient is not None)
+            share(self.bare_model.buffers())
+
+    def _step(self) -> None:
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
         self.optimizer.step()
