@@ -760,7 +760,6 @@ class FinetuneRecipe(FinetuneConfig, Recipe[FinetuneConfig]):
 
     complete: ClassVar[type[RunConfig]] = FinetuneConfig
     open_sections: ClassVar[tuple[str, ...]] = ("model", "data")
-    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class ImageRecipe(ImageConfig, FinetuneRecipe):
@@ -768,6 +767,7 @@ class ImageRecipe(ImageConfig, FinetuneRecipe):
 
     model: ClassifierRecipe = ClassifierRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: ImageDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class SegmentationRecipe(SegmentationConfig, FinetuneRecipe):
@@ -775,6 +775,7 @@ class SegmentationRecipe(SegmentationConfig, FinetuneRecipe):
 
     model: SegmenterRecipe = SegmenterRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: MaskDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EvaluateConfig(Section):

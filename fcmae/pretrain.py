@@ -272,13 +272,13 @@ def train(
         if len(pixels):
             places["reconstructions"] = folder.reconstructions
         path = shlex.quote(str(folder.path))
-        finetuning = finetuning_recipe(config, len(source), accelerator.device)
+        tuning = finetuning_recipe(config, len(source), accelerator.device)
         layers = "" if model.encoder.layer_depths else " optim.layer_decay=1"
         commands = [
             f"tensorboard --logdir {path}",
             f"fcmae reconstruct {path} IMAGES --output {path}/panels",
             f"fcmae evaluate {path} --knn --linear --baseline data.root=LABELLED",
-            f"fcmae finetune --config {finetuning} init_from={path}{layers} data.root=LABELLED output={path}-finetuned",
+            f"fcmae finetune --config {tuning} init_from={path}{layers} data.root=LABELLED output={path}-finetuned",
         ]
         scores = {"k-NN top-1": "knn_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))
