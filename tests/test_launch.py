@@ -1,17 +1,27 @@
 """The precision of a run: bf16 wherever the GPU has it, what accelerate was launched with, or what is asked for."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from small_runs import small_config, small_trainer
 
 from fcmae.errors import UserError
 from fcmae.training import launch
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import claim_checkpoint, describe_precision, has_bf16, start_accelerator
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate's state is a global of the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +105,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = small_trainer(small_config(tmp_path))
+    (tmp_path / "metrics.jsonl").touch()
     trainer.save()
     trainer.writer.wait()
     (tmp_path / "config.yaml").write_text("output: x\n")

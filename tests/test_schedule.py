@@ -160,8 +160,8 @@ def test_fine_tuning_has_bounds_of_its_own() -> None:
 
     assert concerns("tiny") == ""
     assert "would give 0.001" in concerns("tiny", "optim.base_lr=1e-5")
-    assert "high" in concerns("tiny", "optim.base_lr=0.03")
-    assert "high" not in concerns("tiny", "optim.base_lr=0.03", "train.freeze_encoder=true")
+    assert "high" in concerns("tiny", "optim.base_lr=0.02")
+    assert "high" not in concerns("tiny", "optim.base_lr=0.02", "train.freeze_encoder=true")
 
 
 def test_few_updates_and_a_warmup_without_end_are_warned_of_with_the_remedy() -> None:

@@ -21,6 +21,8 @@ MOST_ON_GPU, MOST_ON_CPU = 512, 32
 leave the cache of a CPU."""
 SHARE = 0.8
 """Of the memory that is free: the rest is for what evaluation and the allocator take, and for errors of this."""
+BACKWARD = 3
+"""Tensors as large as the largest that the backward pass of a block makes, when all that was kept is still there."""
 TRIED = 2, 4
 """Images that are computed without numbers: even, as for pairs."""
 
@@ -29,11 +31,11 @@ Step = Callable[[nn.Module, int, torch.device], Tensor]
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, count the bytes of tensors that operations make and that are still there; `most` at once."""
+    """Inside, count the bytes of tensors that operations make and that are still there: `most` at once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.most = 0
+        self.live = self.most = self.largest = 0
         self.sizes: dict[int, int] = {}
         """Of storages, by their address."""
 
@@ -49,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
         if place not in self.sizes:
             self.sizes[place] = storage.nbytes()
             self.live += storage.nbytes()
-            self.most = max(self.most, self.live)
+            self.most, self.largest = max(self.most, self.live), max(self.largest, storage.nbytes())
             weakref.finalize(storage, self._forget, place)
 
     def _forget(self, place: int) -> None:
@@ -68,12 +70,10 @@ def _move(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = torch.empty(old.shape, dtype=old.dtype, device=device)
 
 
-def forward_bytes(
-    outline: nn.Module, step: Step, images: int, device: torch.device, dtype: torch.dtype | None
-) -> int:
-    """Return the most bytes that a forward pass takes besides the weights, what it keeps for the gradient included.
+def step_bytes(outline: nn.Module, step: Step, images: int, device: torch.device, dtype: torch.dtype | None) -> int:
+    """Return about the most bytes that a step takes besides weights and their gradients.
 
-    Nothing is computed: tensors have shapes and no numbers, and the device need not be there.
+    It is a forward pass, and `BACKWARD` for the other. Nothing is computed: tensors have shapes and no numbers, and the device need not be there.
 
     Args:
         outline: the network on the meta device.
@@ -94,7 +94,7 @@ def forward_bytes(
         torch.set_autocast_enabled(kind, False)
         torch.set_autocast_dtype(kind, before)
         torch.clear_autocast_cache()
-    return counted.most
+    return counted.most + BACKWARD * counted.largest
 
 
 class Footprint(NamedTuple):
@@ -111,9 +111,7 @@ class Footprint(NamedTuple):
     def estimate(
         cls, config: RunConfig, outline: nn.Module, step: Step, device: torch.device, precision: str
     ) -> "Footprint":
-        """Count weights, gradients, moments and EMA, a forward pass, and two batches of images as they are loaded.
-
-        The backward pass frees what it has used, so that besides the gradients it takes hardly more.
+        """Count weights, gradients, moments and EMA, a step, and two batches of images as they are loaded.
 
         Args:
             outline: the network on the meta device.
@@ -124,7 +122,7 @@ class Footprint(NamedTuple):
         """
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
         try:
-            few, more = (forward_bytes(outline, step, images, device, dtype) for images in TRIED)
+            few, more = (step_bytes(outline, step, images, device, dtype) for images in TRIED)
         except Exception as error:  # whatever a network of others does with numbers
             raise UserError(
                 f"data.batch_size=auto: the memory of this network cannot be estimated ({brief(error)}); set "
