@@ -19,7 +19,7 @@ from fcmae.data import save_arrays
 from fcmae.errors import UserError
 from fcmae.model import FCMAE
 from fcmae.tasks.known import TASKS
-from fcmae.training.batch import Footprint, LiveBytes, Room, Step, fitting, step_bytes, with_batch
+from fcmae.training.batch import TRIED, Footprint, LiveBytes, Room, Step, fitting, step_bytes, with_batch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TASK_NAMES = ["classification", "multilabel", "regression", "segmentation"]
@@ -97,8 +97,8 @@ def resized(
 def test_a_real_step_takes_about_what_was_estimated(task: str) -> None:
     """Forward and backward, of a batch beyond those that were tried."""
     made = training(task)
-    few, more = (step_bytes(made.outline, made.step, number, CPU, None) for number in (2, 4))
-    estimate = few + (16 - 2) * (more - few) / 2
+    few, more = (step_bytes(made.outline, made.step, number, CPU, None) for number in TRIED)
+    estimate = few + (16 - TRIED[0]) * (more - few) / (TRIED[1] - TRIED[0])
     model = made.build()
     with LiveBytes() as counted:
         made.step(model, 16, CPU).backward()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from small_runs import small_config, small_trainer
+from small_runs import batches, small_config, small_trainer
 
 from fcmae.errors import UserError
 from fcmae.training import launch
-from fcmae.training.checkpoint import Checkpoint
-from fcmae.training.launch import claim_checkpoint, describe_precision, has_bf16, start_accelerator
+from fcmae.training.checkpoint import Checkpoint, read_checkpoint
+from fcmae.training.launch import describe_precision, has_bf16, start_accelerator
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,9 @@ def test_a_cpu_computes_in_float32_unless_told_otherwise(monkeypatch: pytest.Mon
     assert not has_bf16(torch.device("cpu"))
     assert not has_bf16(torch.device("mps"))
     assert start_accelerator("auto").mixed_precision == "no"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+
+
+def test_fp16_needs_a_gpu() -> None:
     with pytest.raises(UserError, match=r"^train\.precision=fp16: needs a GPU"):
         start_accelerator("fp16")
 
@@ -106,11 +108,10 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
 ) -> None:
     trainer = small_trainer(small_config(tmp_path))
     (tmp_path / "metrics.jsonl").touch()
+    trainer.update(batches(trainer))
     trainer.save()
     trainer.writer.wait()
-    (tmp_path / "config.yaml").write_text("output: x\n")
-    checkpoint = claim_checkpoint(trainer.config)
-    assert checkpoint is not None
+    checkpoint = read_checkpoint(tmp_path / "checkpoints" / "last")
     assert checkpoint.state.precision == "no"
     assert resume(checkpoint, tmp_path, capsys) == ""
     other = checkpoint._replace(state=checkpoint.state.model_copy(update={"precision": "bf16"}))

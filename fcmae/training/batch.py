@@ -22,9 +22,9 @@ leave the cache of a CPU."""
 SHARE = 0.8
 """Of the memory that is free: the rest is for what evaluation and the allocator take, and for errors of this."""
 BACKWARD = 3
-"""Tensors as large as the largest that the backward pass of a block makes, when all that was kept is still there."""
-TRIED = 2, 4
-"""Images that are computed without numbers: even, as for pairs."""
+"""Tensors as large as the largest that the backward pass of a block makes while all that was kept is there."""
+TRIED = 32, 64
+"""Images computed without numbers: even, as for pairs, and so many that no weight is the largest tensor."""
 
 Step = Callable[[nn.Module, int, torch.device], Tensor]
 """(network, number of images, device) -> the loss of so many images, whatever they show."""
@@ -73,7 +73,8 @@ def _move(model: nn.Module, device: torch.device) -> None:
 def step_bytes(outline: nn.Module, step: Step, images: int, device: torch.device, dtype: torch.dtype | None) -> int:
     """Return about the most bytes that a step takes besides weights and their gradients.
 
-    It is a forward pass, and `BACKWARD` for the other. Nothing is computed: tensors have shapes and no numbers, and the device need not be there.
+    These are those of a forward pass, with what it keeps, and `BACKWARD`. Nothing is computed: tensors have shapes
+    and no numbers, and the device need not be there.
 
     Args:
         outline: the network on the meta device.
