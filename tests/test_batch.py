@@ -273,3 +273,21 @@ def test_numbers_that_contradict_each_other_are_refused_before_anything_is_writt
     given = ["--config", "atto", *words, *SHORT, "data.batch_size=5", "optim.accumulate=5"]
     assert "is not data.batch_size=5 x optim.accumulate=5 x 1 process;" in error_line(pretrain.main, capsys, *given)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("task", ["pretraining", "classification", "segmentation"])
+def test_a_step_on_cuda_takes_about_what_was_estimated(task: str) -> None:
+    made = training(task, model={"variant": "atto"})
+    estimate = made.footprint(GPU, "bf16")
+    model = made.build().to(GPU)
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = made.step(model, 256, GPU)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 0.5 * estimate.of(256) < torch.cuda.max_memory_allocated() < estimate.of(256) / SHARE

@@ -118,3 +118,11 @@ def test_a_run_that_goes_on_in_another_precision_says_so(
     assert "not the same run any more: precision: bf16 -> no" in resume(other, tmp_path, capsys)
     unknown = checkpoint._replace(state=checkpoint.state.model_copy(update={"precision": None}))
     assert resume(unknown, tmp_path, capsys) == "", "of 0.1.0, whose auto on a CPU was float32"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_since_ampere_computes_in_bf16_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    native = torch.cuda.get_device_capability()[0] >= 8
+    assert start_accelerator("auto").mixed_precision == ("bf16" if native else "no")
