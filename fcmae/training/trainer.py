@@ -225,10 +225,9 @@ class Trainer:
         before = stored.data.batch_size * stored.optim.accumulate * state.num_processes
         if before != self.plan.images_per_step:
             changes.append(f"images per update: {before} -> {self.plan.images_per_step}")
-        precision = state.precision or stored.train.precision
-        changed = precision, self.accelerator.mixed_precision
-        if changed[0] != changed[1] and changed != ("auto", "no"):  # 0.1.0's auto, which was float32 mostly
-            changes.append(f"precision: {changed[0]} -> {changed[1]}")
+        then, now = state.precision or stored.train.precision, self.accelerator.mixed_precision
+        if then != now and (then, now) != ("auto", "no"):  # auto of 0.1.0 was float32, unless launched otherwise
+            changes.append(f"precision: {then} -> {now}")
         if changes:
             self.say(f"resuming with changes, so not the same run any more: {'; '.join(changes)}")
 
