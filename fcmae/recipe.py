@@ -328,7 +328,7 @@ def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Pret
     output = Path(given["output"]) if "output" in given else suitable_output(root, split)
     stored = run_on(output, root, split)
     if stored is not None and RunFolder(output).newest is not None:
-        values = stored.model_dump(mode="json") | {"resume": "auto"}
+        values: dict[str, Any] = stored.model_dump(mode="json") | {"resume": "auto"}
         if stored.optim.images_per_update:  # whose batches the checkpoint knows, whatever the number of processes
             values["data"]["batch_size"] = values["optim"]["accumulate"] = AUTO
         config = override_config(PretrainRecipe, values, overrides, str(RunFolder(output).config))

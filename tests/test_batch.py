@@ -179,7 +179,7 @@ def test_what_is_given_stays_and_the_rest_follows() -> None:
     assert resized(training(optim={"accumulate": 4}), processes=3) == (8, 4)
     both: dict[str, Any] = {"data": {"batch_size": 8}, "optim": {"accumulate": 4}}
     assert resized(training(**both), processes=3) == (8, 4)
-    without = training(**both | {"optim": {"accumulate": 4, "images_per_update": None}})
+    without = training(data={"batch_size": 8}, optim={"accumulate": 4, "images_per_update": None})
     assert resized(without, processes=7) == (8, 4)
 
 
