@@ -675,11 +675,10 @@ class Recipe(RunConfig, Generic[Complete]):
         values = self.model_dump(mode="json")
         for dotted in [*self.automatic, *CHOSEN]:
             section, key = dotted.split(".")
-            if dotted in CHOSEN and values[section][key] != AUTO:
-                continue
-            del values[section][key]
-            if dotted in known:
-                values[section][key] = known[dotted]
+            if values[section][key] == AUTO:
+                del values[section][key]
+                if dotted in known:
+                    values[section][key] = known[dotted]
         if "variant" not in values["model"]:
             raise UserError(
                 "model.variant=auto: takes the network of init_from, which is null; "

@@ -127,9 +127,9 @@ def train(
 
     def blank_step(model: nn.Module, number: int, device: torch.device) -> Tensor:
         images = torch.empty(number, config.model.in_chans, *config.data.size, device=device)
-        return model(images, torch.empty(number, num_visible, dtype=torch.int64, device=device)).loss
+        ids = torch.empty(number, draw_ids.num_visible, dtype=torch.int64, device=device)
+        return model(images, ids).loss
 
-    num_visible = draw_ids(generator=torch.Generator()).shape[1]
     config, batch_reason = choose_batch(
         config, recipe, outline, blank_step, accelerator=accelerator, checkpoint=checkpoint
     )
