@@ -191,9 +191,11 @@ def with_batch(
         if before and share % before == 0 and footprint.of(before) <= there.total:
             batch, reason = before, "auto: as before"
         else:
-            most = MOST_ON_GPU if on_gpu and there.free < float("inf") else MOST_ON_CPU
+            known = there.free < float("inf")
+            most = MOST_ON_GPU if on_gpu and known else MOST_ON_CPU
             batch = fitting(share, footprint, SHARE * there.free, most, pairs=config.mixes_pairs)
-            reason = f"auto: takes about {footprint.of(batch) / 1e9:.1f} GB of {there.free / 1e9:.0f}"
+            reason = f"auto: takes about {footprint.of(batch) / 1e9:.1f} GB"
+            reason += f" of {there.free / 1e9:.0f}" if known else ""
     elif batch == AUTO:
         batch = share // accumulate
     if config.mixes_pairs and batch % 2:
