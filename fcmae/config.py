@@ -174,7 +174,7 @@ class DataSection(Section):
     image_size: Side | Sizes = 224
     """Pixels: a side, or [height, width]."""
     batch_size: Batch = 64
-    """Images per process and micro-batch."""
+    """Images per process and micro-batch; `auto` for as many as fit."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 8
     max_bad: Count = 100
     """Images that may fail to decode before the run ends."""
@@ -313,6 +313,9 @@ class MaskDataSection(LabelledDataSection):
 class OptimSection(Section):
     """AdamW, warm-up and cosine; the rate is base_lr * images per update / 256."""
 
+    images_per_update: Batch | None = None
+    """Of all processes, from which follows what is `auto` of `data.batch_size` and `accumulate`; null for
+    data.batch_size * accumulate * processes."""
     base_lr: NotNegative = 1.5e-4
     min_lr: NotNegative = 0.0
     weight_decay: NotNegative = 0.05
@@ -321,7 +324,7 @@ class OptimSection(Section):
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient, or null for no clipping."""
     accumulate: Batch = 1
-    """Micro-batches per update."""
+    """Micro-batches per update; `auto` for as many as make up `images_per_update`."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the rate from each layer to the one below it."""
     layer_decay_type: Literal["single", "group"] = "single"
@@ -354,7 +357,8 @@ class TrainSection(Section):
     max_hours: Epochs | None = None
     """Save and stop, to be resumed, when the process has run for so long; null for never."""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast; `auto` takes what accelerate was configured or launched with."""
+    """Autocast; `no` is float32, without TF32; `auto` is bf16 or fp16 if accelerate was launched with that, else
+    bf16 on GPUs that have it, else float32."""
     compile: bool = False
     gradient_checkpointing: bool = False
     seed: Seed = 0
@@ -474,6 +478,22 @@ class RunConfig(Section):
                 )
         return self
 
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether batches must be even, as mixup and cutmix mix pairs."""
+        return False
+
+    @model_validator(mode="after")
+    def _check_update(self) -> Self:
+        sizes = {"data.batch_size": self.data.batch_size, "optim.accumulate": self.optim.accumulate}
+        for key, value in sizes.items():
+            if value == AUTO and self.optim.images_per_update is None:
+                raise ValueError(
+                    f"{key}=auto: follows from optim.images_per_update, which is null; set that, such as "
+                    f"optim.images_per_update=1024, or a number for {key}"
+                )
+        return self
+
 
 def _require_bands(bands: tuple[int, int, int] | None, in_chans: Any) -> None:
     if bands and in_chans != AUTO and max(bands) >= in_chans:
@@ -568,6 +588,10 @@ class ImageConfig(FinetuneConfig):
     train: ImageTrainSection = ImageTrainSection()
 
     @property
+    def mixes_pairs(self) -> bool:
+        return bool(self.data.mixup or self.data.cutmix)
+
+    @property
     def loss(self) -> str:
         """What is minimised, the task's own for `auto`."""
         return LOSSES[self.task][0] if self.train.loss == AUTO else self.train.loss
@@ -579,7 +603,7 @@ class ImageConfig(FinetuneConfig):
                 f"data.auto_augment={self.data.auto_augment} is for images of 1 or 3 channels, but model.in_chans "
                 f"is {self.model.in_chans}: set data.auto_augment=null"
             )
-        if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
+        if self.mixes_pairs and self.data.batch_size != AUTO and self.data.batch_size % 2:
             raise ValueError(f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix mix pairs")
         return self
 
@@ -621,6 +645,9 @@ class SegmentationConfig(FinetuneConfig):
 
 Complete = TypeVar("Complete", bound=RunConfig)
 
+CHOSEN = ("data.batch_size", "optim.accumulate")
+"""Keys that, where they are `auto`, are chosen for the network and the device: `fcmae.training.batch`."""
+
 
 class Recipe(RunConfig, Generic[Complete]):
     """What users give a story: a configuration in which `auto` is what `data.stats` or `init_from` says."""
@@ -634,22 +661,24 @@ class Recipe(RunConfig, Generic[Complete]):
     def automatic(self) -> list[str]:
         """The dotted keys that are `auto`."""
         sections = ((name, getattr(self, name)) for name in self.open_sections)
-        return [f"{name}.{key}" for name, section in sections for key, value in section if value == AUTO]
+        keys = [f"{name}.{key}" for name, section in sections for key, value in section if value == AUTO]
+        return [key for key in keys if key not in CHOSEN]
 
     def resolve(self, known: Mapping[str, Any], source: str) -> Complete:
         """Return the configuration with the values of `known`, by dotted key, in place of `auto`.
 
-        What is not known takes its default.
+        What is not known takes its default; so do those of `CHOSEN`, until the network is there to choose by.
 
         Raises:
             UserError: naming `source`, if they do not fit the rest, or nothing says what network it is.
         """
         values = self.model_dump(mode="json")
-        for dotted in self.automatic:
+        for dotted in [*self.automatic, *CHOSEN]:
             section, key = dotted.split(".")
-            del values[section][key]
-            if dotted in known:
-                values[section][key] = known[dotted]
+            if values[section][key] == AUTO:
+                del values[section][key]
+                if dotted in known:
+                    values[section][key] = known[dotted]
         if "variant" not in values["model"]:
             raise UserError(
                 "model.variant=auto: takes the network of init_from, which is null; "
@@ -659,18 +688,26 @@ class Recipe(RunConfig, Generic[Complete]):
 
 
 class PretrainDataRecipe(PretrainDataSection):
-    """As `PretrainDataSection`, in which statistics may be `auto`."""
+    """As `PretrainDataSection`, in which statistics and the size of batches may be `auto`."""
 
+    batch_size: Batch | Auto = DataSection.model_fields["batch_size"].default  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Channels | Auto = DataSection.model_fields["mean"].default  # pyright: ignore[reportIncompatibleVariableOverride]
     std: Deviations | Auto = DataSection.model_fields["std"].default  # pyright: ignore[reportIncompatibleVariableOverride]
     clip: tuple[Limits, Limits] | Auto | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
+class PretrainOptimRecipe(PretrainOptimSection):
+    """As `PretrainOptimSection`, in which `auto` follows from the size of batches."""
+
+    accumulate: Batch | Auto = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class PretrainRecipe(PretrainConfig, Recipe[PretrainConfig]):
-    """What users give `pretrain.py`: a `PretrainConfig` in which the images' statistics may be `auto`."""
+    """What users give `pretrain.py`: a `PretrainConfig` in which statistics and batches may be `auto`."""
 
     complete: ClassVar[type[RunConfig]] = PretrainConfig
     data: PretrainDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    optim: PretrainOptimRecipe = PretrainOptimRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EncoderRecipe(EncoderSection):
@@ -684,8 +721,9 @@ class EncoderRecipe(EncoderSection):
 
 
 class DataRecipe(DataSection):
-    """As `DataSection`; `auto` is what `data.stats` says, or else what `init_from` was trained on."""
+    """As `DataSection`; `auto` is what `data.stats` says, or else what `init_from` was trained on, or what fits."""
 
+    batch_size: Batch | Auto = DataSection.model_fields["batch_size"].default  # pyright: ignore[reportIncompatibleVariableOverride]
     image_size: Side | Sizes | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     mean: Channels | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
     std: Deviations | Auto = AUTO  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -710,6 +748,12 @@ class MaskDataRecipe(DataRecipe, MaskDataSection):
     """As `MaskDataSection`, open in what `DataRecipe` is."""
 
 
+class FinetuneOptimRecipe(FinetuneOptimSection):
+    """As `FinetuneOptimSection`, in which `auto` follows from the size of batches."""
+
+    accumulate: Batch | Auto = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class FinetuneRecipe(FinetuneConfig, Recipe[FinetuneConfig]):
     """What users give `finetune.py`: a `FinetuneConfig` in which `auto` (or nothing) is what `init_from` has."""
 
@@ -722,6 +766,7 @@ class ImageRecipe(ImageConfig, FinetuneRecipe):
 
     model: ClassifierRecipe = ClassifierRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: ImageDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class SegmentationRecipe(SegmentationConfig, FinetuneRecipe):
@@ -729,6 +774,7 @@ class SegmentationRecipe(SegmentationConfig, FinetuneRecipe):
 
     model: SegmenterRecipe = SegmenterRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
     data: MaskDataRecipe  # pyright: ignore[reportIncompatibleVariableOverride]
+    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EvaluateConfig(Section):

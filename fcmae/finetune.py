@@ -6,6 +6,7 @@ accelerate launch -m fcmae.finetune --config atto init_from=runs/atto data.root=
 """
 
 import argparse
+import functools
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tasks.base import Evaluation, Scores, Task, score_images
 from fcmae.tasks.known import TASKS
 from fcmae.training.checkpoint import Checkpoint
-from fcmae.training.launch import start_accelerator, start_run
+from fcmae.training.launch import choose_batch, start_accelerator, start_run
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.memory import require_batch, require_memory
@@ -147,7 +148,7 @@ def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Fine-tune as configured, or only try everything out; returns the exit code."""
     config, taken = resolve_recipe(recipe)
     with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
-        train(config, accelerator, checkpoint, lock, taken=taken, dry_run=dry_run)
+        train(config, accelerator, checkpoint, lock, recipe=recipe, taken=taken, dry_run=dry_run)
     return 0
 
 
@@ -157,10 +158,16 @@ def train(
     checkpoint: Checkpoint | None,
     lock: Lock | None,
     *,
+    recipe: FinetuneRecipe,
     taken: str,
     dry_run: bool,
 ) -> None:
-    """Do the work of a run that has begun; `taken` says which settings its weights chose."""
+    """Do the work of a run that has begun.
+
+    Args:
+        recipe: says what may be chosen for its device.
+        taken: says which settings its weights chose.
+    """
     # The task and its images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
     task, dataset = TASKS[config.task].open(config, checkpoint.state if checkpoint else None)
@@ -174,13 +181,21 @@ def train(
     # The network: a dense ConvNeXt, pretrained, with a new head
     with torch.device("meta"):
         outline = task.build()
+    with blame("data.image_size"):
+        grid_shape(config.data.size, outline.patch_size)
+    with blame("train.gradient_checkpointing"):
+        outline.gradient_checkpointing = config.train.gradient_checkpointing
+    if config.train.freeze_encoder:
+        outline.freeze()
+    blank_step = functools.partial(task.blank_step, task.loss())
+    config, batch_reason = choose_batch(
+        config, recipe, outline, blank_step, accelerator=accelerator, checkpoint=checkpoint
+    )
+    task = replace(task, config=config)
     require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     model = task.build()
-    with blame("data.image_size"):
-        grid_shape(config.data.size, model.patch_size)
-    with blame("train.gradient_checkpointing"):
-        model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.gradient_checkpointing = config.train.gradient_checkpointing
     if checkpoint is None:
         started = task.start_from(model, config.init_from) if config.init_from else "from scratch"
     else:
@@ -213,6 +228,7 @@ def train(
         config=config,
         ema_decay=config.train.ema_decay,
         facts=task.facts,
+        batch_reason=batch_reason,
         lock=lock,
     )
     trainer.say(f"weights          {started}")

@@ -40,7 +40,7 @@ from fcmae.seeding import derive_seed
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tensors import misfits
 from fcmae.training.checkpoint import Checkpoint
-from fcmae.training.launch import start_run
+from fcmae.training.launch import choose_batch, start_run
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.memory import require_memory
@@ -102,7 +102,7 @@ def pretrain(recipe: PretrainRecipe, *, dry_run: bool = False) -> int:
     with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
         if taken:
             accelerator.print(f"auto             {taken}")
-        train(config, accelerator, checkpoint, lock, dry_run=dry_run)
+        train(config, accelerator, checkpoint, lock, recipe=recipe, dry_run=dry_run)
     return 0
 
 
@@ -112,21 +112,32 @@ def train(
     checkpoint: Checkpoint | None,
     lock: Lock | None,
     *,
+    recipe: PretrainRecipe,
     dry_run: bool,
 ) -> None:
-    """Do the work of a run that has begun."""
+    """Do the work of a run that has begun; `recipe` says what may be chosen for its device."""
     # The network: a sparse ConvNeXt encoder and a light decoder
     build = functools.partial(FCMAE, **config.model.model_dump(), nodata=config.data.nodata is not None)
     with blame("model"), torch.device("meta"):
         outline = build()
+    with blame("data.image_size"):
+        draw_ids = outline.mask_sampler(grid_shape(config.data.size, outline.patch_size))
+    with blame("train.gradient_checkpointing"):
+        outline.encoder.gradient_checkpointing = config.train.gradient_checkpointing
+
+    def blank_step(model: nn.Module, number: int, device: torch.device) -> Tensor:
+        images = torch.empty(number, config.model.in_chans, *config.data.size, device=device)
+        ids = torch.empty(number, draw_ids.num_visible, dtype=torch.int64, device=device)
+        return model(images, ids).loss
+
+    config, batch_reason = choose_batch(
+        config, recipe, outline, blank_step, accelerator=accelerator, checkpoint=checkpoint
+    )
     require_memory(config, outline, accelerator.device)
     torch.manual_seed(config.train.seed)
     with blame("model"):
         model = build()
-    with blame("data.image_size"):
-        draw_ids = model.mask_sampler(grid_shape(config.data.size, model.patch_size))
-    with blame("train.gradient_checkpointing"):
-        model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
+    model.encoder.gradient_checkpointing = config.train.gradient_checkpointing
     if config.init_from and checkpoint is None:
         accelerator.print(f"weights          {start_from(model, config.model, config.init_from)}")
 
@@ -174,6 +185,7 @@ def train(
         eager="MinkowskiEngine waits for the GPU" if config.model.layout == "minkowski" else "",
         plan=plan,
         config=config,
+        batch_reason=batch_reason,
         lock=lock,
     )
     require_disk(config, model, trainer.plan)
@@ -260,13 +272,13 @@ def train(
         if len(pixels):
             places["reconstructions"] = folder.reconstructions
         path = shlex.quote(str(folder.path))
-        recipe = finetuning_recipe(config, len(source), accelerator.device)
+        tuning = finetuning_recipe(config, len(source), accelerator.device)
         layers = "" if model.encoder.layer_depths else " optim.layer_decay=1"
         commands = [
             f"tensorboard --logdir {path}",
             f"fcmae reconstruct {path} IMAGES --output {path}/panels",
             f"fcmae evaluate {path} --knn --linear --baseline data.root=LABELLED",
-            f"fcmae finetune --config {recipe} init_from={path}{layers} data.root=LABELLED output={path}-finetuned",
+            f"fcmae finetune --config {tuning} init_from={path}{layers} data.root=LABELLED output={path}-finetuned",
         ]
         scores = {"k-NN top-1": "knn_top1"}
         trainer.say(summarize(trainer, scores=scores, places=places, commands=commands))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fcmae.config import AUTO, DataSection, PretrainConfig, PretrainRecipe, load_config, override_config
+from fcmae.config import AUTO, CHOSEN, DataSection, PretrainConfig, PretrainRecipe, load_config, override_config
 from fcmae.data import Reading, Source, open_source
 from fcmae.data.images import ImageSource
 from fcmae.data.pixels import FULL, kind_name
@@ -17,19 +17,17 @@ from fcmae.data.sampling import spread
 from fcmae.data.sources import holds_arrays
 from fcmae.data.stats import rounded
 from fcmae.data.views import Part
-from fcmae.encoder import VARIANTS
 from fcmae.encoder.networks import is_other
 from fcmae.errors import UserError
 from fcmae.story import cores_per_process
-from fcmae.training.launch import decide_once
+from fcmae.training.launch import decide_once, launched_precision
 from fcmae.training.memory import ram_bytes
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.schedule import peak_rate
 
 SAMPLED = 32
 """Images that are looked at."""
-KEPT = 16
-"""Values that a block keeps for its gradient, for each channel of each visible site."""
+IMAGES = "optim.images_per_update"
 
 
 class Machine(NamedTuple):
@@ -81,8 +79,7 @@ def this_machine() -> Machine:
     """Describe the GPU of this process where there is one, else the computer."""
     processes, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cores = cores_per_process()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    asked = None if precision == "no" else precision
+    asked = launched_precision()
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
         bf16 = gpu.major >= 8 or torch.version.hip is not None
@@ -165,17 +162,6 @@ def look_below(name: str, root: Path, split: str, given: Mapping[str, Any]) -> I
 # What suits it
 
 
-def fitting_batch(variant: Any, size: tuple[int, int], stem_stride: int, machine: Machine, *, bf16: bool) -> int:
-    """Return a power of two of images, up to 256, whose features fit into less than half of the memory."""
-    depths, dims = VARIANTS.get(variant, VARIANTS["huge"]) if isinstance(variant, str) else variant
-    visible = 0.4 * size[0] * size[1] / stem_stride**2
-    features = sum(
-        depth * dim * visible / 4**stage for stage, (depth, dim) in enumerate(zip(depths, dims, strict=True))
-    )
-    images = 0.4 * machine.memory / (features * KEPT * (2 if bf16 else 4))
-    return 2 ** int(min(max(math.log2(images), 0), 8))
-
-
 def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = None) -> list[Choice]:
     """Choose what depends on the images and the machine, around what is given; all else keeps its default."""
     given = given or {}
@@ -233,17 +219,19 @@ def choose(images: Images, machine: Machine, given: Mapping[str, Any] | None = N
     # The update: small sets are served better by many small ones than by few large ones
     auto = machine.precision is not None
     why = "as launched" if auto else f"{machine.name} {'has' if machine.bf16 else 'lacks'} bf16"
-    precision = pick("train.precision", "auto" if auto else "bf16" if machine.bf16 else "no", why)
-    half = precision in ("bf16", "fp16") or auto
+    pick("train.precision", "auto" if auto else "bf16" if machine.bf16 else "no", why)
     wanted = 8 if small_set else 16 if not machine.gpu else 64 if n < 5_000 else 256 if n < 200_000 else 1024
-    fits = fitting_batch(variant, sides, stride, machine, bf16=half)
     share = max(1, wanted // machine.processes)
-    why = "the memory's share of an update" if fits < share else "small updates suit small sets"
-    if fits >= share and (machine.processes > 1 or wanted > 64):
-        why = f"{wanted} images an update"
-    batch = pick("data.batch_size", min(share, fits), why)
-    accumulate = pick("optim.accumulate", max(1, share // batch), "micro-batches in an update")
-    together = batch * accumulate * machine.processes
+    why = f"for {n:,} images" if machine.processes > 1 or wanted > 64 else "small updates suit small sets"
+    numbers = [given[key] for key in CHOSEN if given.get(key, AUTO) != AUTO]
+    if given.get(IMAGES) or (machine.gpu and IMAGES not in given and len(numbers) < 2):
+        unit = numbers[0] if numbers else 1
+        together = pick(IMAGES, max(1, share // unit) * unit * machine.processes, why)
+        pick("data.batch_size", AUTO, "as many at once as the memory holds")
+        pick("optim.accumulate", AUTO, "and as often as it takes")
+    else:
+        batch = pick("data.batch_size", share, why)
+        together = batch * pick("optim.accumulate", max(1, share // batch), "micro-batches") * machine.processes
 
     # The run: until a GPU has seen enough, or a CPU has something to show
     least, most = (20_000, 250_000) if machine.gpu else (1_500, 20_000)
@@ -340,7 +328,9 @@ def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Pret
     output = Path(given["output"]) if "output" in given else suitable_output(root, split)
     stored = run_on(output, root, split)
     if stored is not None and RunFolder(output).newest is not None:
-        values = stored.model_dump(mode="json") | {"resume": "auto"}
+        values: dict[str, Any] = stored.model_dump(mode="json") | {"resume": "auto"}
+        if stored.optim.images_per_update:  # whose batches the checkpoint knows, whatever the number of processes
+            values["data"]["batch_size"] = values["optim"]["accumulate"] = AUTO
         config = override_config(PretrainRecipe, values, overrides, str(RunFolder(output).config))
         return config, f"going on with {output}, as chosen then; to begin anew, delete it or give output=FOLDER"
     name = given.get("data.name", "arrays" if holds_arrays(str(root), split) else "folder")

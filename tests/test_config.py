@@ -13,6 +13,7 @@ from fcmae.config import (
     ImageConfig,
     PretrainConfig,
     PretrainRecipe,
+    Recipe,
     RunConfig,
     Section,
     SegmentationConfig,
@@ -24,16 +25,18 @@ from fcmae.config import (
 )
 from fcmae.errors import UserError
 from fcmae.plain_yaml import write_value
+from fcmae.training.schedule import Plan
 
 ROOT = Path(__file__).parent.parent
 V2_VARIANTS = [name for name in VARIANTS if name not in ("small", "xlarge")]  # which are of V1 alone
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 SHIPPED_KINDS = [
-    ({"finetune": FinetuneRecipe, "pretrain": PretrainConfig}[task], path)
+    ({"finetune": FinetuneRecipe, "pretrain": PretrainRecipe}[task], path)
     for name, path in shipped_configs().items()
     if (task := command_of(name)) != "ablate"
 ]
 RUNS = [path for _, path in SHIPPED_KINDS]
+AUTOS = ("auto", "auto")
 MINIMAL = "output: runs/x\nmodel: {variant: atto}\ndata: {root: images}\n"
 
 
@@ -85,9 +88,7 @@ def test_every_shipped_config_begins_with_command_hardware_time_and_result(path:
 @pytest.mark.parametrize(("kind", "path"), SHIPPED_KINDS, ids=[str(path.relative_to(ROOT)) for path in RUNS])
 def test_every_recipes_learning_rate_peaks_where_others_do(kind: type[RunConfig], path: Path) -> None:
     config = load_config(kind, path)
-    processes = 8 if "8 GPUs, as written" in path.read_text() else 1
-    images_per_update = config.data.batch_size * config.optim.accumulate * processes
-    peak = config.optim.base_lr * images_per_update / 256
+    peak = Plan.of(config, 1_000_000, 8 if "8 GPUs, as written" in path.read_text() else 1).peak_lr
     frozen = getattr(config.train, "freeze_encoder", False)
     least = 1e-4 if path.stem.startswith("upernet") else 5e-4
     assert least - 1e-9 <= peak <= (2e-2 if frozen else 4e-3)
@@ -95,10 +96,10 @@ def test_every_recipes_learning_rate_peaks_where_others_do(kind: type[RunConfig]
 
 def test_there_is_an_imagenet_recipe_for_each_variant() -> None:
     for name in V2_VARIANTS:
-        config = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml")
+        config = load_config(PretrainRecipe, ROOT / "configs" / "pretrain" / f"{name}.yaml")
         assert config.model.variant == name
         assert config.data.size == (224, 224)
-        assert config.data.batch_size * config.optim.accumulate * 8 == 4096
+        assert (config.optim.images_per_update, config.data.batch_size, config.optim.accumulate) == (4096, *AUTOS)
         assert (config.optim.base_lr, config.optim.weight_decay, config.optim.betas) == (1.5e-4, 0.05, (0.9, 0.95))
         assert config.model.norm_pix_loss
         assert config.optim.clip_grad is None
@@ -108,7 +109,7 @@ def test_shipped_configs_are_found_by_name_from_anywhere(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "atto").mkdir()  # a folder is no configuration
     assert set(shipped_configs().values()) == set(SHIPPED)
-    for kind, task in ((PretrainConfig, "pretrain"), (FinetuneRecipe, "finetune")):
+    for kind, task in ((PretrainRecipe, "pretrain"), (FinetuneRecipe, "finetune")):
         for name in ("atto", f"{task}/atto"):
             assert load_config(kind, name) == load_config(kind, ROOT / "configs" / task / "atto.yaml")
     assert load_config(PretrainConfig, "quickstart") == load_config(
@@ -179,8 +180,8 @@ def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -
         config.model.drop_path,
     ) == FINETUNING[name]
     assert config.model.variant == name
-    assert config.init_from == load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml").output
-    assert data.batch_size * optim.accumulate * 8 == 1024
+    assert config.init_from == load_config(PretrainRecipe, ROOT / "configs" / "pretrain" / f"{name}.yaml").output
+    assert (optim.images_per_update, recipe.data.batch_size, recipe.optim.accumulate) == (1024, *AUTOS)
     assert (optim.betas, optim.min_lr, optim.clip_grad) == ((0.9, 0.999), 1e-6, None)
     assert (train.ema_decay, config.model.head_init_scale) == (0.9999, 0.001)
     assert (data.auto_augment, data.erase_prob, data.crop_pct) == ("rand-m9-mstd0.5-inc1", 0.25, 0.875)
@@ -190,7 +191,8 @@ def test_there_is_a_finetuning_recipe_of_the_paper_for_each_variant(name: str) -
 @pytest.mark.parametrize(("name", "drop_path"), [("tiny", 0.1), ("small", 0.4), ("base", 0.5), ("large", 0.5)])
 def test_there_is_a_recipe_of_the_v1_paper_for_each_of_its_sizes(name: str, drop_path: float) -> None:
     """V1 paper, table 5."""
-    config = load_config(FinetuneRecipe, ROOT / "configs" / "finetune" / f"v1-{name}.yaml").resolve({}, "a test")
+    recipe = load_config(FinetuneRecipe, ROOT / "configs" / "finetune" / f"v1-{name}.yaml")
+    config = recipe.resolve({}, "a test")
     assert isinstance(config, ImageConfig)
     data, optim, train = config.data, config.optim, config.train
     assert (config.model.variant, config.model.version, config.init_from) == (name, 1, None)
@@ -201,7 +203,7 @@ def test_there_is_a_recipe_of_the_v1_paper_for_each_of_its_sizes(name: str, drop
         0.05,
         (0.9, 0.999),
     )
-    assert data.batch_size * optim.accumulate * 8 == 4096
+    assert (optim.images_per_update, recipe.data.batch_size, recipe.optim.accumulate) == (4096, *AUTOS)
     assert (optim.layer_decay, optim.clip_grad, optim.warmup_epochs, train.epochs) == (1, None, 20, 300)
     assert (data.auto_augment, data.erase_prob, data.mixup, data.cutmix) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1)
     assert (train.label_smoothing, train.ema_decay, data.size, data.crop_pct) == (0.1, 0.9999, (224, 224), 0.875)
@@ -209,7 +211,7 @@ def test_there_is_a_recipe_of_the_v1_paper_for_each_of_its_sizes(name: str, drop
 
 def test_the_v2_papers_baseline_differs_from_its_recipe_in_version_and_epochs() -> None:
     ours, v2 = (
-        load_config(PretrainConfig, ROOT / "configs" / "pretrain" / f"{name}.yaml") for name in ("v1-base", "base")
+        load_config(PretrainRecipe, ROOT / "configs" / "pretrain" / f"{name}.yaml") for name in ("v1-base", "base")
     )
     changed = {"output": ours.output, "model": ours.model, "train": ours.train}
     assert (ours.model.version, ours.train.epochs) == (1, 800)
@@ -284,6 +286,20 @@ def test_the_task_decides_the_kind_of_a_configuration_and_of_its_recipe(minimal:
         config = load_config(FinetuneRecipe, minimal, given).resolve({}, "a test")
         assert type(config) is kind
         assert parse_config(FinetuneConfig, config.model_dump(mode="json"), "a test") == config
+
+
+@pytest.mark.parametrize("kind", [PretrainRecipe, FinetuneRecipe])
+def test_what_is_auto_of_batches_needs_the_images_of_an_update(minimal: Path, kind: type[RunConfig]) -> None:
+    for key in ("data.batch_size", "optim.accumulate"):
+        with pytest.raises(UserError, match=f"{key}=auto: follows from optim.images_per_update, which is null"):
+            load_config(kind, minimal, [f"{key}=auto"])
+        config, usual = (load_config(kind, minimal, a) for a in ([f"{key}=auto", "optim.images_per_update=96"], []))
+        assert isinstance(config, Recipe)
+        assert isinstance(usual, Recipe)
+        assert config.automatic == usual.automatic, "which init_from knows nothing of"
+        resolved = config.resolve({}, "a test")
+        assert (resolved.data.batch_size, resolved.optim.accumulate) == (64, 1), "until they are chosen"
+        assert Plan.of(config, 960, 4).total_steps == config.train.epochs * 10
 
 
 def test_auto_stands_for_what_is_known_else_for_the_default_and_values_given_win(minimal: Path) -> None:

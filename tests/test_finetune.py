@@ -420,6 +420,7 @@ def test_every_shipped_recipe_runs_dry_and_writes_nothing(
         f"data.root={data}",
         "data.batch_size=4",
         "data.num_workers=0",
+        "optim.images_per_update=null",
         "optim.accumulate=1",
         "init_from=null",
     ]

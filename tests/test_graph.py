@@ -417,5 +417,6 @@ def test_a_run_says_at_its_beginning_what_it_computes_on_and_whether_steps_are_r
 ) -> None:
     run(trainer_of(tmp_path / "run", recorded=False, train={"max_steps": 1})[0])
     threads = torch.get_num_threads()
-    line = f"device           cpu, {threads} thread(s), float32, no CUDA graphs (these need an NVIDIA GPU)\n"
+    threads = f"{threads} thread{'s' * (threads > 1)}"
+    line = f"device           cpu, {threads}, not compiled, no CUDA graphs (these need an NVIDIA GPU)\n"
     assert line in capsys.readouterr().out

@@ -107,7 +107,8 @@ def test_a_run_leaves_what_the_design_promises(
     first, second = out.splitlines()[:2]
     assert first.startswith("fcmae ")
     assert second.startswith("opening          "), "at once, not after what takes long"
-    assert "updates          1 to 12 with 8 of 40 images each; the first takes longer" in out
+    assert "\nprecision        float32 (auto: on a CPU)\nbatch            8 of 40 images an update\n" in out
+    assert "updates          1 to 12; the first takes longer" in out
     assert re.search(r"step 12/12 · epoch 2\.40 · loss \d\.\d+ · lr \S+ · \d+ images/s · data wait \d+% · ", out)
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",

@@ -42,7 +42,8 @@ COMMANDS = [
 ]
 SNIPPETS = [(page, text) for page in PAGES for language, text in blocks(page.read_text()) if language == "python"]
 
-SMALL = "model.variant=[[1,1,1,1],[8,8,16,16]] data.num_workers=0 optim.accumulate=1 train.max_steps=2"
+SMALL = "model.variant=[[1,1,1,1],[8,8,16,16]] data.num_workers=0 train.max_steps=2"
+SMALL += " optim.images_per_update=null optim.accumulate=1"
 PRETRAIN = f"{SMALL} model.decoder_dim=16 data.batch_size=2 train.precision=no visualize.num_images=0"
 FINETUNE = f"{SMALL} data.image_size=64 data.batch_size=4"
 VENV = f"VENV={sys.prefix}"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fcmae import pretrain, story
 from fcmae.arguments import read_given
-from fcmae.config import PretrainConfig, override_config
+from fcmae.config import PretrainRecipe, override_config
 from fcmae.data import PretrainDataset, RandomView, open_source, save_arrays
 from fcmae.errors import UserError
 from fcmae.patches import grid_shape
@@ -41,12 +41,12 @@ def images_of(number: int, side: int, channels: int = 3) -> Images:
     return Images(number, side, channels, (0.5,) * channels, (0.2,) * channels)
 
 
-def chosen(images: Images, machine: Machine, *overrides: str) -> PretrainConfig:
+def chosen(images: Images, machine: Machine, *overrides: str) -> PretrainRecipe:
     """The configuration that comes of the choices, around the overrides."""
     choices = choose(images, machine, read_given(overrides))
     rest: list[tuple[str, Any]] = [("output", "run"), ("data.root", "images")]
     values = assignments([(key, value) for key, value, _ in choices] + rest)
-    return override_config(PretrainConfig, values, overrides, "a test")
+    return override_config(PretrainRecipe, values, overrides, "a test")
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
@@ -76,15 +76,17 @@ def test_processes_share_an_update() -> None:
     assert one.peak_lr == pytest.approx(eight.peak_lr)
 
 
-def test_larger_networks_for_more_images_and_smaller_batches_for_less_memory() -> None:
+def test_larger_networks_for_more_images_and_batches_that_fill_a_gpu() -> None:
     variants = [chosen(images_of(n, 400), GPU).model.variant for n in (13, 5_000, 50_000, 1_000_000)]
     assert variants == ["atto", "nano", "tiny", "base"]
     assert chosen(images_of(50_000, 32), GPU).model.variant == "atto"
-    small, large = (
-        chosen(images_of(50_000, 400), machine, "model.variant=base") for machine in (MACHINES["small gpu"], GPU)
-    )
-    assert small.data.batch_size < large.data.batch_size
-    assert small.data.batch_size * small.optim.accumulate == large.data.batch_size * large.optim.accumulate
+    for overrides, batch, together in (((), "auto", 256), (("data.batch_size=100",), 100, 200)):
+        config = chosen(images_of(50_000, 400), GPU, *overrides)
+        assert (config.data.batch_size, config.optim.accumulate) == (batch, "auto")
+        assert config.optim.images_per_update == together
+    fixed = chosen(images_of(50_000, 400), GPU, "data.batch_size=100", "optim.accumulate=3")
+    assert fixed.optim.images_per_update is None
+    assert chosen(images_of(50_000, 400), CPU).data.batch_size == 16
 
 
 def test_other_choices_follow_what_is_given() -> None:
@@ -305,14 +307,14 @@ def test_more_workers_than_cores_are_mentioned(
     assert [line.partition(" of each")[0] for line in said] == says
 
 
-def trainer_of(config: PretrainConfig, said: list[str]) -> Any:
+def trainer_of(config: PretrainRecipe, said: list[str]) -> Any:
     accelerator = SimpleNamespace(
         process_index=0, num_processes=1, is_main_process=True, device=torch.device("cpu")
     )
     return SimpleNamespace(accelerator=accelerator, config=config, seen_images=0, say=said.append)
 
 
-def photographs(config: PretrainConfig) -> PretrainDataset:
+def photographs(config: PretrainRecipe) -> PretrainDataset:
     source = open_source("folder", str(PHOTOS), "train", config.model.in_chans)
     view = RandomView(config.data.size, config.data.crop_scale, config.data.hflip)
     return PretrainDataset(source, view=view, draw_ids=lambda: torch.zeros(1, 1), seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, load_config, parse_config
+from fcmae.config import FinetuneConfig, FinetuneRecipe, PretrainConfig, PretrainRecipe, load_config, parse_config
 from fcmae.errors import UserError
 from fcmae.training.schedule import Plan, is_due, learning_rate, times_due
 
@@ -129,7 +129,7 @@ def configuration(path: Path, *overrides: str) -> PretrainConfig | FinetuneConfi
         return load_config(FinetuneRecipe, path, ["data.root=images", *overrides]).resolve(
             {"model.variant": "atto"}, str(path)
         )
-    return load_config(PretrainConfig, path, ["data.root=images", *overrides])
+    return load_config(PretrainRecipe, path, ["data.root=images", *overrides])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -142,7 +142,7 @@ def test_no_shipped_configuration_is_warned_of_on_its_own_hardware(path: Path) -
 
 def test_a_rate_far_from_those_of_recipes_is_warned_of_with_one_that_would_do() -> None:
     def concerns(*overrides: str) -> str:
-        config = configuration(ROOT / "configs/pretrain/atto.yaml", "optim.accumulate=1", *overrides)
+        config = configuration(ROOT / "configs/pretrain/atto.yaml", "optim.images_per_update=64", *overrides)
         return "\n".join(Plan.of(config, 1_281_167, 1).concerns(config))
 
     found = concerns()  # the paper's base_lr at 64 images per update
@@ -160,8 +160,8 @@ def test_fine_tuning_has_bounds_of_its_own() -> None:
 
     assert concerns("tiny") == ""
     assert "would give 0.001" in concerns("tiny", "optim.base_lr=1e-5")
-    assert "high" in concerns("tiny", "optim.base_lr=0.03")
-    assert "high" not in concerns("tiny", "optim.base_lr=0.03", "train.freeze_encoder=true")
+    assert "high" in concerns("tiny", "optim.base_lr=0.02")
+    assert "high" not in concerns("tiny", "optim.base_lr=0.02", "train.freeze_encoder=true")
 
 
 def test_few_updates_and_a_warmup_without_end_are_warned_of_with_the_remedy() -> None:

@@ -237,7 +237,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(
 ) -> None:
     assert run(*arguments, "data.label_fraction=0.25", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "images         8, 8 per update" in out
+    assert "batch          8 of 8 images an update\n" in out
     assert "classes        3" in out
     assert "data           8 of 8 images tried, 0 unreadable" in out
     assert "validation     9 of 9 images tried, 0 unreadable" in out

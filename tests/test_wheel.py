@@ -13,7 +13,8 @@ from conftest import ROOT
 from PIL import Image
 
 NETWORK = "model.variant=[[1,1,1,1],[8,8,16,16]]"
-SMALL = [NETWORK, "data.image_size=64", "data.batch_size=2", "data.num_workers=0", "optim.accumulate=1"]
+SMALL = [NETWORK, "data.image_size=64", "data.batch_size=2", "data.num_workers=0"]
+SMALL += ["optim.images_per_update=null", "optim.accumulate=1"]
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,15 @@ class Task(ABC, Generic[Settings]):
     def loss(self) -> Loss:
         """Return what is minimised."""
 
+    def blank_step(self, loss: Loss, model: Any, number: int, device: torch.device) -> Tensor:
+        """Return the loss of so many images without content, by which memory is estimated."""
+        images = torch.zeros(number, self.config.model.in_chans, *self.config.data.size, device=device)
+        return loss(model, images, self.blank_targets(number, device))
+
+    def blank_targets(self, number: int, device: torch.device) -> Tensor:
+        """Return targets for `loss`; here shares or numbers, (number, outputs)."""
+        return torch.zeros(number, self.num_outputs, device=device)
+
     # Scores
 
     @abstractmethod

@@ -303,6 +303,9 @@ class Segmentation(Task[SegmentationConfig]):
 
         return loss
 
+    def blank_targets(self, number: int, device: torch.device) -> Tensor:
+        return torch.zeros(number, *self.config.data.size, dtype=torch.int64, device=device)
+
     def metric(self, num_outputs: int, device: torch.device) -> SegmentationMetric:
         return SegmentationMetric(num_outputs, device)
 

@@ -99,6 +99,8 @@ class State(Record):
     scaler: dict[str, float] | None
     """The state of the loss scaler of fp16."""
     num_processes: Annotated[int, Field(ge=1, lt=2**31)]
+    precision: Text | None = None
+    """What was computed in; None in 0.1.0, which did not note it."""
     config: dict[str, Any]
     class_names: tuple[Text, ...] | None = None
     """Of the network's outputs."""

@@ -122,9 +122,8 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
     megabytes = checkpoint_bytes(trainer.bare_model, ema=trainer.ema is not None) / 1e6
     return "\n".join(
         [
-            f"device         {trainer.device}",
+            *(f"{name:14} {text}" for name, text in trainer.first_lines.items()),
             f"parameters     {parameters:,}",
-            f"images         {plan.num_samples:,}, {plan.images_per_step} per update",
             f"updates        {plan.total_steps:,} ({plan.total_epochs:.1f} epochs, "
             f"warm-up {plan.warmup_steps:,}), peak learning rate {plan.peak_lr:.2e}",
             f"first loss     {loss:.4f}",

@@ -12,16 +12,22 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from torch import nn
 
 from fcmae.config import RunConfig
 from fcmae.errors import UserError
+from fcmae.training.batch import Footprint, Room, Run, Step, with_batch
 from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
 from fcmae.training.lock import Lock, held
+from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
 from fcmae.training.stop import Stopped
 
 T = TypeVar("T")
+
+MOST_BYTES = 2**60
+"""Of memory, in place of infinity, as processes tell each other whole numbers."""
 
 PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where torchrun and the MPI launchers say how many processes there are."""
@@ -41,8 +47,25 @@ def keep_freed_memory() -> None:
         libc.mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def without_gpu() -> bool:
+    """Whether there is no GPU, or `accelerate launch --cpu` leaves it alone."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def launched_precision() -> str | None:
+    """Return the precision that accelerate was launched or configured with; None also for "no", its default."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return None if asked == "no" else asked
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU is known to compute bf16 by instructions of its own, which nobody says of Apple's."""
+    kinds = {"cuda": torch.cuda, "xpu": torch.xpu}
+    return device.type in kinds and kinds[device.type].is_bf16_supported(including_emulation=False)
+
+
 def start_accelerator(precision: str) -> Accelerator:
-    """Return the Accelerator of this process, computing in `precision` ("auto": as launched).
+    """Return the Accelerator of this process, computing in `precision` ("auto": as launched, else as suits it).
 
     Raises:
         UserError: if this device cannot compute so.
@@ -55,17 +78,21 @@ def start_accelerator(precision: str) -> Accelerator:
         )
     # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # float32 is float32: TF32, which cuDNN takes unasked, keeps 10 of its 23 bits, bf16 keeps 7 at twice the speed
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
     try:
+        if (chosen := precision) == "auto":
+            device: Any = PartialState(cpu=without_gpu()).device
+            chosen = launched_precision() or decide_once(lambda: "bf16" if has_bf16(device) else "no")
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=None if precision == "auto" else precision,
+            cpu=without_gpu(),
+            mixed_precision=chosen,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.precision={precision}: {error}") from error
+    # float32 is float32, whatever accelerate or the environment said: TF32, which cuDNN takes unasked, keeps 10 of
+    # its 23 bits, bf16 keeps 7 at twice the speed
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if accelerator.device.type == "cpu":
         keep_freed_memory()
         if accelerator.mixed_precision == "fp16":
@@ -78,13 +105,68 @@ def start_accelerator(precision: str) -> Accelerator:
 
 
 def describe_device(accelerator: Accelerator) -> str:
-    """Say what a run computes on, and in what, such as "NVIDIA H200, bf16"."""
+    """Say what a run computes on, such as "8 x NVIDIA H200 of 151 GB"."""
+    device, processes = accelerator.device, accelerator.num_processes
+    times = f"{processes} x " if processes > 1 else ""
+    if device.type == "cpu":
+        return f"{times}cpu, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    name = getattr(torch, device.type).get_device_name(device) if device.type in ("cuda", "xpu") else device.type
+    memory = free_and_total(device)[1]
+    return f"{times}{name}" + ("" if memory == float("inf") else f" of {memory / 1e9:.0f} GB")
+
+
+def describe_precision(accelerator: Accelerator, asked: str) -> str:
+    """Say what a run computes in, and why, such as "bf16 (auto: the GPU has it; train.precision=no is float32)".
+
+    Args:
+        asked: the value of train.precision.
+    """
+    device, computed = accelerator.device.type, accelerator.mixed_precision
+    name = ("float32 without TF32" if device == "cuda" else "float32") if computed == "no" else computed
+    if asked != "auto":
+        return f"{name} (train.precision={asked})"
+    if launched_precision():
+        return f"{name} (auto: as launched)"
+    if computed == "bf16":
+        return f"{name} (auto: the GPU has it; train.precision=no is float32)"
+    return f"{name} (auto: " + ("on a CPU)" if device == "cpu" else "nothing says that the GPU has bf16)")
+
+
+def choose_batch(
+    config: Run,
+    recipe: RunConfig,
+    outline: nn.Module,
+    step: Step,
+    *,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
+) -> tuple[Run, str]:
+    """Put numbers where the recipe has `auto` for the size of batches, the same in all processes; says why, too.
+
+    Args:
+        outline: the network on the meta device.
+        step: computes the loss of some images with it, as the run does.
+
+    Raises:
+        UserError: as `with_batch` and `Footprint.estimate`.
+    """
     device, precision = accelerator.device, accelerator.mixed_precision
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    each = f"{torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
-    processes = f"{accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    computed = ("float32 without TF32" if device.type == "cuda" else "float32") if precision == "no" else precision
-    return ", ".join(filter(None, [name, processes, each, computed]))
+    return with_batch(
+        config,
+        recipe,
+        lambda: Footprint.estimate(config, outline, step, device, precision),
+        room=lambda: _room_of_all(accelerator),
+        on_gpu=device.type != "cpu",
+        processes=accelerator.num_processes,
+        state=checkpoint and checkpoint.state,
+    )
+
+
+def _room_of_all(accelerator: Accelerator) -> Room:
+    own = [min(size, MOST_BYTES) for size in free_and_total(accelerator.device)]
+    rows = accelerator.gather(torch.tensor([own], dtype=torch.int64, device=accelerator.device))
+    free, total = rows.amin(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    return Room(*(float("inf") if size == MOST_BYTES else float(size) for size in (free, total)))
 
 
 def decide_once(decide: Callable[[], T]) -> T:
@@ -96,7 +178,7 @@ def decide_once(decide: Callable[[], T]) -> T:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return decide()
     outcome: list[Any] = [None]
-    if PartialState(cpu=not torch.accelerator.is_available()).is_main_process:
+    if PartialState(cpu=without_gpu()).is_main_process:
         try:
             outcome = [decide()]
         except UserError as error:

@@ -1,4 +1,4 @@
-"""The memory that a run takes at the very least, held against what there is; builds and measures nothing."""
+"""The memory that there is, and what a run takes of it at the very least; builds and measures nothing."""
 
 import os
 from collections.abc import Iterable
@@ -58,6 +58,13 @@ def _bytes_of(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
+def training_bytes(config: RunConfig, model: nn.Module) -> int:
+    """Return the bytes of weights, and of gradients, AdamW's moments and the EMA, where they have such."""
+    ema = isinstance(config, FinetuneConfig) and config.train.ema_decay is not None
+    parameters = list(model.parameters())
+    return (1 + ema) * _bytes_of(parameters) + 3 * _bytes_of(p for p in parameters if p.requires_grad)
+
+
 def _kept_values(config: RunConfig, model: nn.Module) -> float:
     """Values of features that a ConvNeXt keeps of an image for the gradient: at least what goes into each block."""
     network: Any = getattr(model, "encoder", model)
@@ -67,6 +74,19 @@ def _kept_values(config: RunConfig, model: nn.Module) -> float:
     patches = int(shares * config.data.size[0] * config.data.size[1] / network.patch_size**2)
     widths = zip(network.layer_depths, network.dims, (64, 16, 4, 1), strict=True)
     return patches * sum(depth * dim * finer for depth, dim, finer in widths)
+
+
+def free_and_total(device: torch.device) -> tuple[float, float]:
+    """Return the bytes that this process may still take on a device, and could if it were alone there.
+
+    Infinity where nobody says. Processes of a computer have equal parts of its memory.
+    """
+    if device.type in ("cuda", "xpu"):
+        free, total = getattr(torch, device.type).mem_get_info(device)
+        return float(free), float(total)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    room = _room(device, processes)[0]
+    return room, room
 
 
 def _room(device: torch.device, processes: int) -> tuple[float, str]:
@@ -79,7 +99,7 @@ def _room(device: torch.device, processes: int) -> tuple[float, str]:
     return most_bytes() / processes, where
 
 
-def _loaded_bytes(data: DataSection) -> int:
+def loaded_bytes(data: DataSection) -> int:
     """Return the bytes of a pixel as it is loaded, at least: what kind it is may not be known yet."""
     return {"uint16": 2, "float32": 4}.get(data.dtype or "", 1 if data.nodata in (None, "auto") else 4)
 
@@ -127,9 +147,9 @@ def require_memory(config: RunConfig, model: nn.Module, device: torch.device) ->
     pixels = config.model.in_chans * data.size[0] * data.size[1]
     kept = 0.0 if frozen else 2 * _kept_values(config, model)  # of two bytes each, in half precision
     training: list[Part] = [(network, weights * (1 + ema + 3 * (not frozen)), "choose a smaller one")]
-    training += _images(data, (_loaded_bytes(data) + NORMALISED_BYTES) * pixels + kept)
+    training += _images(data, (loaded_bytes(data) + NORMALISED_BYTES) * pixels + kept)
     if device.type in HOST:
-        ready = _loaded_bytes(data) * pixels * data.batch_size * data.num_workers
+        ready = loaded_bytes(data) * pixels * data.batch_size * data.num_workers
         training.append((f"data.num_workers={data.num_workers}", ready, "lower it"))
     else:  # where it is built before it is moved, perhaps by one process after the other
         _require([(network, weights, "choose a smaller one")], torch.device("cpu"))
@@ -142,5 +162,5 @@ def require_batch(data: DataSection, channels: int, device: torch.device) -> Non
     Raises:
         UserError: naming the key to lower.
     """
-    pixel_bytes = _loaded_bytes(data) + NORMALISED_BYTES
+    pixel_bytes = loaded_bytes(data) + NORMALISED_BYTES
     _require(_images(data, pixel_bytes * channels * data.size[0] * data.size[1]), device)

@@ -43,6 +43,8 @@ HARMLESS = (
     "data.val_",
     "data.stride",
     "data.crop_pct",
+    "optim.images_per_update",  # of which the trainer compares what comes out, as of the precision
+    "train.precision",
     "train.max_hours",
     "checkpoint",
     "eval",

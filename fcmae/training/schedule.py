@@ -74,7 +74,9 @@ class Plan:
         Raises:
             UserError: if it makes more updates than the names of checkpoints count.
         """
-        images_per_step = config.data.batch_size * config.optim.accumulate * num_processes
+        images_per_step = config.optim.images_per_update
+        if images_per_step is None:
+            images_per_step = config.data.batch_size * config.optim.accumulate * num_processes
         total_steps = max(1, math.ceil(config.train.epochs * num_samples / images_per_step))
         if config.train.max_steps is not None:
             total_steps = min(total_steps, config.train.max_steps)

@@ -33,7 +33,7 @@ from fcmae.training.checkpoint import (
 )
 from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
-from fcmae.training.launch import describe_device
+from fcmae.training.launch import describe_device, describe_precision
 from fcmae.training.lock import Lock
 from fcmae.training.log import MetricsLog
 from fcmae.training.progress import Progress
@@ -134,6 +134,7 @@ class Trainer:
         ema_decay: of the exponential moving average (EMA) of the weights, kept in `ema`; None for none. While the
             run is young it is step / (step + 10), so that a short run's EMA is not of its first weights.
         facts: what else belongs into the checkpoints' state.json, such as class names.
+        batch_reason: why so many images are computed at once, where that was chosen.
         lock: of the run folder, on the process that holds it.
     """
 
@@ -150,11 +151,13 @@ class Trainer:
         config: RunConfig,
         ema_decay: float | None = None,
         facts: Mapping[str, Any] | None = None,
+        batch_reason: str = "",
         lock: Lock | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.lock = lock
         self.facts = dict(facts or {})
+        self.batch_reason = batch_reason
         self.compute_loss = compute_loss
         self.prepare = prepare
         self.plan = plan
@@ -237,6 +240,9 @@ class Trainer:
         before = stored.data.batch_size * stored.optim.accumulate * state.num_processes
         if before != self.plan.images_per_step:
             changes.append(f"images per update: {before} -> {self.plan.images_per_step}")
+        then, now = state.precision or stored.train.precision, self.accelerator.mixed_precision
+        if then != now and (then, now) != ("auto", "no"):  # auto of 0.1.0 was float32, unless launched otherwise
+            changes.append(f"precision: {then} -> {now}")
         if changes:
             self.say(f"resuming with changes, so not the same run any more: {'; '.join(changes)}")
 
@@ -267,6 +273,7 @@ class Trainer:
             kept=tuple(self.kept),
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             num_processes=self.accelerator.num_processes,
+            precision=self.accelerator.mixed_precision,
             config=self.config.model_dump(mode="json"),
             fcmae=__version__,
             torch=torch.__version__,
@@ -292,10 +299,21 @@ class Trainer:
             self.say(f"warning: {concern}")
 
     @property
-    def device(self) -> str:
-        """What the run computes on, and how."""
-        graphs = f"no CUDA graphs ({self.eager})" if self.eager else "CUDA graphs"
-        return f"{describe_device(self.accelerator)}, {graphs}"
+    def first_lines(self) -> dict[str, str]:
+        """What the run computes on, in which precision, how, and how many images at once."""
+        config, plan, accelerator = self.config, self.plan, self.accelerator
+        how = ["compiled" if config.train.compile else "not compiled"]
+        how += [f"no CUDA graphs ({self.eager})" if self.eager else "CUDA graphs"]
+        factors = [f"{accelerator.num_processes} processes"] if accelerator.num_processes > 1 else []
+        factors += [f"{config.data.batch_size}"]
+        factors += [f"{config.optim.accumulate} accumulated"] if config.optim.accumulate > 1 else []
+        batch = f"{plan.images_per_step:,} of {plan.num_samples:,} images an update"
+        batch += f" = {' x '.join(factors)}" * (len(factors) > 1)
+        return {
+            "device": f"{describe_device(accelerator)}, {', '.join(how)}",
+            "precision": describe_precision(accelerator, config.train.precision),
+            "batch": batch + (f" ({self.batch_reason})" if self.batch_reason else ""),
+        }
 
     def _check_images(self, batch: TrainBatch) -> None:
         """Name and remember the samples that could not be read."""
@@ -480,10 +498,10 @@ class Trainer:
             self.say(f"{self.run.path} is finished already: delete it, or name another output, to run again")
         else:
             self.warn()
-            self.say(f"device           {self.device}")
-            images = f"{self.plan.images_per_step} of {self.plan.num_samples:,} images"
+            for name, text in self.first_lines.items():
+                self.say(f"{name:16} {text}")
             first = "the first takes longer, as kernels are compiled and workers started"
-            self.say(f"updates          {self.step + 1} to {total:,} with {images} each; {first}")
+            self.say(f"updates          {self.step + 1:,} to {total:,}; {first}")
         with ExitStack() as stack:
             stack.enter_context(self.writer)  # left last: a run is over when its checkpoints are on disk
             log = None
