@@ -250,10 +250,11 @@ def environment() -> dict[str, str]:
     """For launching this checkout's scripts from anywhere, with a port of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free.getsockname()[1])}
+        place = {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free.getsockname()[1])}
+        return os.environ | place | {"OMP_NUM_THREADS": "1"}
 
 
 def launch(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run a Python module with its arguments, such as torchrun's, to the end."""
     module = [sys.executable, "-m", *command]
-    return subprocess.run(module, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(module, env=environment, capture_output=True, text=True, timeout=280, check=False)

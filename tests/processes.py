@@ -72,7 +72,7 @@ def _work(
     torch.set_num_threads(1)
     sys.argv = list(argv)
     try:
-        program()
+        sys.exit(program())
     finally:
         atexit._run_exitfuncs()  # which ends as any process does, but one of a fork server does not
 
@@ -81,7 +81,7 @@ class Processes:
     """The processes of a program: one, or the ranks of one run, as torchrun starts them.
 
     Args:
-        program: called in each, with `argv` as its `sys.argv`; it must be importable.
+        program: called in each, with `argv` as its `sys.argv`, for its exit code; it must be importable.
         place: a folder for what they write on standard output and error.
         folder: they work in it; default `place`.
         number: of ranks.
@@ -109,6 +109,10 @@ class Processes:
             process = fork_server().Process(target=_work, args=of_rank)
             process.start()
             self.processes.append(process)
+
+    def alive(self) -> bool:
+        """Whether any still runs."""
+        return any(process.is_alive() for process in self.processes)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to all processes, loader workers included, at once."""

@@ -456,6 +456,7 @@ def compile_every_kernel() -> None:
             triton_side(path)(*half)
 
 
+@pytest.mark.any_cpu
 def test_every_kernel_compiles_for_a_gpu() -> None:
     """The interpreter runs more Python than the compiler takes; in a process of its own, as it cannot be left."""
     pytest.importorskip("triton", reason="needs Triton")
