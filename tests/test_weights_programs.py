@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,30 @@ def load_program(folder: Path) -> Callable[[Tensor], Tensor]:
     return torch.export.load(folder / "model.pt2").module()
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], tuple[Weights, Path]]:
+    """A classifier's weights and the folder of its program, which is made when it is first asked for."""
+
+    @cache
+    def make(to: str, stem_stride: int, version: int) -> tuple[Weights, Path]:
+        torch.manual_seed(0)
+        weights = classifier(stem_stride=stem_stride, version=version)
+        folder = tmp_path_factory.mktemp("exported") / "program"
+        export(weights, to, folder)
+        return weights, folder
+
+    return make
+
+
+Exported = Callable[[str, int, int], tuple[Weights, Path]]
+
+
 @pytest.mark.parametrize(("stem_stride", "version"), [(4, 2), (1, 2), (4, 1)])
 @pytest.mark.parametrize(("to", "load"), [("onnx", load_onnx), ("torch-export", load_program)])
 def test_a_program_takes_any_batch_and_size(
-    to: str, load: Any, stem_stride: int, version: int, tmp_path: Path
+    to: str, load: Any, stem_stride: int, version: int, exported: Exported
 ) -> None:
-    weights = classifier(stem_stride=stem_stride, version=version)
-    export(weights, to, tmp_path / "out")
+    weights, folder = exported(to, stem_stride, version)
     encoder = small_encoder(num_classes=3, stem_stride=stem_stride, version=version).float().eval()
     encoder.load_state_dict(weights.tensors)
     sizes = [(1, 3, 64, 64), (3, 3, 96, 70), (2, 3, 65, 224), (5, 3, 101, 160)]
@@ -52,12 +70,12 @@ def test_a_program_takes_any_batch_and_size(
     if to == "onnx":
         patch = encoder.patch_size
         sizes += [(1, 3, patch, patch), (2, 3, patch + 3, 3 * patch)]
-    compute = load(tmp_path / "out")
+    compute = load(folder)
     for shape in sizes:
         images = smooth_images(*shape).float()
         with torch.no_grad():
             assert relative_error(compute(images), encoder(images)) <= 1e-4
-    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    described = json.loads((folder / "config.json").read_text())
     assert described["input"] == "float32 (batch, 3, height, width): the caller resizes, clips and normalises"
     assert (described["output"], described["class_names"]) == ("logits", list(NAMES))
     assert described["network"]["dims"] == list(TINY[1])
@@ -71,19 +89,9 @@ def test_a_program_takes_any_batch_and_size(
 PHOTOS = sorted((ROOT / "docs" / "photos").glob("*.jpg"))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Path]:
-    """A classifier's weights, and the folder of its ONNX model, without preprocessing inside."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("exported") / "onnx"
-    weights = classifier()
-    export(weights, "onnx", folder)
-    return weights, folder
-
-
-def prepended(exported: tuple[Weights, Path], folder: Path, **known: Any) -> tuple[Network, Preprocessing]:
-    """Make a copy of the model in `folder`, put preprocessing into it; returns the network and what it knows."""
-    weights, original = exported
+def prepended(exported: Exported, folder: Path, **known: Any) -> tuple[Network, Preprocessing]:
+    """Put preprocessing into a copy of the ONNX model, in `folder`; returns the network and what it knows."""
+    weights, original = exported("onnx", 4, 2)
     network = build_encoder(weights).eval()
     use = weights.preprocessing._replace(**known).completed(network)
     shutil.copytree(original, folder)
@@ -93,7 +101,7 @@ def prepended(exported: tuple[Weights, Path], folder: Path, **known: Any) -> tup
 
 @pytest.mark.parametrize(("size", "crop_pct"), [((64, 64), 0.8), ((64, 96), 1.0)])
 def test_a_model_with_preprocessing_takes_photographs_and_gives_predictions(
-    size: tuple[int, int], crop_pct: float, exported: tuple[Weights, Path], tmp_path: Path
+    size: tuple[int, int], crop_pct: float, exported: Exported, tmp_path: Path
 ) -> None:
     network, preprocessing = prepended(exported, tmp_path / "out", image_size=size, crop_pct=crop_pct)
     model = onnx.load(tmp_path / "out" / "model.onnx")
@@ -132,7 +140,7 @@ def test_a_model_with_preprocessing_takes_photographs_and_gives_predictions(
     ids=str,
 )
 def test_pixels_of_every_kind_are_prepared_as_for_training(
-    known: dict[str, Any], exported: tuple[Weights, Path], tmp_path: Path
+    known: dict[str, Any], exported: Exported, tmp_path: Path
 ) -> None:
     _, use = prepended(exported, tmp_path / "out", **known)
     model = onnx.load(tmp_path / "out" / "model.onnx")
