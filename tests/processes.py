@@ -54,7 +54,7 @@ def fork_server() -> Any:
 
 
 def _work(
-    program: Callable[[], object],
+    program: Callable[[], int | None],
     argv: Sequence[str],
     folder: Path,
     environment: Mapping[str, str],
@@ -89,7 +89,7 @@ class Processes:
 
     def __init__(
         self,
-        program: Callable[[], object],
+        program: Callable[[], int | None],
         argv: Sequence[str],
         place: Path,
         *,
