@@ -41,7 +41,7 @@ test: $(READY)  ## the test suite, and before it MinkowskiEngine where it can be
 	@$(PYTEST)
 
 test-other-cpu: $(READY)  ## the numeric tests, rounded as on another processor
-	@$(OTHER_CPU) $(PYTEST) -k "not triton" $(NUMERIC)  # whose interpreter is NumPy's arithmetic, the same on both
+	@$(OTHER_CPU) $(PYTEST) -m "not any_cpu" -k "not triton" $(NUMERIC)  # whose interpreter is NumPy's, the same on both
 
 fuzz: $(READY)  ## thousands of malformed configurations, weights and images, others each time
 	@FCMAE_FUZZ=1 $(PYTEST) tests/fuzz $(ARGS)

@@ -1,9 +1,7 @@
 """fcmae ablate: each run once, whoever wants it; what was stopped goes on; the table says what was measured."""
 
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, error_line, run_main
 from PIL import Image
+from processes import Processes
 
+import fcmae.__main__
 from fcmae import ablation, arguments
 from fcmae.__main__ import run
 from fcmae.config import load_config
@@ -212,14 +212,11 @@ def test_several_at_a_time_come_to_the_same(fake: list[str]) -> None:
 
 def test_a_killed_grid_leaves_no_run_behind_and_goes_on(fake: list[str]) -> None:
     Path("hang").touch()
-    command = [sys.executable, "-m", "fcmae", "ablate", "grid.yaml", *fake, "seeds=[0]"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while not ran() and time.monotonic() < end:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGTERM  # it waits for its run
+    process = Processes(fcmae.__main__.main, ["fcmae", "ablate", "grid.yaml", *fake, "seeds=[0]"], Path.cwd())
+    while not ran() and process.alive():
+        time.sleep(0.01)
+    process.processes[0].terminate()
+    assert process.wait() == [128 + signal.SIGTERM]  # it waits for its run
     assert len(ran()) == 1
     Path("hang").unlink()
     assert ablate(*fake, "seeds=[0]") == 0

@@ -335,13 +335,14 @@ for size in ("1m", "128k", "16k"):
 """
 
 
+@pytest.mark.any_cpu
 def test_a_real_dev_shm_of_any_size_ends_no_loader(folder: Path) -> None:
     mount = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     if not shutil.which("unshare") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("not allowed to mount a /dev/shm of its own")
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = ["unshare", "-m", sys.executable, "-c", SMALL, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=True)
     piped, here = done.stderr.splitlines()
     assert "come through pipes" in piped
     assert "load here" in here

@@ -487,7 +487,7 @@ class Slow:
         self.go, self.error = threading.Event(), error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Path:
-        assert self.go.wait(60)
+        assert self.go.wait(250)
         if self.error is not None:
             raise self.error
         return save_checkpoint(*args, **kwargs)

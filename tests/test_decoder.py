@@ -300,6 +300,7 @@ def test_autocast_runs_every_decoder(decoder: str, dtype: torch.dtype) -> None:
     assert all(grad.isfinite().all() for grad in gradients(out.loss, model).values())
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("decoder", ["unet", "transformer"])
 def test_compile_traces_other_decoders_and_changes_nothing(decoder: str) -> None:
     torch.compiler.reset()

@@ -10,8 +10,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, error_line, launch, records, run_main
+from conftest import ROOT, error_line, records, run_main
 from PIL import Image
+from processes import run_story
 from safetensors.torch import load_file, save_file
 
 import fcmae.__main__
@@ -362,15 +363,11 @@ def test_images_that_do_not_decode_are_left_out_of_the_count_and_named(
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["classes"]["images"] == [5, 4]
 
 
-def test_two_processes_count_and_train_as_one(
-    arguments: list[str], tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_two_processes_count_and_train_as_one(arguments: list[str], tmp_path: Path) -> None:
     still = ["data.mixup=0", "data.cutmix=0", "model.drop_path=0", "train.max_steps=6"]
     assert run(*arguments, *still, f"output={tmp_path / 'one'}") == 0
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
-    command += [str(ROOT / "finetune.py"), *arguments, *still, f"output={tmp_path / 'two'}", "data.batch_size=8"]
-    done = launch(command, environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_story("finetune", *arguments, *still, f"output={tmp_path / 'two'}", "data.batch_size=8", number=2)
+    assert done.codes == [0, 0], done.errors
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one == pytest.approx(two, abs=1e-4)
     first, second = evaluations(tmp_path / "one"), evaluations(tmp_path / "two")

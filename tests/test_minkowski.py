@@ -162,6 +162,7 @@ def test_kernel_maps_are_made_once_for_all_blocks_of_a_stage(monkeypatch: pytest
     assert len(made) == 4
 
 
+@pytest.mark.any_cpu
 @needs_engine
 def test_the_engine_sets_no_number_of_threads_on_large_machines() -> None:
     program = (

@@ -319,6 +319,7 @@ def test_an_image_of_which_nothing_is_known_changes_nothing_for_the_others() -> 
     assert relative_error(*losses) < 1e-12
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("target", ["pixels", "hog"])
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_compile_traces_the_model_with_unknown_pixels_whatever_is_known(norm_pix_loss: bool, target: str) -> None:
@@ -454,6 +455,7 @@ def test_autocast_runs_with_the_loss_in_float32(dtype: torch.dtype, layout: Layo
     assert all(grad.isfinite().all() for grad in gradients(out.loss, model).values())
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("layout", SPARSE)
 def test_compile_traces_the_whole_model_and_changes_nothing(layout: Layout) -> None:
     torch.compiler.reset()

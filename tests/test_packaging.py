@@ -72,7 +72,7 @@ def test_every_module_is_imported_where_only_linux_has_what_is_missing() -> None
     ]
     program = MISSING_ELSEWHERE + "".join(f"import {module.removesuffix('.__init__')}\n" for module in modules)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -99,7 +99,7 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
     )
 

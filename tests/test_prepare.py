@@ -6,9 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from itertools import islice
@@ -20,10 +17,12 @@ import pytest
 import torch
 from conftest import ROOT, error_line, run_main
 from PIL import Image
+from processes import Processes, fork_server
 from test_batches import same
 from test_sources import write_images
 from torch.utils.data import DataLoader
 
+import fcmae.__main__
 import fcmae.data.prepare
 from fcmae import sample_visible_ids
 from fcmae.__main__ import run
@@ -127,8 +126,8 @@ def test_arrays_of_many_channels_and_tiny_images_are_prepared_too(tmp_path: Path
 
 def test_processes_that_start_anew_prepare_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "few", 2)
-    spawning = functools.partial(DataLoader, multiprocessing_context="spawn")
-    monkeypatch.setattr(fcmae.data.prepare, "DataLoader", spawning)
+    anew = functools.partial(DataLoader, multiprocessing_context=fork_server())
+    monkeypatch.setattr(fcmae.data.prepare, "DataLoader", anew)
     assert prepare(tmp_path / "few", tmp_path / "out", "--workers", 1) == 0
     loose = open_source("folder", str(tmp_path / "few"), "train", 3)
     packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
@@ -316,15 +315,12 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(images: Path, tmp_p
         Image.open(path).resize((600, 600)).save(path, compress_level=1)
     assert prepare(images, tmp_path / "whole", "--size", 40, "--workers", 0) == 0
     out = tmp_path / "out" / "train"
-    command = [sys.executable, "-m", "fcmae", "prepare", str(images), str(out.parent)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*command, "--size", "40", "--workers", "2"], env=environment, cwd=tmp_path, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
+    words = ["prepare", str(images), str(out.parent), "--size", "40", "--workers", "2"]
+    process = Processes(fcmae.__main__.main, ["fcmae", *words], tmp_path)
+    deadline = time.monotonic() + 250
     while len(list(out.glob("shards/*.json"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     before = stamps(out)
     assert 5 <= len(list(out.glob("shards/*.json"))) < 39

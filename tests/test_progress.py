@@ -132,7 +132,7 @@ def test_a_run_that_computes_is_watched(progress: Progress, clock: Clock, monkey
     ticked = threading.Event()
     monkeypatch.setattr(progress, "tick", ticked.set)
     with progress:
-        assert ticked.wait(60)
+        assert ticked.wait(250)
     assert "progress" not in {thread.name for thread in threading.enumerate()}
 
 

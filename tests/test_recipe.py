@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, error_line, launch, run_main
+from conftest import ROOT, error_line, launch, records, run_main
 from PIL import Image
+from processes import run_story
 
 from fcmae import pretrain, story
 from fcmae.arguments import read_given
@@ -341,36 +342,31 @@ def test_mean_and_std_of_another_unit_are_mentioned_in_a_line(overrides: list[st
         assert said[0].endswith(f"fcmae stats {PHOTOS} computes them")
 
 
-def test_all_processes_train_with_what_the_main_one_chose(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_all_processes_train_with_what_the_main_one_chose(tmp_path: Path) -> None:
     os.symlink(PHOTOS, tmp_path / "photos")
-    torchrun = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
     words = [str(tmp_path / "photos"), f"output={tmp_path / 'run'}", "visualize.num_images=0", *QUICK]
-    done = launch([*torchrun, "-m", "fcmae.pretrain", *words], environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("fcmae ")
-    assert done.stdout.count("chosen for 13 images") == 1
-    assert " x 2 processes" in done.stdout
+    done = run_story("pretrain", *words, number=2)
+    assert done.codes == [0, 0], done.errors
+    assert done.output.startswith("fcmae ")
+    assert done.output.count("chosen for 13 images") == 1
+    assert " x 2 processes" in done.output
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["data"]["batch_size"] * config["optim"]["accumulate"] == 4  # of 8 an update
 
-    none = launch([*torchrun, "-m", "fcmae.pretrain", str(tmp_path / "run" / "encoder")], environment)
-    assert none.returncode != 0
-    said = [line for line in none.stderr.splitlines() if line.startswith("error: ")]
+    none = run_story("pretrain", str(tmp_path / "run" / "encoder"), number=2)
+    assert none.codes == [2, 2]
+    said = [line for line in none.errors.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert "no images in it" in said[0]
 
 
-def test_accelerate_launches_the_module_as_it_launches_the_script(
-    tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_accelerate_launches_the_module(tmp_path: Path, environment: dict[str, str]) -> None:
     options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     words = [str(PHOTOS), "--config", "quickstart", "visualize.num_images=0", *QUICK]
-    outputs = []
-    for i, program in enumerate((["-m", "fcmae.pretrain"], [str(ROOT / "pretrain.py")])):
-        arguments = [*program, *words, f"output={tmp_path / str(i)}"]
-        done = launch(["accelerate.commands.launch", *options, *arguments], environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("fcmae "), done.stdout
-        outputs.append((tmp_path / str(i) / "metrics.jsonl").read_text())
-    first, second = ([json.loads(line)["loss"] for line in lines.splitlines()] for lines in outputs)
-    assert first == pytest.approx(second)
+    assert run_main(pretrain.main, *words, f"output={tmp_path / 'here'}") == 0
+    module = ["-m", "fcmae.pretrain", *words, f"output={tmp_path / 'launched'}"]
+    done = launch(["accelerate.commands.launch", *options, *module], environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fcmae "), done.stdout
+    here, launched = ([record["loss"] for record in records(tmp_path / name)] for name in ("here", "launched"))
+    assert launched == pytest.approx(here)

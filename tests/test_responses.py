@@ -81,6 +81,7 @@ def test_masked_with_all_visible_is_dense(kind: dict[str, Any]) -> None:
     assert_same(features_and_gradients(encoder, images, ids, "masked"), dense)
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("kind", TRACED, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_pretraining_with_any_response_traces_as_one_graph(kind: dict[str, Any]) -> None:
     model = FCMAE(((1, 1, 1, 1), (4, 6, 8, 12)), stem_stride=1, decoder_dim=8, **kind)

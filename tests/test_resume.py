@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,9 +16,11 @@ import pytest
 import torch
 from conftest import ROOT, records, run_main
 from PIL import Image
+from processes import Processes
 from safetensors.torch import load_file, save_file
 
 from fcmae import finetune, pretrain
+from fcmae.arguments import run
 from fcmae.data import save_arrays
 from fcmae.load import load_weights
 from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER
@@ -107,14 +109,13 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(name: str, data: Path, tmp_p
     assert run_main(story.main, *settings) == 0
 
     folder = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / f"{name}.py"), *settings, f"output={folder}", "data.num_workers=1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "step-00000014").exists() and process.poll() is None:
+    words = [f"{name}.py", *settings, f"output={folder}", "data.num_workers=1"]
+    process = Processes(partial(run, name), words, tmp_path)
+    deadline = time.monotonic() + 250
+    while not (folder / "checkpoints" / "step-00000014").exists() and process.alive():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (folder / left).exists(), "the run was over before it could be killed"
 

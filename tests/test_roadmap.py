@@ -58,6 +58,7 @@ def test_each_step_turns_one_switch_of_the_step_before() -> None:
         assert turned("depthwise-up", step) == ["kernel"]
 
 
+@pytest.mark.any_cpu
 def test_each_step_costs_what_the_paper_says_in_every_digit(benchmark: Any) -> None:
     assert benchmark.PAPER.keys() == ROADMAP.keys()
     counted = {step: round(benchmark.count(step).gflops, 2) for step in ROADMAP}

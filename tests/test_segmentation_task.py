@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, launch, records, run_main
+from conftest import ROOT, error_line, records, run_main
 from PIL import Image
+from processes import run_story
 from safetensors.torch import load_file
 from test_segmentation import draw_shapes
 
@@ -161,15 +162,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(arguments: list[s
     assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == expected
 
 
-def test_two_processes_count_and_train_as_one(
-    arguments: list[str], tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_two_processes_count_and_train_as_one(arguments: list[str], tmp_path: Path) -> None:
     still = ["model.drop_path=0", "train.dice=0", "train.max_steps=3", "optim.base_lr=1.0e-6"]
     assert run(*arguments, *still, f"output={tmp_path / 'one'}") == 0
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
-    command += [str(ROOT / "finetune.py"), *arguments, *still, f"output={tmp_path / 'two'}", "data.batch_size=4"]
-    done = launch(command, environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_story("finetune", *arguments, *still, f"output={tmp_path / 'two'}", "data.batch_size=4", number=2)
+    assert done.codes == [0, 0], done.errors
     (first,), (second,) = (evaluations(tmp_path / name) for name in ("one", "two"))
     scores = {key: value for key, value in first.items() if key.startswith(("val_", "ema_"))}
     assert len(scores) == 6

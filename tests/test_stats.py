@@ -409,6 +409,7 @@ def test_a_run_takes_auto_from_data_stats_keeps_the_numbers_and_resumes_with_the
     )
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

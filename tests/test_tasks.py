@@ -12,8 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, error_line, launch, records, run_main
+from conftest import error_line, records, run_main
 from PIL import Image, ImageDraw
+from processes import run_story
 from safetensors.torch import load_file
 
 import fcmae.__main__
@@ -268,14 +269,13 @@ def test_scores_of_numbers_are_those_of_a_plain_loop() -> None:
 
 
 @pytest.mark.parametrize("task", MAKE)
-def test_two_processes_evaluate_as_one(trained: Trained, task: str, environment: dict[str, str]) -> None:
+def test_two_processes_evaluate_as_one(trained: Trained, task: str) -> None:
     folder, _ = trained(task)
     evaluate = ["--evaluate", str(folder), "data.batch_size=7"]  # of 48 images, so that their shares differ
     assert run(*evaluate) == 0
     one = json.loads((folder / "evaluation.json").read_text())
-    command = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", environment["MASTER_PORT"]]
-    done = launch([*command, str(ROOT / "finetune.py"), *evaluate], environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_story("finetune", *evaluate, number=2)
+    assert done.codes == [0, 0], done.errors
     two = json.loads((folder / "evaluation.json").read_text())
     outputs = next(key for key in ("classes", "targets") if key in one)
     for first, second in ((one, two), (one[outputs], two[outputs])):

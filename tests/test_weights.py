@@ -343,7 +343,8 @@ def test_a_variant_is_recognised_by_its_tensors(name: str) -> None:
     assert "dims [8, 8, 16, 16]" in describe_encoder(ConvNeXt(((1, 1, 1, 1), (8, 8, 16, 16))).state_dict())
 
 
+@pytest.mark.any_cpu
 def test_a_package_is_imported_only_for_the_format_that_needs_it() -> None:
     code = "import sys, fcmae.load, fcmae.weights.export; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280, check=True)
     assert not {"timm", "transformers", "onnx", "onnxscript", "onnxruntime"} & set(done.stdout.split())

@@ -63,6 +63,7 @@ def test_there_and_back_is_the_identity(variant: Any, num_classes: int) -> None:
     assert same(to_timm(from_timm(to_timm(state))), to_timm(state))
 
 
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("version", [1, 2])
 def test_every_variant_has_the_names_and_shapes_of_timms(version: Version) -> None:
     for variant in VARIANTS:

@@ -1,5 +1,6 @@
 """What pip installs trains, fine-tunes and predicts from an empty folder, in an environment of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,15 @@ from PIL import Image
 NETWORK = "model.variant=[[1,1,1,1],[8,8,16,16]]"
 SMALL = [NETWORK, "data.image_size=64", "data.batch_size=2", "data.num_workers=0"]
 SMALL += ["optim.images_per_update=null", "optim.accumulate=1"]
+
+
+ONE_BY_ONE = """
+import json, sys
+from fcmae.__main__ import run
+for command in json.loads(sys.argv[1]):
+    assert run(command) == 0
+"""
+"""In one process, as importing torch takes seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +69,7 @@ def call(python: Path, folder: Path, *arguments: str) -> str:
     done = subprocess.run(
         [str(python.with_name(arguments[0])), *arguments[1:]],
         cwd=folder,
-        env=own_environment() | {"OMP_WAIT_POLICY": "PASSIVE"},
+        env=own_environment() | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -92,15 +102,17 @@ def test_installed_it_trains_and_predicts_from_an_empty_folder(python: Path, tmp
     where = call(python, here, "python", "-c", "import fcmae; print(fcmae.__file__)")
     assert Path(where.strip()).is_relative_to(python.parent.parent)
     assert call(python, here, "fcmae", "--version").startswith("fcmae ")
+    assert call(python, here, "python", "-m", "fcmae.finetune", "--help").startswith("usage: ")
     assert "\npretrain/atto " in call(python, here, "fcmae", "configs")
 
     run = ["--config", "atto", str(images), "output=run", "train.max_steps=3", "model.decoder_dim=16", *SMALL]
-    call(python, here, "fcmae", "pretrain", *run)
-    assert {path.name for path in here.iterdir()} == {"run"}
+    tuned = ["--config", "atto", str(images), "init_from=run", "output=tuned", "train.max_steps=2", *SMALL]
+    predict = ["tuned", str(photos[0]), "--top", "2"]
+    commands = [["pretrain", *run], ["finetune", *tuned], ["predict", *predict]]
+    said = call(python, here, "python", "-c", ONE_BY_ONE, json.dumps(commands))
+    assert {path.name for path in here.iterdir()} == {"run", "tuned"}
     assert len(list((here / "run" / "reconstructions").iterdir())) == 2
 
-    tuned = ["--config", "atto", str(images), "init_from=run", "output=tuned", "train.max_steps=2", *SMALL]
-    call(python, here, "python", "-m", "fcmae.finetune", *tuned)
-    lines = call(python, here, "fcmae", "predict", "tuned", str(photos[0]), "--top", "2").splitlines()
-    assert lines[0] == str(photos[0])
-    assert sorted(line.split()[1] for line in lines[1:]) == ["a", "b"]
+    *_, image, first, second = said.splitlines()
+    assert image == str(photos[0])
+    assert sorted(line.split()[1] for line in (first, second)) == ["a", "b"]

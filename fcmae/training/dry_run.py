@@ -17,6 +17,9 @@ from fcmae.training.trainer import TrainBatch, Trainer
 SLOW_S = 60.0
 """A first micro-batch that takes longer on a processor is not repeated, so what it takes to compile is counted."""
 
+MEASURED_S = 1.0
+"""For how long micro-batches are computed, and batches are loaded, at least one of each."""
+
 
 def peak_memory(device: torch.device) -> str | None:
     """Describe the most memory that this process has taken so far; None where the system does not say."""
@@ -40,7 +43,7 @@ def loading_rate(batches: Iterator[TrainBatch], num_workers: int, in_queues: int
             break
     images = 0
     started = time.perf_counter()
-    while images == 0 or time.perf_counter() - started < 1:
+    while images == 0 or time.perf_counter() - started < MEASURED_S:
         for _ in range(max(num_workers, 1)):  # a batch of each, as they come in bursts
             images += len(next(batches).indices)
     return images / (time.perf_counter() - started)
@@ -106,8 +109,8 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
             micro_batch()  # which adds to the gradient of the first
             trainer.apply()
         micro_s = timed(micro_batch)
-        if micro_s < 0.5:
-            micro_s = timed(micro_batch, min(int(1 / micro_s), 50))
+        if micro_s < MEASURED_S / 2:
+            micro_s = timed(micro_batch, min(int(MEASURED_S / micro_s), 50))
         apply_s = timed(trainer.apply)
     step_s = micro_s * micro_batches + apply_s
     memory = peak_memory(device)

@@ -621,11 +621,14 @@ class Format:
     """In which `compute` is compared with the network."""
     tolerance: float = 1e-10
     """Largest difference, relative to the largest output."""
+    check_preprocessing: Callable[[Any, Preprocessing], None] | None = None
+    """(network, its preprocessing): raises ValueError where preprocessing cannot be expressed, before anything is
+    written; of formats that can."""
     prepend_preprocessing: Callable[[Any, Preprocessing, Path], None] | None = None
     """(network, its preprocessing, folder) -> what was written there takes images of any size and gives
-    probabilities, which is checked; of formats that can.
+    probabilities, which is checked; of the same formats.
 
-    Raises ValueError where preprocessing cannot be expressed, or computes something else."""
+    Raises ValueError where it computes something else."""
     kind: str = ""
     """What weights of this format are called, for people; of those that are read."""
     recognises: Callable[[Collection[str]], bool] = lambda names: False

@@ -179,6 +179,20 @@ def _random_pixels(use: Preprocessing, b: int, height: int, width: int) -> Tenso
     return pixels if use.nodata is None else pixels.masked_fill(torch.rand(shape) < 0.2, torch.nan)
 
 
+def check_preprocessing(encoder: Network, preprocessing: Preprocessing) -> None:
+    """Raise ValueError where there is no classifier, or ONNX lacks what its images are prepared by."""
+    if not encoder.num_classes:
+        raise ValueError("--with-preprocessing is for classifiers: this network has none")
+    if preprocessing.task != SEGMENTATION and preprocessing.interpolation not in RESIZING:
+        able = " or ".join(RESIZING)
+        raise ValueError(f"--with-preprocessing: ONNX resizes {able}, not {preprocessing.interpolation}")
+    if preprocessing.task == SEGMENTATION and preprocessing.short_side is not None:
+        raise ValueError(
+            f"--with-preprocessing: this network sees images resized to a short side of {preprocessing.short_side} "
+            "pixels, which is not in the program; leave it out, and resize to and from that"
+        )
+
+
 def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder: Path) -> None:
     """Let the ONNX model take images as they are, (b, h, w, c) of any size, and give its answers.
 
@@ -186,22 +200,13 @@ def prepend_preprocessing(encoder: Network, preprocessing: Preprocessing, folder
     whole numbers. A segmenter's answers are of each pixel.
 
     Raises:
-        ValueError: if there is no classifier, ONNX lacks the interpolation, or the result is not the network's.
+        ValueError: if the result is not the network's.
     """
     import onnx
     from onnx import TensorProto, helper
 
     use = preprocessing.completed(encoder)
-    if not encoder.num_classes:
-        raise ValueError("--with-preprocessing is for classifiers: this network has none")
     segments = use.task == SEGMENTATION
-    if segments and use.short_side is not None:
-        raise ValueError(
-            f"--with-preprocessing: this network sees images resized to a short side of {use.short_side} pixels, "
-            "which is not in the program; leave it out, and resize to and from that"
-        )
-    if not segments and use.interpolation not in RESIZING:
-        raise ValueError(f"--with-preprocessing: ONNX resizes {' or '.join(RESIZING)}, not {use.interpolation}")
     model = onnx.load(folder / ONNX_FILE, load_external_data=False)
     graph = model.graph
     operator, attributes, answer, compute = ANSWERS[use.task_name]
@@ -256,6 +261,7 @@ ONNX = Format(
     name="onnx",
     write=write_onnx,
     compute=compute_onnx,
+    check_preprocessing=check_preprocessing,
     prepend_preprocessing=prepend_preprocessing,
     how=lambda encoder, folder: f'onnxruntime.InferenceSession("{folder / ONNX_FILE}")',
     dtype=torch.float32,

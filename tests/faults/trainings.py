@@ -1,30 +1,22 @@
 """Small trainings with everything on, started in processes that can be killed; knows no faults."""
 
-import atexit
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import socket
-import sys
-import time
 from collections.abc import Mapping
-from multiprocessing.connection import wait
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from file_layer import TEMPORARY, FileLayer, Tree, Watcher
 from PIL import Image
+from processes import Processes
 
 from fcmae import arguments
 from fcmae.training import lock
-
-ROOT = Path(__file__).parents[2]
 
 STEPS = 6
 """Of all trainings; an epoch has 5 and a bit."""
@@ -86,53 +78,10 @@ def make_images(root: Path) -> None:
 
 # Processes
 
-PRELOADED = (
-    *("fcmae.pretrain", "fcmae.finetune", "fcmae.ops.patch_depthwise_numba", "file_layer", "trainings"),
-    *(
-        "torch.utils.tensorboard",
-        "PIL.features",
-        "llvmlite.ir",
-        "numba.np.arrayobj",
-        "numba.typed",
-        "einops._torch_specific",
-    ),
-)
 
-
-Image.init()  # all that a loader worker would import, once
-
-
-def fork_server() -> Any:
-    """Return a context of multiprocessing that forks from a process which has imported all, and has no threads."""
-    context = multiprocessing.get_context("forkserver")
-    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
-
-
-def _work(
-    story: str,
-    words: list[str],
-    folder: Path,
-    environment: Mapping[str, str],
-    watcher: Watcher | None,
-    report: Path,
-) -> None:
-    os.setpgid(0, 0)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in any other process
-    os.chdir(folder)
-    for handle, name in ((1, "output.txt"), (2, "errors.txt")):
-        file = os.open(
-            report.with_name(f"{environment.get('RANK', '0')}-{name}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY
-        )
-        os.dup2(file, handle)
-        os.close(file)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+def _work(story: str, folder: Path, watcher: Watcher | None, report: Path) -> None:
     lock.held.__wrapped__.__kwdefaults__["watched_s"] = 0.3  # pyright: ignore[reportAttributeAccessIssue]
-    sys.argv = [f"{story}.py", *words]
-    layer = FileLayer(folder, watcher) if watcher else None
+    layer = FileLayer(folder, watcher) if watcher and os.environ.get("RANK", "0") == "0" else None
     if layer:
         layer.install()
     try:
@@ -140,15 +89,13 @@ def _work(
     finally:
         if layer:
             report.write_bytes(pickle.dumps((watcher, layer.disk.seen())))
-        atexit._run_exitfuncs()  # which ends as any process does, but one of a fork server does not
 
 
-class Run:
+class Run(Processes):
     """The processes of a training that runs below `folder`; what they say goes into its `output`."""
 
     def __init__(
         self,
-        context: Any,
         training: Training,
         folder: Path,
         data: Path,
@@ -156,59 +103,22 @@ class Run:
         watcher: Watcher | None = None,
         output: str = "",
     ) -> None:
-        self.place = folder / output
-        self.place.mkdir(parents=True, exist_ok=True)
+        place = folder / output
+        place.mkdir(parents=True, exist_ok=True)
         self.folder = folder / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
         config.write_text(training.config.replace("DATA", str(data)).replace("STEPS", str(STEPS)) + COMMON)
-        self.report = self.place / "report"
-        for old in (self.report, *self.place.glob("*-*.txt")):
+        self.report = place / "report"
+        for old in (self.report, *place.glob("*-*.txt")):
             old.unlink(missing_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.processes = []
-        for rank in range(training.num_processes):
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": training.num_processes}
-            places |= {"LOCAL_WORLD_SIZE": training.num_processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {k: str(v) for k, v in places.items()} if training.num_processes > 1 else {}
-            words_ = ["--config", str(config), "resume=auto", *words]
-            of_rank = watcher if rank == 0 else None
-            process = context.Process(
-                target=_work, args=(training.story, words_, self.folder, environment, of_rank, self.report)
-            )
-            process.start()
-            self.processes.append(process)
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to all processes, loader workers included, at once."""
-        for process in self.processes:
-            for kill in (os.killpg, os.kill):  # which may not yet lead a group
-                try:
-                    kill(process.pid, number)
-                except ProcessLookupError:
-                    continue
-                break
-
-    def wait(self, seconds: float = 120) -> list[int]:
-        """Return the exit codes; once one process has died of a signal the others are killed, as launchers do."""
-        deadline = time.monotonic() + seconds
-        while waiting := [process.sentinel for process in self.processes if process.is_alive()]:
-            left = deadline - time.monotonic()
-            wait(waiting, max(left, 0))
-            if left < 0:
-                self.kill()
-                raise TimeoutError(f"{self.place}: still running after {seconds} s")
-            if any(process.exitcode == -signal.SIGKILL for process in self.processes):
-                self.kill()
-        self.kill()  # what they may have left behind
-        return [process.exitcode for process in self.processes]
+        program = partial(_work, training.story, self.folder, watcher, self.report)
+        argv = [f"{training.story}.py", "--config", str(config), "resume=auto", *words]
+        super().__init__(program, argv, place, folder=self.folder, number=training.num_processes)
 
     def errors(self) -> list[str]:
         """Return the lines that the processes wrote on standard error."""
-        files = sorted(self.place.glob("*-errors.txt"))
-        return [line for file in files for line in file.read_text(errors="replace").splitlines() if line.strip()]
+        return [line for line in self.written("errors").splitlines() if line.strip()]
 
     def seen(self) -> tuple[Any, Tree]:
         """Return the watcher as it was at the end of the process, and the disk as it saw it."""

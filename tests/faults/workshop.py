@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from file_layer import Operation, Recorder, Tree
-from trainings import STEPS, TRAININGS, Run, differences, fork_server, make_images, outcome, read_tree, write_tree
+from trainings import STEPS, TRAININGS, Run, differences, make_images, outcome, read_tree, write_tree
 
 T = TypeVar("T")
 
@@ -38,7 +38,6 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.context = fork_server()
         self.data = folder / "data"
         make_images(self.data)
         self.undisturbed = cache(self._undisturbed)
@@ -48,7 +47,7 @@ class Workshop:
         self._seconds: dict[str, float] = {}
 
     def run(self, name: str, place: str, *words: str, **options: Any) -> Run:
-        return Run(self.context, TRAININGS[name], self.folder / name / place, self.data, *words, **options)
+        return Run(TRAININGS[name], self.folder / name / place, self.data, *words, **options)
 
     def finish(self, name: str, place: str, *words: str) -> Run:
         run = self.run(name, place, *words)
