@@ -376,12 +376,13 @@ def test_a_dry_run_times_replays_and_neither_warm_up_nor_recording(
 
 
 def test_what_cannot_be_recorded_is_eager_for_a_reason_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fine: dict[str, Any] = {"processes": 1, "scales_loss": False, "gradient_checkpointing": False}
+    fine: dict[str, Any] = {"processes": 1, "sharded": False, "scales_loss": False, "gradient_checkpointing": False}
     gpu = torch.device("cuda")
     monkeypatch.delenv(BLOCKING, raising=False)
     assert why_eager(gpu, **fine) == ""
     assert "NVIDIA" in why_eager(torch.device("cpu"), **fine)
     assert "NVIDIA" in why_eager(torch.device("mps"), **fine)
+    assert "part of the weights" in why_eager(gpu, **fine | {"sharded": True})
     assert "fp16" in why_eager(gpu, **fine | {"scales_loss": True})
     assert "gradient_checkpointing" in why_eager(gpu, **fine | {"gradient_checkpointing": True})
     monkeypatch.setenv(BLOCKING, "1")

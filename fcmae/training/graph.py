@@ -289,12 +289,16 @@ BLOCKING = "CUDA_LAUNCH_BLOCKING"
 """PyTorch's and CUDA's own switch for finding errors, under which nothing can be recorded."""
 
 
-def why_eager(device: torch.device, *, processes: int, scales_loss: bool, gradient_checkpointing: bool) -> str:
+def why_eager(
+    device: torch.device, *, processes: int, sharded: bool, scales_loss: bool, gradient_checkpointing: bool
+) -> str:
     """Return why the work of a run is not recorded as CUDA graphs; empty where it is."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "these need an NVIDIA GPU"
     if os.environ.get(BLOCKING, "0") not in ("", "0"):
         return f"{BLOCKING} is set"
+    if sharded:
+        return "each process has a part of the weights"
     if processes > 1 and not is_fast(processes):
         return "gradients travel between machines, or by PCIe, while others are computed"
     if scales_loss:

@@ -186,6 +186,7 @@ class Trainer:
         self.eager = eager or why_eager(
             accelerator.device,
             processes=accelerator.num_processes,
+            sharded=accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
             scales_loss=accelerator.scaler is not None,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
