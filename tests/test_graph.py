@@ -409,7 +409,9 @@ def test_steps_of_processes_are_recorded_where_gradients_travel_fast(
     monkeypatch.delenv(BLOCKING, raising=False)
     if here is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    found = why_eager(torch.device("cuda"), processes=processes, scales_loss=False, gradient_checkpointing=False)
+    found = why_eager(
+        torch.device("cuda"), processes=processes, sharded=False, scales_loss=False, gradient_checkpointing=False
+    )
     assert found == ("" if fast else "gradients travel between machines, or by PCIe, while others are computed")
 
 
