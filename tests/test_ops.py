@@ -19,7 +19,7 @@ from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateI
 from fcmae.loss import hidden_patch_loss, patch_statistics
 from fcmae.masking import hidden_ids
 from fcmae.model import FCMAE
-from fcmae.ops import gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss
+from fcmae.ops import gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss, resize_crops
 from fcmae.patches import patchify
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -35,7 +35,7 @@ EPS = 1e-6
 
 OPERATIONS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": op
-    for module in (gather_depthwise, gelu_grn, patch_depthwise, patch_loss)
+    for module in (gather_depthwise, gelu_grn, patch_depthwise, patch_loss, resize_crops)
     for name, op in vars(module).items()
     if isinstance(op, CustomOpDef)
 }
@@ -419,6 +419,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
         "gelu_grad_sums": (h, g),
         "gelu_grn_backward": (h, g, scale, along, beta),
         "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
+        "resize_crops": (torch.rand(2, 1, 5, 7), torch.tensor([[5, 2], [3, 7]]), torch.tensor([True, False]), [4, 4]),
     }  # fmt: skip
     return tuple(
         a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given[name]
@@ -464,4 +465,4 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
     command = [sys.executable, "-c", "import test_ops as tests; tests.compile_every_kernel()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(set(done.stdout.split())) == 10, done.stdout
+    assert len(set(done.stdout.split())) == 12, done.stdout
