@@ -180,7 +180,7 @@ def test_resizing_a_batch_keeps_crops_of_the_size_as_they_are(resize: Resize) ->
         (torch.uint8, 3, (16, 24), [(40, 30), (1, 1), (7, 60), (16, 24)]),
         (torch.uint8, 4, (48, 34), [(1, 20), (33, 1)]),  # more than a program's square
         (torch.uint16, 1, (40, 12), [(11, 35)]),
-        (torch.uint16, 7, (3, 5), [(4, 9), (9, 4)]),
+        (torch.uint16, 7, (3, 5), [(4, 9)]),
         (torch.float32, 1, (5, 36), [(35, 40), (5, 36)]),
         (torch.float32, 4, (24, 20), [(30, 3), (12, 20)]),
     ],
@@ -189,9 +189,9 @@ def test_resizing_a_batch_keeps_crops_of_the_size_as_they_are(resize: Resize) ->
 def test_the_kernel_gives_each_crop_what_the_formulas_give_it_alone_whatever_lies_beyond(
     dtype: torch.dtype, channels: int, size: tuple[int, int], shapes: list[tuple[int, int]], resize: Resize
 ) -> None:
-    height, width = np.max(shapes, axis=0) + (0, 3)
+    height, width = np.max(shapes, axis=0).tolist()
     full = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1.0}[dtype]
-    crops = (torch.rand(len(shapes), height, width, channels) * full).to(dtype).permute(0, 3, 1, 2)
+    crops = (torch.rand(len(shapes), height, width + 3, channels) * full).to(dtype).permute(0, 3, 1, 2)
     if dtype == torch.float32:
         crops[torch.rand(crops.shape) < 0.3] = torch.nan
     extents, flipped = torch.tensor(shapes, dtype=torch.int32), torch.arange(len(shapes)) % 2 == 0

@@ -50,7 +50,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cubic_weights(lengths: Tensor, longest: int, size: int, flipped: Tensor | None = None) -> Tensor:
-    """Return what each of `size` pixels takes of the first `lengths` (b,) of `longest`: float32 (b, size, longest)."""
+    """Return what each of `size` pixels takes of the first `lengths` (b,) of `longest`, (b, size, longest)."""
     device = lengths.device
     places = torch.arange(size, device=device).expand(len(lengths), size)
     if flipped is not None:

@@ -1,10 +1,10 @@
-"""The Triton side of `resize_crops`: a program resizes a square of one channel of a crop, first along its rows.
+"""The Triton side of `resize_crops`: a warp computes a square of a channel, across from the crop or down from that.
 
-A square that reaches beyond the end computes the last row or some column again, and writes the same there.
+Where a square reaches beyond the end, the last pixels or the first ones are computed again, and the same is stored.
 """
 
 # How a kernel of Triton is launched, pyright does not know.
-# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from collections.abc import Sequence
 
@@ -16,13 +16,12 @@ from torch import Tensor
 from fcmae.ops.resize_crops import MOST_UNKNOWN
 
 TILE = 32
-"""Sides of the square, whose columns a warp's threads share: each computes the weights of one; not yet tuned."""
+"""Sides of the square: across, each thread has a column, whose pixels have the same weights; not yet tuned."""
 
 
 @triton.jit
 def _aim(place, length, size):
-    """Where pixels `place` of `size` lie in the source, how far its filter is stretched, its first pixel and how
-    many."""
+    """Where the filter of pixel `place` has its centre, how far it is stretched, its first pixel and how many."""
     scale = tl.div_rn(length.to(tl.float32), size.to(tl.float32))
     stretch = tl.maximum(scale, 1.0)
     centre = (place + 0.5) * scale
@@ -32,7 +31,7 @@ def _aim(place, length, size):
 
 @triton.jit
 def _weigh(source, centre, stretch, length):
-    """Weights of pixels `source`, and the nearest ones that are there."""
+    """The weight of pixel `source`, 0 beyond the end, and the nearest pixel that is there."""
     x = tl.abs(source + 0.5 - centre) / stretch
     cubic = tl.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
     weight = tl.where((source >= 0) & (source < length) & (x < 2), cubic, 0.0)
@@ -40,19 +39,18 @@ def _weigh(source, centre, stretch, length):
 
 
 @triton.jit
-def _as_pixels(values, DTYPE: tl.constexpr):
-    """The nearest whole numbers in the range of DTYPE, the even ones of two; floats as they are."""
-    if DTYPE == tl.float32:
-        return values
-    else:
-        clamped = tl.minimum(tl.maximum(values, 0.0), 2.0**DTYPE.primitive_bitwidth - 1)
-        return (clamped + 8388608.0).to(tl.int32, bitcast=True).to(DTYPE)  # floats from 2^23 on are whole
+def _as_pixels(values, MOST: tl.constexpr):
+    """The nearest whole numbers from 0 to MOST, the even ones of two, in the low bits; without MOST as they are."""
+    if MOST is not None:
+        clamped = tl.minimum(tl.maximum(values, 0.0), MOST)
+        values = (clamped + 8388608.0).to(tl.int32, bitcast=True)  # floats from 2^23 on are whole
+    return values
 
 
 @triton.jit(do_not_specialize=["rows", "stride_b", "stride_h"])
 def _across_kernel(
     crops, extents, flipped, narrow, channels, rows, width, stride_b, stride_c, stride_h, stride_w,
-    HOLES: tl.constexpr, TILE: tl.constexpr,
+    HOLES: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0) // channels
     channel = tl.program_id(0) % channels
@@ -78,7 +76,7 @@ def _across_kernel(
         weights += weight
     planes = 2 * channels if HOLES else channels
     to = narrow + ((image.to(tl.int64) * planes + channel) * rows + y) * width + x
-    tl.store(to, _as_pixels(total / weights, narrow.dtype.element_ty), y < height)
+    tl.store(to, _as_pixels(total / weights, MOST), y < height)
     if HOLES:
         tl.store(to + channels * rows * width, unknown / weights, y < height)
 
@@ -86,7 +84,7 @@ def _across_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _down_kernel(
     narrow, extents, out, channels, rows, height, width,
-    HOLES: tl.constexpr, MOST_UNKNOWN: tl.constexpr, TILE: tl.constexpr,
+    HOLES: tl.constexpr, MOST_UNKNOWN: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0) // channels
     channel = tl.program_id(0) % channels
@@ -110,23 +108,27 @@ def _down_kernel(
         unknown /= weights
         total /= tl.where(unknown > MOST_UNKNOWN, float("nan"), 1 - unknown)
     to = out + (tl.program_id(0).to(tl.int64) * height + y) * width + x
-    tl.store(to, _as_pixels(total, out.dtype.element_ty))
+    tl.store(to, _as_pixels(total, MOST))
 
 
 def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: Sequence[int]) -> Tensor:
     """As the operation of this name."""
     b, c, rows, _ = crops.shape
     height, width = size
-    holes = crops.dtype == torch.float32  # whose shares lie behind the channels
-    kept = torch.uint8 if crops.dtype == torch.uint8 else torch.float32
-    narrow = crops.new_empty(b, 2 * c if holes else c, rows, width, dtype=kept)
+    holes = crops.dtype == torch.float32
+    kept, planes = torch.float32, 2 * c if holes else c  # what is unknown has planes behind the channels'
+    most = None if holes else torch.iinfo(crops.dtype).max
+    if crops.dtype == torch.uint8:
+        kept = torch.uint8
+    narrow = crops.new_empty(b, planes, rows, width, dtype=kept)
     out = crops.new_empty(b, c, height, width)
     extents = extents.contiguous()
-    options = {"TILE": TILE, "num_warps": 1, "enable_fp_fusion": True}
     _across_kernel[b * c, triton.cdiv(rows, TILE), triton.cdiv(width, TILE)](
-        crops, extents, flipped.contiguous(), narrow, c, rows, width, *crops.stride(), HOLES=holes, **options
-    )
+        crops, extents, flipped.contiguous(), narrow, c, rows, width, *crops.stride(),
+        HOLES=holes, MOST=most if kept == torch.uint8 else None, TILE=TILE, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
     _down_kernel[b * c, triton.cdiv(height, TILE), triton.cdiv(width, TILE)](
-        narrow, extents, out, c, rows, height, width, HOLES=holes, MOST_UNKNOWN=MOST_UNKNOWN, **options
-    )
+        narrow, extents, out, c, rows, height, width,
+        HOLES=holes, MOST_UNKNOWN=MOST_UNKNOWN, MOST=most, TILE=TILE, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
     return out
