@@ -5,9 +5,9 @@
 
 The crops are those of pretrain.py: share of the area 0.2 to 1, of noise `--short-side` x `--short-side`, to
 `--image-size`, bicubic and antialiased, some flipped. `torchvision` resizes and flips one after the other, as
-scripts do that leave it to a GPU; `formulas` is `resize_crops` by PyTorch's operations, `kernels` as it runs on CUDA.
-(For a CPU pretrain.py resizes crops by torchvision, in the loader's processes.) All crops are on the device before;
-each round takes each way in turn, until the device is done.
+scripts do that leave it to a GPU; `formulas` is `resize_crops` by PyTorch's operations, `kernels` what CUDA has for
+it. (For a CPU pretrain.py resizes crops by torchvision, in the loader's processes.) All crops are on the device
+before; each round takes each way in turn, until the device is done.
 """
 
 import argparse

@@ -47,6 +47,7 @@ def _as_pixels(values, MOST: tl.constexpr):
     return values
 
 
+# What differs from batch to batch is not specialised: that would compile a kernel for each way it can be divided.
 @triton.jit(do_not_specialize=["rows", "stride_b", "stride_h"])
 def _across_kernel(
     crops, extents, flipped, narrow, channels, rows, width, stride_b, stride_c, stride_h, stride_w,
@@ -76,9 +77,9 @@ def _across_kernel(
         weights += weight
     planes = 2 * channels if HOLES else channels
     to = narrow + ((image.to(tl.int64) * planes + channel) * rows + y) * width + x
-    tl.store(to, _as_pixels(total / weights, MOST), y < height)
+    tl.store(to, _as_pixels(total * (1 / weights), MOST), y < height)
     if HOLES:
-        tl.store(to + channels * rows * width, unknown / weights, y < height)
+        tl.store(to + channels * rows * width, unknown * (1 / weights), y < height)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -103,9 +104,9 @@ def _down_kernel(
         if HOLES:
             unknown += weight * tl.load(column + channels * rows * width + source * width)
         weights += weight
-    total /= weights
+    total *= 1 / weights
     if HOLES:
-        unknown /= weights
+        unknown *= 1 / weights
         total /= tl.where(unknown > MOST_UNKNOWN, float("nan"), 1 - unknown)
     to = out + (tl.program_id(0).to(tl.int64) * height + y) * width + x
     tl.store(to, _as_pixels(total, MOST))
@@ -115,17 +116,16 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: Sequence
     """As the operation of this name."""
     b, c, rows, _ = crops.shape
     height, width = size
-    holes = crops.dtype == torch.float32
-    kept, planes = torch.float32, 2 * c if holes else c  # what is unknown has planes behind the channels'
+    whole = crops.dtype == torch.uint8  # between the axes, too
+    holes = crops.dtype == torch.float32  # shares of what is unknown lie behind the channels
     most = None if holes else torch.iinfo(crops.dtype).max
-    if crops.dtype == torch.uint8:
-        kept = torch.uint8
-    narrow = crops.new_empty(b, planes, rows, width, dtype=kept)
+    kept = torch.uint8 if whole else torch.float32
+    narrow = crops.new_empty(b, 2 * c if holes else c, rows, width, dtype=kept)
     out = crops.new_empty(b, c, height, width)
     extents = extents.contiguous()
     _across_kernel[b * c, triton.cdiv(rows, TILE), triton.cdiv(width, TILE)](
         crops, extents, flipped.contiguous(), narrow, c, rows, width, *crops.stride(),
-        HOLES=holes, MOST=most if kept == torch.uint8 else None, TILE=TILE, num_warps=1, enable_fp_fusion=True,
+        HOLES=holes, MOST=most if whole else None, TILE=TILE, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     _down_kernel[b * c, triton.cdiv(height, TILE), triton.cdiv(width, TILE)](
         narrow, extents, out, c, rows, height, width,
