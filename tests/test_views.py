@@ -1,5 +1,6 @@
 """Views: drawn as before anything is decoded, cut and resized wherever it is cheapest, the same pixels."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from importlib import import_module
 from itertools import islice
@@ -314,11 +315,28 @@ def test_a_batch_with_unknown_pixels_is_resized_as_each_crop_is_alone(
 
 
 def test_resizing_a_batch_reads_no_number_back_from_the_device() -> None:
-    """Not even by the formulas; CUDA's side is compiled with such tensors, by which it could not."""
+    """Not even by the formulas, which take devices other than CUDA."""
     with FakeTensorMode():  # whose tensors have no numbers: reading one raises an error
         extents, flipped = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.bool)
         found = resize_crops._init_fn(torch.empty(2, 3, 24, 30), extents, flipped, (16, 16))
         assert found.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_resizing_a_batch_takes_cuda_two_launches_and_nothing_that_waits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    kernels = import_module("fcmae.ops.resize_crops_triton")
+    launched: list[str] = []
+    for name in ("_across_kernel", "_down_kernel"):
+        launch = lambda *_given, name=name, **_options: launched.append(name)  # noqa: E731
+        monkeypatch.setattr(kernels, name, defaultdict(lambda launch=launch: launch))  # by any grid
+    with FakeTensorMode():
+        crops = torch.empty(200, 24, 30, 3, dtype=dtype).permute(0, 3, 1, 2)
+        extents, flipped = torch.empty(200, 2, dtype=torch.int32), torch.empty(200, dtype=torch.bool)
+        assert kernels.resize_crops(crops, extents, flipped, (16, 20)).shape == (200, 3, 16, 20)
+    assert launched == ["_across_kernel", "_down_kernel"]
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
