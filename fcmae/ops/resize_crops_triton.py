@@ -22,7 +22,7 @@ TILE = 32
 @triton.jit
 def _aim(place, length, size):
     """Where the filter of pixel `place` has its centre, how far it is stretched, its first pixel and how many."""
-    scale = tl.div_rn(length.to(tl.float32), size.to(tl.float32))
+    scale = tl.div_rn(length.to(tl.float32), size * 1.0)  # exactly 1 where there is nothing to resize
     stretch = tl.maximum(scale, 1.0)
     centre = (place + 0.5) * scale
     first = tl.floor(centre - 2 * stretch + 0.5).to(tl.int32)
