@@ -400,7 +400,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
     pred, images, hidden = hidden_patches(2, 3, (2, 2), 4, 2)
     neighbours = neighbour_table(1, 2, 3, 3)
     rows = torch.randn(neighbours.shape[1], 5)
-    extents, flipped = torch.tensor([[5, 2], [3, 7]]), torch.tensor([True, False])
+    extents, flipped = torch.tensor([[5, 2], [3, 4]]), torch.tensor([True, False])
     gather_weight = torch.randn(5, 9).t()
     given: dict[str, tuple[Any, ...]] = {
         "gather_depthwise": (
@@ -420,7 +420,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
         "gelu_grad_sums": (h, g),
         "gelu_grn_backward": (h, g, scale, along, beta),
         "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
-        "resize_crops": (torch.rand(2, 1, 5, 7), extents, flipped, [4, 4]),
+        "resize_crops": (torch.arange(210, dtype=torch.uint8).view(2, 3, 5, 7), extents, flipped, [4, 1]),
     }  # fmt: skip
     return tuple(
         a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given[name]

@@ -94,4 +94,4 @@ def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: Sequence
             narrow = narrow.round_().clamp_(0, 255)
         resized = torch.einsum("bih,bchj->bcij", down, narrow)
         done.append(reweigh(resized) if crops.dtype == torch.float32 else rounded(resized, crops.dtype))
-    return torch.cat(done)
+    return torch.cat(done).contiguous()
