@@ -18,7 +18,6 @@ import torch
 import train_step
 
 from fcmae import FCMAE, VARIANTS, sample_visible_ids
-from fcmae.training.launch import keep_freed_memory
 from fcmae.training.optim import build_adamw
 
 POINTS = {
@@ -70,8 +69,7 @@ def build(name: str, args: argparse.Namespace) -> tuple[FCMAE, train_step.Way]:
 def main(argv: list[str] | None = None) -> None:
     """Count, measure, print, write."""
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    train_step.compute_as_runs_do(args.threads)
     header = train_step.describe(args) | {"network": f"{args.variant}, decoders of width {args.dim}"}
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
     images = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)

@@ -22,7 +22,6 @@ import train_step
 from fcmae import FCMAE, VARIANTS, sample_visible_ids
 from fcmae.encoder.convnext import Layout
 from fcmae.masking import count_visible
-from fcmae.training.launch import keep_freed_memory
 from fcmae.training.optim import build_adamw
 
 
@@ -104,8 +103,7 @@ def measure(points: list[Point], args: argparse.Namespace) -> list[dict[str, Any
 def main(argv: list[str] | None = None) -> None:
     """Measure each axis, print, write."""
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    train_step.compute_as_runs_do(args.threads)
     header = train_step.describe(args) | {
         "step": f"{args.variant}, {args.layout}, precision {args.precision}",
         "rounds": f"{args.rounds} of one step, alternating, after {args.warmup} to warm up",

@@ -7,25 +7,29 @@
 All ways run in one process, in rounds that take each way in turn, so that a busy machine disturbs them alike:
 
     packed, masked, minkowski   our layouts (minkowski where MinkowskiEngine is installed)
+    trainer                     packed in the Trainer of pretrain.py, from uint8 images: on a GPU by CUDA graphs
     plain                       packed without our kernels (plain.py)
     masked-channels_last        masked, images and weights in torch.channels_last
     spark                       SparK's way of masked dense convolution (spark.py)
     channelwise                 minkowski with the engine's own depthwise convolution (channelwise.py)
     official                    facebookresearch/ConvNeXt-V2, from the folder that --official names (official.py)
     WAY+compile                 with --compile: torch.compile of ours
-    WAY+graph                   with --graph, on a GPU: the whole step as one CUDA graph
+    packed[+compile]+graph      with --graph, on a GPU: recorded as the Trainer does
 
 Before anything is timed, each way but `official`, which draws its own masks, must give the loss and the gradient
-of `masked` in float32, or the run stops.
+of `masked` in float32, on some of the images, or the run stops. fp16 is timed without scaling the loss, except by
+`trainer`, which then waits for the GPU in each step, as pretrain.py does.
 
-Memory is what two steps need at their peak beyond weights and inputs; on a CPU a process of its own measures it
-for each way, and compiled ways have none, as the compiler's own memory would be counted. "of matmul" is the
+Memory is what the first steps need at their peak beyond weights and inputs; on a CPU a process of its own measures
+it for each way, and compiled ways have none, as the compiler's own memory would be counted. "of matmul" is the
 arithmetic of visible patches (a way that computes hidden ones as well gets no credit for that) over the time, as a
 share of what a large matrix product reaches; "of bandwidth" is the memory that the step must read and write at the
 least, over the time, as a share of what a large copy reaches. Both are measured in the same run.
 """
 
 import argparse
+import gc
+import itertools
 import json
 import platform
 import resource
@@ -48,20 +52,29 @@ from spark import SparkEncoder
 from torch import Tensor
 
 from fcmae import FCMAE, VARIANTS, FCMAEOutput, sample_visible_ids
+from fcmae.config import PretrainConfig, parse_config
+from fcmae.data import MaskedBatch, PixelNormalizer
 from fcmae.encoder.convnext import LAYOUTS, Layout, require_layout, set_fused
 from fcmae.masking import count_visible
-from fcmae.training.launch import keep_freed_memory
+from fcmae.training.graph import CudaGraphs, Eager, Recorded
+from fcmae.training.launch import keep_freed_memory, start_accelerator
 from fcmae.training.optim import build_adamw
+from fcmae.training.schedule import Plan
+from fcmae.training.trainer import Trainer
 
 REFERENCE = "masked"
 COMPILED, GRAPH = "+compile", "+graph"
 CHANNELS_LAST = "-channels_last"
 LAYOUTS.update(plain=PlainPackedSites.of_patches, channelwise=ChannelwiseSites.of_patches)
-WAYS = ["packed", "plain", REFERENCE, REFERENCE + CHANNELS_LAST, "spark", "minkowski", "channelwise", "official"]
+OURS = ["packed", "trainer", "plain", REFERENCE, REFERENCE + CHANNELS_LAST]
+WAYS = [*OURS, "spark", "minkowski", "channelwise", "official"]
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MASK_RATIO = 0.6
 PATCH = 32
 TOLERANCE = {"loss": 1e-5, "gradient": 1e-4}
 """Largest relative differences from the reference in float32 that count as rounding."""
+CHECKED_IMAGES = 32
+"""At most: the reference takes 365 MB for each of Base's in float32, more than what is timed."""
 
 
 @dataclass
@@ -72,7 +85,9 @@ class Way:
     forward: Callable[[Tensor, Tensor], FCMAEOutput]
     optimizer: torch.optim.Optimizer
     step: Callable[[], None] | None = None
-    """The whole step as a graph, where it is one."""
+    """The whole step, where it is not made of these."""
+    warm_up: int = 1
+    """Steps before one takes as long as it will."""
     seconds: list[float] = field(default_factory=list)
     """Seconds of a step, one number per round."""
     peak_memory: int | None = None
@@ -94,10 +109,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--steps", type=int, default=3, help="steps of each way in a round")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--precision", default="no", choices=DTYPES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all that can run here")
     parser.add_argument("--compile", action="store_true", help="add a torch.compile twin of packed, plain, masked")
-    parser.add_argument("--graph", action="store_true", help="on a GPU: add packed as one CUDA graph")
+    parser.add_argument("--graph", action="store_true", help="on a GPU: add packed as CUDA graphs")
     parser.add_argument("--official", type=Path, metavar="DIR", help="a clone of facebookresearch/ConvNeXt-V2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there as well")
     parser.add_argument("--measure-memory", metavar="WAY", help=argparse.SUPPRESS)
@@ -127,12 +142,20 @@ def has_engine() -> bool:
     return True
 
 
+def compute_as_runs_do(threads: int) -> None:
+    """Set what `start_accelerator` sets of this process, and its threads."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("highest")  # float32 without TF32
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def build_model(way: str, args: argparse.Namespace) -> FCMAE | Official:
     """Build the network, the same weights for every way, with biases and GRN away from zero so leaks show."""
     torch.manual_seed(0)
     if way == "official":
         return Official(args.official, args.variant, args.image_size, MASK_RATIO).to(args.device)
-    layout = REFERENCE if way == "spark" else way.removesuffix(CHANNELS_LAST)
+    layout = {"spark": REFERENCE, "trainer": "packed"}.get(way, way.removesuffix(CHANNELS_LAST))
     model = FCMAE(args.variant, mask_ratio=MASK_RATIO, layout=cast(Layout, layout))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -161,31 +184,67 @@ def build_batch(way: str, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def build_way(name: str, args: argparse.Namespace) -> tuple[Way, tuple[Tensor, Tensor]]:
-    """Build one way by name ("packed", "packed+compile", ...) and its batch."""
-    base = name.removesuffix(COMPILED).removesuffix(GRAPH)
+    """Build one way by name ("packed", "packed+compile+graph", ...) and its batch."""
+    base = name.partition("+")[0]
     model, batch = build_model(base, args), build_batch(base, args)
     optimizer = build_adamw(model, weight_decay=0.05, betas=(0.9, 0.95))
-    forward = torch.compile(model) if name.endswith(COMPILED) else model
-    way = Way(name, forward, optimizer)
-    if name.endswith(GRAPH):
-        way.step = capture(way, batch, args)
+    way = Way(name, torch.compile(model) if COMPILED in name else model, optimizer)
+    if base == "trainer":
+        assert isinstance(model, FCMAE)
+        trainer = build_trainer(model, optimizer, args)
+        levels = (batch[0] * 50 + 128).clamp(0, 255).to(torch.uint8)
+        batches = itertools.repeat(MaskedBatch(images=levels, indices=(), bad=(), visible_ids=batch[1]))
+        way.step, way.warm_up = lambda: trainer.update(batches), 1 + trainer.work.warm_up
+    elif GRAPH in name:
+        way.step, way.warm_up = record(way, batch, args), 1 + Recorded.warm_up
     return way, batch
 
 
-def capture(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> Callable[[], None]:
-    """Record a whole step, forward to optimizer, as a CUDA graph; returns what replays it."""
+def build_trainer(model: FCMAE, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> Trainer:
+    """Build the trainer of a pretraining run, which writes nothing, as nothing asks it to."""
+    data = {"root": "none", "image_size": args.image_size, "batch_size": args.batch}
+    values = {"output": "none", "model": {"variant": args.variant}, "data": data, "optim": {"accumulate": 1}}
+    config = parse_config(PretrainConfig, values | {"train": {"precision": args.precision}}, "train_step")
+    accelerator = start_accelerator(args.precision)
+    normalize = PixelNormalizer(config.data.mean, config.data.std).to(accelerator.device)
+    return Trainer(
+        accelerator=accelerator,
+        model=model,
+        optimizer=optimizer,
+        compute_loss=lambda model, batch: model(normalize(batch.images), batch.visible_ids).loss,
+        plan=Plan.of(config, 100_000, accelerator.num_processes),
+        config=config,
+    )
+
+
+def record(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> Callable[[], None]:
+    """Return a step that is recorded as CUDA graphs after `Recorded.warm_up`, as the Trainer has it."""
     for group in way.optimizer.param_groups:
-        group["capturable"] = True
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what is allocated once must be there before the recording
-        for _ in range(3):
-            train_step(way, batch, args)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train_step(way, batch, args)
-    return graph.replay
+        group["capturable"], group["lr"] = True, torch.zeros((), device=args.device)
+    eager = Eager(lambda batch: accumulate(way, (batch.images, batch.visible_ids), args), lambda: apply(way))
+    parameters = [parameter for group in way.optimizer.param_groups for parameter in group["params"]]
+    work = Recorded(eager, parameters, CudaGraphs(torch.device(args.device)), sys.exit)
+    given = MaskedBatch(images=batch[0], indices=(), bad=(), visible_ids=batch[1])
+
+    def step() -> None:
+        work.accumulate(given)
+        work.apply()
+
+    return step
+
+
+def accumulate(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> Tensor:
+    """Add the gradient of a batch; returns its loss."""
+    with torch.autocast(args.device, dtype=DTYPES[args.precision], enabled=args.precision != "no"):
+        loss = way.forward(*batch).loss
+    loss.backward()
+    return loss.detach()
+
+
+def apply(way: Way) -> None:
+    """Update the weights by the gradients, and remove these."""
+    way.optimizer.step()
+    way.optimizer.zero_grad()
 
 
 def train_step(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:
@@ -193,11 +252,8 @@ def train_step(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace)
     if way.step is not None:
         way.step()
         return
-    with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.precision == "bf16"):
-        loss = way.forward(*batch).loss
-    loss.backward()
-    way.optimizer.step()
-    way.optimizer.zero_grad()
+    accumulate(way, batch, args)
+    apply(way)
 
 
 def relative_differences(model: FCMAE, reference: FCMAE, batch: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -214,9 +270,8 @@ def relative_differences(model: FCMAE, reference: FCMAE, batch: tuple[Tensor, Te
 
 
 def check(model: FCMAE, reference: FCMAE, batch: tuple[Tensor, Tensor], name: str) -> dict[str, float]:
-    """Return `relative_differences` in strict float32, or stop the program if they are more than rounding."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-        differences = relative_differences(model, reference, batch)
+    """Return `relative_differences`, or stop the program if they are more than rounding."""
+    differences = relative_differences(model, reference, batch)
     for what, difference in differences.items():
         if not difference <= TOLERANCE[what]:
             sys.exit(f"{name} does not give the {what} of {REFERENCE}: relative difference {difference:.1e}")
@@ -224,14 +279,15 @@ def check(model: FCMAE, reference: FCMAE, batch: tuple[Tensor, Tensor], name: st
 
 
 def check_ways(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Check each way against the reference."""
+    """Check each way against the reference, by at most `CHECKED_IMAGES`."""
     reference = build_model(REFERENCE, args)
     assert isinstance(reference, FCMAE)
+    fewer = argparse.Namespace(**vars(args) | {"batch": min(args.batch, CHECKED_IMAGES)})
     differences: dict[str, dict[str, float]] = {}
     for way in args.ways:
         model = build_model(way, args)
-        if way != REFERENCE and isinstance(model, FCMAE):
-            differences[way] = check(model, reference, build_batch(way, args), way)
+        if way not in (REFERENCE, "trainer") and isinstance(model, FCMAE):  # the trainer's is that of packed
+            differences[way] = check(model, reference, build_batch(way, fewer), way)
     return differences
 
 
@@ -255,13 +311,13 @@ def work(args: argparse.Namespace) -> dict[str, float]:
     macs += num_patches * (dims[-1] * 512 + 49 * 512 + 8 * 512**2) + (num_patches - p) * 512 * out
     maps += num_patches * 512
     weights += 8 * 512**2 + 512 * out
-    size = 2 if args.precision == "bf16" else 4
+    size = DTYPES[args.precision].itemsize
     return {"flop": 6.0 * macs * args.batch, "bytes": 36.0 * size * maps * args.batch + 28.0 * weights}
 
 
 def limits(args: argparse.Namespace) -> dict[str, float]:
     """Return what the device reaches: FLOP a second in a large matrix product, bytes a second in a large copy."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    dtype = DTYPES[args.precision]
     side = 8192 if args.device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=args.device, dtype=dtype) for _ in range(2))
     source = torch.zeros(2**28 if args.device == "cuda" else 2**25, device=args.device)
@@ -300,13 +356,17 @@ def resident_memory(field_name: str) -> int:
 
 
 def peak_memory_here(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> int:
-    """Return the bytes that the first two steps of a way need at their peak beyond weights and inputs."""
+    """Return the bytes that the first steps of a way need at their peak beyond weights and inputs.
+
+    On CUDA also beyond what other ways still hold.
+    """
     if args.device == "cuda":
+        gc.collect()  # else what others have done with would be freed meanwhile
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         before = resident_memory("VmRSS")
-    for _ in range(2):
+    for _ in range(1 + way.warm_up):
         train_step(way, batch, args)
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident_memory("VmHWM")
     return peak - before
@@ -339,7 +399,7 @@ def measure(args: argparse.Namespace) -> list[Way]:
     """Build all ways, measure their memory, then time them."""
     names = list(args.ways)
     names += [way + COMPILED for way in ("packed", "plain", REFERENCE) if args.compile and way in args.ways]
-    names += ["packed" + GRAPH] if args.graph else []
+    names += [way + GRAPH for way in ("packed", "packed" + COMPILED) if args.graph and way in names]
     built = [build_way(name, args) for name in names]
     for way, batch in built:
         way.peak_memory = peak_memory(way, batch, args)
@@ -451,8 +511,7 @@ def run_variant(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Measure each variant, print, write."""
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as the scripts do
+    compute_as_runs_do(args.threads)
     if args.measure_memory:
         print(peak_memory_here(*build_way(args.measure_memory, args), args))
         return

@@ -3,11 +3,18 @@
 import importlib
 import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from test_graph import Again
+
+from fcmae.config import FinetuneRecipe, PretrainRecipe, load_config
+from fcmae.training.graph import WARM_UP
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--image-size=64", "--batch=2", "--device=cpu", "--threads=1"]
@@ -45,6 +52,35 @@ def test_train_step_prints_every_way_and_writes_json(
     assert atto["ways"][WAYS.index("masked")]["ratio"] == 1.0
 
 
+def test_a_recorded_step_is_the_eager_one(modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step, _ = modules
+    args = train_step.parse_args(TINY)
+    (eager, batch), (way, _) = (train_step.build_way("packed", args) for _ in range(2))
+    graphs = Again(SimpleNamespace(bare_model=way.forward, optimizer=way.optimizer))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(train_step, "CudaGraphs", lambda _: graphs)
+    way.step = train_step.record(way, batch, args)
+    for each in (eager, way):
+        for _ in range(WARM_UP + 2):
+            train_step.train_step(each, batch, args)
+    assert graphs.replays == [2, 2]  # of the gradient, and of the update
+    moments = [
+        torch.cat([state["exp_avg"].flatten() for state in w.optimizer.state.values()]) for w in (eager, way)
+    ]
+    torch.testing.assert_close(moments[1], moments[0])
+
+
+def test_ways_are_checked_on_no_more_images_than_the_reference_has_room_for(
+    modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step, _ = modules
+    batches = []
+    monkeypatch.setattr(train_step, "check", lambda _model, _reference, batch, _name: batches.append(batch))
+    train_step.check_ways(
+        train_step.parse_args(["--image-size=64", "--batch=40", "--ways", *WAYS, "trainer", "spark"])
+    )
+    assert [len(images) for images, _ in batches] == [32, 32]
+
+
 def test_the_counted_arithmetic_is_what_the_paper_sized_network_takes(modules: tuple[Any, Any]) -> None:
     train_step, _ = modules
     args = train_step.parse_args(["--batch=1", "--variant=base"])
@@ -54,7 +90,7 @@ def test_the_counted_arithmetic_is_what_the_paper_sized_network_takes(modules: t
 @pytest.mark.parametrize(
     "ways",
     [
-        ["packed", "plain", "masked-channels_last", "spark"],
+        ["packed", "trainer", "plain", "masked-channels_last", "spark"],
         pytest.param(["minkowski", "channelwise"], marks=pytest.mark.minkowski),
     ],
 )
@@ -67,7 +103,7 @@ def test_every_way_of_ours_gives_the_loss_and_gradient_of_masked_and_is_timed(
     train_step.main([*TINY, *ONCE, "--image-size=96", "--ways", *ways])
     out = capsys.readouterr().out
     for way in ways:
-        assert f"check: {way} differs from masked" in out
+        assert (f"check: {way} differs from masked" in out) == (way != "trainer")  # that is packed
         assert f"| {way} " in out
 
 
@@ -192,3 +228,163 @@ def test_profile_step_groups_the_time_of_a_step(
     assert "| matrix products |" in out
     assert "| depthwise convolutions |" in out
     assert out.rstrip().endswith("100% |")
+
+
+def test_every_kernel_of_ours_has_its_group_in_the_profile(modules: tuple[Any, Any]) -> None:
+    profile_step = importlib.import_module("profile_step")
+    sources = (path.read_text() for path in (BENCHMARKS.parent / "fcmae" / "ops").glob("*_triton.py"))
+    names = {name for source in sources for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", source)}
+    groups = {name: profile_step.group_of_kernel(profile_step.Kernel(name, 100.0)) for name in names}
+    assert groups["_image_backward_kernel"] == "GELU and GRN"
+    assert groups["_norm_backward_kernel"] == "LayerNorm"
+    assert groups["_convolve_kernel"] == groups["_weight_grads_kernel"] == "depthwise convolutions"
+    assert profile_step.OTHERS not in groups.values()
+
+
+def test_kernels_of_a_trace_are_grouped_and_told_apart_by_their_grids(
+    modules: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile_step = importlib.import_module("profile_step")
+
+    def event(name: str, us: float, grid: list[int], cat: str = "kernel") -> dict[str, Any]:
+        return {"cat": cat, "name": name, "dur": us, "args": {"grid": grid, "registers per thread": 40}}
+
+    events = [
+        event("nvjet_tst_128x256", 300.0, [132, 1, 1]),
+        *[event("_scale_kernel", us, [8, 1, 256]) for us in (90.0, 110.0)],
+        event("_scale_kernel", 30.0, [16, 1, 256]),
+        event("void at::native::vectorized_elementwise_kernel<4>", 2.0, [1, 1, 1]),
+        {"cat": "gpu_memset", "name": "Memset (Device)", "dur": 8.0, "args": {}},
+        {"cat": "cpu_op", "name": "aten::mm", "dur": 400.0, "args": {}},
+        {"name": "process_name", "args": {}},
+    ]
+    trace = SimpleNamespace(
+        export_chrome_trace=lambda path: Path(path).write_text(json.dumps({"traceEvents": events}))
+    )
+    kernels = profile_step.kernels_of(trace)
+    found = profile_step.summarise_kernels(kernels, steps=2)
+    assert [(row["group"], row["count"], row["ms"]) for row in found["groups"]] == [
+        ("matrix products", 0.5, 0.15),
+        ("GELU and GRN", 1.5, 0.115),
+        ("fresh memory", 0.5, 0.004),
+        (profile_step.TINY, 0.5, 0.001),
+    ]
+    scales = [row for row in found["kernels"] if row["name"] == "_scale_kernel"]
+    assert [(row["grid"], row["us"], row["registers"]) for row in scales] == [
+        ((8, 1, 256), 100.0, 40),
+        ((16, 1, 256), 30.0, 40),
+    ]
+    profile_step.print_kernels({**found, "launches": 3, "gpu_ms": 0.27, "issue_ms": 1.0, "step_ms": 2.0})
+    assert "| _scale_kernel | 8 x 1 x 256 | 1 | 100.0 | 0.10 | 40 | 0% |" in capsys.readouterr().out
+
+
+def test_kernels_measures_every_operation_of_a_stage_and_sizes_of_their_work(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = importlib.import_module("kernels")
+    options = ["--variant=atto", "--image-size=64", "--batch=2", "--precision=no", "--device=cpu", "--stages", "4"]
+    sizes = {}
+    for path in {path for paths in kernels.SIZES.values() for path in paths}:
+        name, _, constant = path.partition(".")
+        sizes[name, constant] = getattr(importlib.import_module(f"fcmae.ops.{name}"), constant)
+    monkeypatch.setattr(kernels, "time_us", lambda run, _: float(run() is not None))
+    kernels.main([*options, "--sweep", f"--json={tmp_path / 'out.json'}"])
+    rows = json.loads((tmp_path / "out.json").read_text())["operations"]
+    assert len(rows) == 12
+    assert all(row["us"] == 1.0 for row in rows)
+    assert kernels.SIZES.keys() == {row["operation"] for row in rows if row["sweep"]}
+    for (name, constant), value in sizes.items():
+        assert getattr(importlib.import_module(f"fcmae.ops.{name}"), constant) == value
+    monkeypatch.setattr(kernels, "time_us", None)
+    kernels.main([*options, "--once"])
+    assert kernels.resizing(kernels.parse_args(options)).run().images.shape == (2, 3, 64, 64)
+
+
+@pytest.fixture
+def gpu(modules: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(BENCHMARKS.parent)
+    return importlib.import_module("gpu")
+
+
+@pytest.mark.parametrize("rehearsal", [[], ["--quick"]])
+def test_every_part_of_the_gpu_script_is_a_command_that_its_script_takes(gpu: Any, rehearsal: list[str]) -> None:
+    given = ["results", *rehearsal, "--device=cuda", "--official=clone", "--cifar10=package"]
+    parts = gpu.parts(gpu.parse_args(given))
+    assert {figure.partition(" ")[0] for figure in gpu.PREDICTED} <= {part.name for part in parts}
+    train_step, cifar10 = (importlib.import_module(name) for name in ("train_step", "cifar10"))
+    parsers = {"profile_step": train_step.parse_args, "cifar10": cifar10.parse_arguments}
+    recipes = {"pretrain": PretrainRecipe, "finetune": FinetuneRecipe}
+    taken = set()
+    for command in (list(command) for part in parts for command in part.commands):
+        program = next(word for word in command if word.endswith(".py") or word == "pytest")
+        name, options = Path(program).stem, command[command.index(program) + 1 :]
+        if name in recipes:
+            load_config(recipes[name], options[1], options[2:])
+        elif name != "pytest":
+            (parsers[name] if name in parsers else importlib.import_module(name).parse_args)(options)
+        taken.add(name)
+    own = {"train_step", "profile_step", "kernels", "resumed", "real_images", "cifar10"}
+    assert taken == {*own, *recipes, "pytest"}
+
+
+def test_the_gpu_script_goes_on_after_failures_and_skips_what_is_done(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    count, found = tmp_path / "count", tmp_path / "work" / "good" / "found.json"
+    append = f"open({str(count)!r}, 'a').write('x')"
+    parts = [
+        gpu.Part("bad", 1, [python(f"{append}; raise SystemExit('it broke')"), python(append)]),
+        gpu.Part("slow", 0.01, [python("import time; time.sleep(60)")]),
+        gpu.Part("absent", 1, [["no-such-tool"]], missing="no-such-tool"),
+        gpu.Part(
+            "good",
+            1,
+            [python(f"{append}; open({str(found)!r}, 'w').write('[3]')")],
+            lambda place: {"speed": place.written()["found"][0]},
+        ),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda _: parts)
+    monkeypatch.setattr(gpu, "PREDICTED", {"good speed": 4})
+    monkeypatch.setattr(gpu, "machine", lambda _: {"device": "NVIDIA H200"})
+    results = tmp_path / "results"
+    options = [str(results), "--device=cuda", f"--work={tmp_path / 'work'}"]
+    assert gpu.main(options) == 1
+    out = capsys.readouterr().out
+    assert "    it broke" in out
+    assert re.search(r"speed +3  predicted 4  0.75", out)
+    assert "3 failed or left out\n  bad: exit code 1\n  slow: took more than 0.0 minutes\n  absent: left out" in out
+    lines = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
+    assert [(line["part"], bool(line["failed"])) for line in lines] == [
+        ("bad", True), ("slow", True), ("good", False),
+    ]  # fmt: skip
+    assert lines[2]["figures"] == {"speed": 3}
+    assert lines[2]["device"] == "NVIDIA H200"
+    assert "it broke" in (results / "log.txt").read_text()
+    assert count.read_text() == "xx"
+    assert gpu.main(options) == 1  # for what is left out
+    assert count.read_text() == "xx"
+    assert gpu.main([*options, "--parts", "good"]) == 0
+    capsys.readouterr()
+    assert gpu.main([*options, "--table"]) == 0
+    assert "| good | speed | 3 | 4 | 0.75 |" in capsys.readouterr().out
+    assert count.read_text() == "xxx"
+    with pytest.raises(SystemExit, match=r"^error: --parts other: not among bad, slow, absent, good$"):
+        gpu.main([*options, "--parts", "other"])
+
+
+def test_a_part_without_time_for_it_is_left_for_the_next_call(gpu: Any, tmp_path: Path) -> None:
+    options = [str(tmp_path / "results"), "--quick", "--device=cpu", f"--work={tmp_path / 'work'}"]
+    assert gpu.main([*options, "--parts", "kernels", "--minutes=0.1"]) == 1
+    assert not (tmp_path / "results" / "results.jsonl").exists()
+
+
+def test_the_gpu_script_rehearses_a_part_here(gpu: Any, tmp_path: Path) -> None:
+    options = [str(tmp_path / "results"), "--quick", "--device=cpu", f"--work={tmp_path / 'work'}"]
+    assert gpu.main([*options, "--parts", "kernels"]) == 0
+    line = json.loads((tmp_path / "results" / "results.jsonl").read_text())
+    assert line["figures"]["gelu_grn 3 us"] > 0
+    assert line["written"]["found"]["operations"]
+    assert line["commands"][0].startswith("python benchmarks/kernels.py --variant=atto")

@@ -66,6 +66,21 @@ def grn_mlp(
         return _GRNMLP.apply(x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, eps)
 
 
+_MM_HAS_OUT_DTYPE = torch.__version__ >= "2.10"
+"""Since torch 2.8, but before 2.10 neither for `torch.compile` nor for fake tensors."""
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return grad' x (o, i) in dtype, of rows grad (n, o) and x (n, i).
+
+    On CUDA, half precision is summed and returned in float32: what several multiprocessors sum in parts is not
+    rounded in between, and needs no cast.
+    """
+    if grad.is_cuda and grad.dtype.itemsize == 2 and _MM_HAS_OUT_DTYPE:
+        return torch.mm(grad.t(), x, out_dtype=torch.float32).to(dtype)
+    return (grad.t() @ x).to(dtype)
+
+
 class _GRNMLP(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,22 +105,27 @@ class _GRNMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
-        grad = grads[0].flatten(0, 1)
-        grad_a = (grad @ w2.to(grad.dtype)).view_as(h)
-        grad_h, a, grad_gamma, grad_beta, grad_b1 = gelu_grn_gradients(grad_a, h, norm, gamma, beta, ctx.eps)
-        rows = grad_h.flatten(0, 1)
-        grad_w = (rows.t() @ x.flatten(0, 1)).to(w1.dtype)
-        grad_b1 = grad_b1.to(w1.dtype)
-        return (
-            (rows @ w).view_as(x),
-            (w1 * grad_w).sum(0),
-            grad_b1 @ w1,
-            torch.addr(grad_w * norm_weight, grad_b1, norm_bias),
-            grad_b1,
-            grad_gamma.to(gamma.dtype),
-            grad_beta.to(beta.dtype),
-            (grad.t() @ a.flatten(0, 1)).to(w2.dtype),
-            grad.sum(0, dtype=w2.dtype),
-            None,
-        )
+        with torch.autocast(grads[0].device.type, enabled=False):  # of a loss.backward() inside of it, too
+            return _gradients(ctx, grads[0])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, norm_weight, norm_bias, w1, gamma, beta, w2, w, h, norm = ctx.saved_tensors
+    grad = grad.flatten(0, 1)
+    grad_a = (grad @ w2.to(grad.dtype)).view_as(h)
+    grad_h, a, sums = gelu_grn_gradients(grad_a, h, norm, gamma, beta, ctx.eps)
+    grad_gamma, grad_beta, grad_b1 = sums.to(w1.dtype).unbind()
+    rows = grad_h.flatten(0, 1)
+    grad_w = _weight_gradient(rows, x.flatten(0, 1), w1.dtype)
+    return (
+        (rows @ w).view_as(x),
+        (w1 * grad_w).sum(0),
+        grad_b1 @ w1,
+        torch.addr(grad_w * norm_weight, grad_b1, norm_bias),
+        grad_b1,
+        grad_gamma,
+        grad_beta,
+        _weight_gradient(grad, a.flatten(0, 1), w2.dtype),
+        grad.sum(0, dtype=w2.dtype),
+        None,
+    )

@@ -33,7 +33,8 @@ def operation(
         @op.register_kernel("cuda")
         def _(*args: Any) -> Any:
             kernels = import_module(f"{function.__module__}_triton")  # only here: Triton is not everywhere
-            return getattr(kernels, function.__name__)(*args)
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device, whichever the tensors' is
+                return getattr(kernels, function.__name__)(*args)
 
         if numba_dtypes:
 
