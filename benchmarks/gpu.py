@@ -64,7 +64,7 @@ PREDICTED = {
     "dense memory of packed over masked": 0.5,
     "official packed over official": 3.0,
     "real over synthetic": 0.95,
-    "kernels crops resized us": 3_600,
+    "kernels crops resized us": 190,
     **{
         f"kernels {operation} {stage} us": us
         for operation, by_stage in {

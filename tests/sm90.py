@@ -1,10 +1,11 @@
 """Compile our Triton kernels for a Hopper GPU where there is none, and count what became of them; no test itself.
 
-    TRITON_INTERPRET=0 PYTHONPATH=. python tests/sm90.py base:bfloat16:1 base:bfloat16:3 others:bfloat16
+    TRITON_INTERPRET=0 PYTHONPATH=. python tests/sm90.py base:bfloat16:1 base:bfloat16:3 crops:uint8 others:bfloat16
 
 prints a line of JSON, with registers, stack and instructions, for each launch of a block of stages 1 and 3 (batch
-256, 19 of 49 patches visible), and of the kernels that no block has. It is a program, since a process whose kernels
-are interpreted cannot compile them. Compiler and disassembler come with Triton.
+256, 19 of 49 patches visible), of crops of 3 x 256 x 256 pixels resized to 224, and of the other kernels. It is a
+program, since a process whose kernels are interpreted cannot compile them. Compiler and disassembler come with
+Triton.
 """
 
 import json
@@ -130,12 +131,22 @@ def others(dtype: torch.dtype) -> None:
     gather_depthwise_triton.gather_depthwise_backward(x, weight, x, neighbours)
 
 
+def crops(dtype: torch.dtype) -> None:
+    """Launch the kernels that resize crops, to a single pixel too, whose size is no number to a kernel."""
+    from fcmae.ops import resize_crops_triton
+
+    images = _empty(256, 256, 256, 3, dtype=dtype).permute(0, 3, 1, 2)
+    extents, flipped = _empty(256, 2, dtype=torch.int32), _empty(256, dtype=torch.bool)
+    for size in ((224, 224), (1, 1)):
+        resize_crops_triton.resize_crops(images, extents, flipped, size)
+
+
 def compiled(case: str) -> list[dict[str, Any]]:
     """What became of every launch of a block, "base:bfloat16:3", or of what no block has, "others:bfloat16"."""
     with compiling() as launches:
         name, dtype, *stage = case.split(":")
-        if name == "others":
-            others(getattr(torch, dtype))
+        if name in ("others", "crops"):
+            {"others": others, "crops": crops}[name](getattr(torch, dtype))
         else:
             block(DIMS[name], int(stage[0]), getattr(torch, dtype))
     return [{"case": case, "kernel": name, **count(kernel)} for name, kernel in launches]

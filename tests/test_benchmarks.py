@@ -165,6 +165,15 @@ def test_tiles_measures_every_way_and_writes_json(
     assert all(f"| {row['way']} " in out and row["ms"] > 0 <= row["memory_mb"] for row in rows)
 
 
+def test_crops_compares_every_way_and_writes_json(modules: tuple[Any, Any], tmp_path: Path) -> None:
+    path = tmp_path / "crops.json"
+    sizes = ["--image-size=32", "--short-side=36", "--batch=3", "--channels=2"]
+    importlib.import_module("crops").main([*sizes, "--device=cpu", "--threads=1", "--rounds=1", f"--json={path}"])
+    rows = json.loads(path.read_text())["ways"]
+    assert [row["way"] for row in rows] == ["torchvision", "formulas"]
+    assert all(row["ms"] > 0 and row["difference"] <= 2 for row in rows)
+
+
 def test_checkpoint_measures_what_saving_and_hashing_cost(
     modules: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

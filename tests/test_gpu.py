@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fcmae import FCMAE, finetune, pretrain, sample_visible_ids
 from fcmae.config import PretrainConfig, parse_config
-from fcmae.data import CroppedBatch, PixelNormalizer, prefetch, save_arrays
+from fcmae.data import CroppedBatch, PixelNormalizer, prefetch, resize_crops, save_arrays
+from fcmae.data.pixels import as_kind
 from fcmae.encoder.convnext import Layout
 from fcmae.training.checkpoint import MODEL, OPTIMIZER, CheckpointWriter, read_checkpoint, step_folder
 from fcmae.training.graph import BLOCKING, WARM_UP, Recorded
@@ -66,10 +67,34 @@ def some_crops(number: int) -> CroppedBatch:
     ).pin_memory()
 
 
-def test_crops_resized_on_cuda_are_those_of_the_cpu_within_a_level() -> None:
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_crops_resized_on_cuda_are_those_of_the_cpu_within_a_level(dtype: torch.dtype) -> None:
     crops = some_crops(0)
+    crops = replace(crops, images=as_kind(crops.images, dtype).pin_memory())
+    if dtype == torch.float32:
+        crops.images[crops.images < 0.25] = torch.nan
     there, here = (crops.to(torch.device(device)).images.cpu() for device in ("cuda", "cpu"))
-    assert (there.int() - here.int()).abs().max() <= 1
+    assert there.dtype == dtype
+    atol = 1e-5 if dtype == torch.float32 else 1
+    torch.testing.assert_close(there.double(), here.double(), rtol=1e-5, atol=atol, equal_nan=True)
+
+
+def test_crops_are_resized_by_two_kernels_without_a_wait() -> None:
+    crops = some_crops(0)
+    there = crops.each(Tensor.cuda)
+    given = (there.images, there.extents, there.flipped, [64, 64])
+    resize_crops(*given)
+    torch.cuda.synchronize()
+    with torch.profiler.profile() as profiler:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            resize_crops(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    events = profiler.events() or ()
+    kernels = [e.name for e in events if e.device_type.name == "CUDA" and "kernel" in e.name]
+    assert kernels == ["_across_kernel", "_down_kernel"]
 
 
 def test_batches_copied_ahead_arrive_whole_and_in_order() -> None:

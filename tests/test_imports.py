@@ -50,7 +50,7 @@ NEVER_REACHES = {
     "decoder": DISK | TRAINING,
     "heads": DISK | TRAINING,
     "model": {"fcmae.config", "torch.optim", "accelerate", "timm"},
-    "data": MODELS | {"accelerate"},
+    "data": MODELS - {"fcmae.ops"} | {"accelerate"},
     "weights": {"fcmae.loss", "fcmae.model", "accelerate"},
     "training": MODELS | {"torchvision", "PIL"},
     "load": {"accelerate"},

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fcmae.loss import hidden_patch_loss, patch_statistics
 from fcmae.masking import hidden_ids
 from fcmae.model import FCMAE
-from fcmae.ops import gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss
+from fcmae.ops import gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss, resize_crops
 from fcmae.patches import patchify
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -35,7 +35,7 @@ EPS = 1e-6
 
 OPERATIONS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": op
-    for module in (gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss)
+    for module in (gather_depthwise, gelu_grn, grn_mlp, patch_depthwise, patch_loss, resize_crops)
     for name, op in vars(module).items()
     if isinstance(op, CustomOpDef)
 }
@@ -444,6 +444,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
     pred, images, hidden = hidden_patches(2, 3, (2, 2), 4, 2)
     neighbours = neighbour_table(1, 2, 3, 3)
     rows = torch.randn(neighbours.shape[1], 5)
+    extents, flipped = torch.tensor([[5, 2], [3, 4]]), torch.tensor([True, False])
     gather_weight = torch.randn(5, 9).t()
     mlp = [tensor.detach() for tensor in mlp_tensors(1, 1, 5, torch.float32)]
     given: dict[str, tuple[Any, ...]] = {
@@ -464,6 +465,7 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
         "fold_norm": (*mlp[1:5], *mlp[7:], torch.bfloat16),
         "fold_norm_backward": (mlp[3] + 1, mlp[4] + 1, *mlp[1:4]),
         "patch_errors": (pred.requires_grad_(), images, hidden, 4, True, EPS),
+        "resize_crops": (torch.arange(210, dtype=torch.uint8).view(2, 3, 5, 7), extents, flipped, [4, 1]),
     }  # fmt: skip
     return tuple(
         a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in given[name]

@@ -47,6 +47,15 @@ OTHERS = {
 }
 """Of the other kernels."""
 
+CROPS = {
+    "crops:uint8": {"resize_crops_triton._across_kernel": (128, 6.3), "resize_crops_triton._down_kernel": (80, 6)},
+    "crops:uint16": {"resize_crops_triton._across_kernel": (128, 5.3), "resize_crops_triton._down_kernel": (96, 6)},
+    "crops:float32": {
+        "resize_crops_triton._across_kernel": (176, 9), "resize_crops_triton._down_kernel": (160, 10.5)
+    },
+}  # fmt: skip
+"""Of the kernels that resize crops, at most: registers, and instructions for each pixel and each it is made of."""
+
 PER_ELEMENT = {
     "gelu_grn_triton._square_sums_kernel": 15.5,
     "gelu_grn_triton._scale_kernel": 17,
@@ -78,7 +87,7 @@ def compiled() -> Launches:
         pytest.skip(f"this Triton comes without {', '.join(missing)}")
     root = Path(__file__).parent.parent
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
-    command = [sys.executable, str(root / "tests" / "sm90.py"), "others:bfloat16", *CASES]
+    command = [sys.executable, str(root / "tests" / "sm90.py"), "others:bfloat16", *CROPS, *CASES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "TRITON_DEFAULT_FP_FUSION" not in done.stderr  # whether products and sums fuse, each launch says
@@ -120,3 +129,15 @@ def test_kernels_of_a_block_keep_to_their_registers_and_instructions(case: str, 
             assert sum(code.values()) <= most[stage] * code["FFMA"], launch
         if "convolve" in kernel and stage > 1:
             assert "LDG.E.64" not in loop, launch
+
+
+@pytest.mark.parametrize("case", CROPS)
+def test_crops_are_resized_in_few_instructions_of_few_registers(case: str, compiled: Launches) -> None:
+    assert [launch["kernel"] for launch in compiled[case]] == [*CROPS[case]] * 2
+    for launch in compiled[case][:2]:
+        registers, most = CROPS[case][launch["kernel"]]
+        assert launch["stack"] == 0, launch
+        assert launch["registers"] <= registers, launch
+        assert sum(launch["loop"].values()) <= most * 32 * 32 / launch["threads"], launch
+        if "down" in launch["kernel"]:
+            assert {name for name in launch["loop"] if name.startswith("LDG")} == {"LDG.E.128"}, launch

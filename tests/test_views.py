@@ -1,5 +1,8 @@
 """Views: drawn as before anything is decoded, cut and resized wherever it is cheapest, the same pixels."""
 
+from collections import defaultdict
+from collections.abc import Callable
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from fcmae.data import (
 from fcmae.data.batches import LARGEST_CROP
 from fcmae.data.images import decode, decode_part
 from fcmae.data.views import Part, resample
+from fcmae.ops import resize_crops as formulas
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 32), (1, 1), (1, 90), (70, 1), (7, 300), (64, 64), (129, 65)]
@@ -149,11 +153,60 @@ def test_resizing_a_batch_agrees_with_torchvision_within_two_levels(size: tuple[
     assert difference.any()  # two kernels were compared
 
 
-def test_resizing_a_batch_keeps_crops_of_the_size_as_they_are() -> None:
+Resize = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(params=["formulas", "triton"])
+def resize(request: pytest.FixtureRequest) -> Resize:
+    """`resize_crops` by its formulas, and by Triton's kernels, in its interpreter where there is no GPU."""
+    if request.param == "formulas":
+        return resize_crops
+    pytest.importorskip("triton", reason="needs Triton")
+    kernels = import_module("fcmae.ops.resize_crops_triton")
+    if not torch.cuda.is_available():
+        return kernels.resize_crops
+    return lambda *given: kernels.resize_crops(*(t.cuda() for t in given[:3]), given[3]).cpu()
+
+
+def test_resizing_a_batch_keeps_crops_of_the_size_as_they_are(resize: Resize) -> None:
     crops = torch.randint(0, 256, (3, 3, 32, 40), dtype=torch.uint8)
     extents = torch.tensor([[32, 40]] * 3, dtype=torch.int32)
-    found = resize_crops(crops, extents, torch.tensor([False, True, False]), (32, 40))
+    found = resize(crops, extents, torch.tensor([False, True, False]), (32, 40))
     assert torch.equal(found, torch.stack([crops[0], crops[1].flip(-1), crops[2]]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "size", "shapes"),
+    [
+        (torch.uint8, 3, (16, 24), [(40, 30), (1, 1), (7, 60), (16, 24)]),
+        (torch.uint8, 4, (48, 34), [(1, 20), (33, 1)]),  # more than a program's square
+        (torch.uint16, 1, (40, 12), [(11, 35)]),
+        (torch.uint16, 7, (3, 5), [(4, 9)]),
+        (torch.float32, 1, (5, 36), [(35, 40), (5, 36)]),
+        (torch.float32, 4, (24, 20), [(30, 3), (12, 20)]),
+    ],
+    ids=str,
+)
+def test_the_kernel_gives_each_crop_what_the_formulas_give_it_alone_whatever_lies_beyond(
+    dtype: torch.dtype, channels: int, size: tuple[int, int], shapes: list[tuple[int, int]], resize: Resize
+) -> None:
+    height, width = np.max(shapes, axis=0).tolist()
+    full = {torch.uint8: 255, torch.uint16: 65535, torch.float32: 1.0}[dtype]
+    crops = (torch.rand(len(shapes), height, width + 3, channels) * full).to(dtype).permute(0, 3, 1, 2)
+    if dtype == torch.float32:
+        crops[torch.rand(crops.shape) < 0.3] = torch.nan
+    extents, flipped = torch.tensor(shapes, dtype=torch.int32), torch.arange(len(shapes)) % 2 == 0
+    found = resize(crops, extents, flipped, size)
+    for crop, extent, flip, view in zip(crops, extents, flipped, found, strict=True):
+        alone = crop[None, :, : extent[0], : extent[1]]
+        (expected,) = resize_crops(alone, extent[None], flip[None], size)
+        assert view.dtype == dtype
+        if dtype == torch.float32:
+            assert torch.allclose(view, expected, rtol=2e-5, atol=2e-5, equal_nan=True)
+        else:
+            difference = (view.int() - expected.int()).abs()
+            assert difference.max() <= 1
+            assert (difference > 0).float().mean() <= 0.01
 
 
 def pretraining(source: object, **kwargs: bool) -> PretrainDataset:
@@ -244,8 +297,11 @@ def test_unknown_pixels_leave_their_weight_to_the_others(size: tuple[int, int]) 
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 10)])
-def test_a_batch_with_unknown_pixels_is_resized_as_each_crop_is_alone(size: tuple[int, int]) -> None:
-    shapes = [(24, 20), (5, 30), (16, 10), (1, 1), (31, 7)] * 15  # more than a chunk
+def test_a_batch_with_unknown_pixels_is_resized_as_each_crop_is_alone(
+    size: tuple[int, int], resize: Resize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formulas, "CHUNK", 3)
+    shapes = [(24, 20), (5, 30), (16, 10), (1, 1), (31, 7)]
     crops = torch.full((len(shapes), 2, 31, 30), torch.nan)  # beyond the crops, too
     flipped = torch.arange(len(shapes)) % 3 == 0
     expected = []
@@ -254,14 +310,33 @@ def test_a_batch_with_unknown_pixels_is_resized_as_each_crop_is_alone(size: tupl
         crop[:, :height, :width] = image
         view = torch.from_numpy(resized_by_loops(image.double().numpy(), size)).float()
         expected.append(view.flip(-1) if flip else view)
-    found = resize_crops(crops, torch.tensor(shapes, dtype=torch.int32), flipped, size)
+    found = resize(crops, torch.tensor(shapes, dtype=torch.int32), flipped, size)
     assert torch.allclose(found, torch.stack(expected), rtol=2e-5, atol=0, equal_nan=True)
 
 
 def test_resizing_a_batch_reads_no_number_back_from_the_device() -> None:
+    """Not even by the formulas, which take devices other than CUDA."""
     with FakeTensorMode():  # whose tensors have no numbers: reading one raises an error
         extents, flipped = torch.empty(2, 2, dtype=torch.int32), torch.empty(2, dtype=torch.bool)
-        assert resize_crops(torch.empty(2, 3, 24, 30), extents, flipped, (16, 16)).shape == (2, 3, 16, 16)
+        found = resize_crops._init_fn(torch.empty(2, 3, 24, 30), extents, flipped, (16, 16))
+        assert found.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_resizing_a_batch_takes_cuda_two_launches_and_nothing_that_waits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    kernels = import_module("fcmae.ops.resize_crops_triton")
+    launched: list[str] = []
+    for name in ("_across_kernel", "_down_kernel"):
+        launch = lambda *_given, name=name, **_options: launched.append(name)  # noqa: E731
+        monkeypatch.setattr(kernels, name, defaultdict(lambda launch=launch: launch))  # by any grid
+    with FakeTensorMode():
+        crops = torch.empty(200, 24, 30, 3, dtype=dtype).permute(0, 3, 1, 2)
+        extents, flipped = torch.empty(200, 2, dtype=torch.int32), torch.empty(200, dtype=torch.bool)
+        assert kernels.resize_crops(crops, extents, flipped, (16, 20)).shape == (200, 3, 16, 20)
+    assert launched == ["_across_kernel", "_down_kernel"]
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

@@ -31,7 +31,8 @@ from fcmae.data.pixels import Reading
 from fcmae.data.sampling import IndexStream, one_pass
 from fcmae.data.sources import Source, open_source, overlap, share_of_each_class
 from fcmae.data.tiles import cut
-from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover, resize_crops
+from fcmae.data.views import AugmentedView, Cover, PixelNormalizer, RandomView, cover
+from fcmae.ops.resize_crops import resize_crops
 from fcmae.seeding import derive_seed, reseed, seeded
 
 __all__ = [

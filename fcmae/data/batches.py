@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from fcmae.data.sampling import PADDING, Key, spread
 from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.data.sources import Source
-from fcmae.data.views import RandomView, View, cover, resize_crops
+from fcmae.data.views import RandomView, View, cover
 from fcmae.data.workers import serving, starting
 from fcmae.errors import UserError, brief, one_line
+from fcmae.ops.resize_crops import resize_crops
 from fcmae.seeding import seeded, torch_seeded
 from fcmae.signals import serve_parent
 

@@ -136,10 +136,3 @@ def without_nodata(pixels: np.ndarray, reading: Reading, tagged: float | None = 
     numbers = pixels.astype(np.float32) / np.float32(FULL[kind_of(pixels.dtype)])
     numbers[unknown | ~np.isfinite(numbers)] = np.nan
     return numbers
-
-
-def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return float values as pixels of a kind: whole numbers within its range, floats as they are."""
-    if dtype == torch.float32:
-        return values
-    return values.round().clamp(0, FULL[dtype]).to(dtype)

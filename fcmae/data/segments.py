@@ -18,10 +18,11 @@ from torchvision.transforms import v2
 from fcmae.data.batches import NOT_COUNTED, BadImage, Batch, Sample, load_or_substitute, load_spread
 from fcmae.data.deep import Box
 from fcmae.data.masks import Pair, SegmentationSource
-from fcmae.data.pixels import FULL, rounded
+from fcmae.data.pixels import FULL
 from fcmae.data.sampling import PADDING, Key
 from fcmae.data.sources import Source
 from fcmae.data.views import Part, cover, covering_size, resample
+from fcmae.ops.resize_crops import rounded
 from fcmae.seeding import seeded
 
 TRIES = 10

@@ -19,7 +19,8 @@ from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fcmae.data.pixels import FULL, rounded
+from fcmae.data.pixels import FULL
+from fcmae.ops.resize_crops import reweigh, rounded, split_unknown
 
 
 class Part(NamedTuple):
@@ -38,31 +39,12 @@ def whole(height: int, width: int) -> Part:
     return Part(0, 0, height, width, (height, width))
 
 
-MOST_UNKNOWN = 0.501
-"""Share of a resized pixel's weight up to which the rest makes it up: a half, however that is rounded."""
-
-
-def _split_unknown(pixels: Tensor) -> Tensor:
-    """Return pixels (..., c, h, w) with 0 for what is not known, and then whether it is not: (..., 2 c, h, w)."""
-    unknown = pixels.isnan()
-    return torch.cat([pixels.masked_fill(unknown, 0), unknown.to(pixels.dtype)], dim=-3)
-
-
-def _reweigh(resized: Tensor) -> Tensor:
-    """Turn what `_split_unknown` gave, resized, into the weighted mean of known pixels; NaN where they are few.
-
-    Where all are known the values stay as they are.
-    """
-    values, unknown = resized.chunk(2, dim=-3)
-    return torch.where(unknown > MOST_UNKNOWN, torch.nan, values / (1 - unknown))
-
-
 def _resize_known(pixels: Tensor, resize: Callable[[Tensor], Tensor]) -> Tensor:
     """Resize pixels (c, h, w) by a linear filter; unknown ones, NaN, leave their weight to the others."""
     if pixels.dtype != torch.float32 or not pixels.isnan().any():
         exact = pixels if pixels.dtype == torch.uint8 else pixels.float()  # of 8 bits it takes whole numbers
         return rounded(resize(exact), pixels.dtype)
-    return _reweigh(resize(_split_unknown(pixels)))
+    return reweigh(resize(split_unknown(pixels)))
 
 
 def resample(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -121,59 +103,6 @@ class RandomView(View):
     def finish(self, pixels: Tensor) -> Tensor:
         resized = resample(pixels, self.size)
         return resized.flip(-1) if self.flips() else resized
-
-
-def _cubic_weights(lengths: Tensor, longest: int, size: int, flipped: Tensor | None = None) -> Tensor:
-    """Return what each of `size` pixels takes of the first `lengths` (b,) of `longest`: float32 (b, size, longest).
-
-    Pillow's and torch's antialiased bicubic filter: Keys' kernel with a = -0.5, stretched where pixels get fewer.
-    """
-    device = lengths.device
-    places = torch.arange(size, device=device).expand(len(lengths), size)
-    if flipped is not None:
-        places = torch.where(flipped[:, None], size - 1 - places, places)
-    scale = lengths[:, None] / size
-    centres = (places + 0.5) * scale  # (b, size), in pixels of the source
-    sources = torch.arange(longest, device=device) + 0.5
-    x = ((sources - centres[..., None]) / scale.clamp(min=1)[..., None]).abs()  # (b, size, longest)
-    inner = (1.5 * x - 2.5) * x * x + 1
-    outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, inner, torch.where(x < 2, outer, 0)) * (sources < lengths[:, None, None])
-    return weights / weights.sum(-1, keepdim=True)
-
-
-CHUNK = 64
-"""Crops that are resized at once, which bounds the memory for their float32 copies."""
-
-
-def resize_crops(crops: Tensor, extents: Tensor, flipped: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize and flip crops of different sizes, all of a batch together, on whatever device they are.
-
-    The same antialiased bicubic filter as `RandomView` applies one by one, as two batched matrix products. Nearly
-    all pixels are the same; some differ by a level of 255, one in 10,000 at most by two, as torch's CPU kernel
-    rounds its weights. Without a wait for the device, whether there are unknown pixels or not.
-
-    Args:
-        crops: pixels (b, c, h, w), each crop in the upper left corner.
-        extents: int (b, 2), height and width of each crop.
-        flipped: bool (b,).
-        size: height and width of the result.
-
-    Returns:
-        Pixels (b, c, *size).
-    """
-    done: list[Tensor] = []
-    for some, extent, flip in zip(*(t.split(CHUNK) for t in (crops, extents, flipped)), strict=True):
-        heights, widths = extent.unbind(1)
-        across = _cubic_weights(widths, some.shape[3], size[1], flip)
-        down = _cubic_weights(heights, some.shape[2], size[0])
-        exact = _split_unknown(some) if crops.dtype == torch.float32 else some.float()
-        narrow = torch.einsum("bchw,bjw->bchj", exact, across)
-        if crops.dtype == torch.uint8:
-            narrow = narrow.round_().clamp_(0, 255)
-        resized = torch.einsum("bih,bchj->bcij", down, narrow)
-        done.append(_reweigh(resized) if crops.dtype == torch.float32 else rounded(resized, crops.dtype))
-    return torch.cat(done)
 
 
 def covering_size(image: tuple[int, int], around: tuple[int, int]) -> tuple[int, int]:
