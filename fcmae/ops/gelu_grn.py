@@ -54,7 +54,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fake_forward(h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(len(h), h.shape[-1], dtype=_wide(h.dtype))
+    return h.new_empty(h.shape), h.new_empty(h.shape[0], h.shape[-1], dtype=_wide(h.dtype))
 
 
 @operation(fake=_fake_forward)
