@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import CustomOpDef, opcheck  # pyright: ignore[reportPrivateImportUsage]
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fcmae.loss import hidden_patch_loss, patch_statistics
 from fcmae.masking import hidden_ids
@@ -491,7 +492,7 @@ def test_every_operation_takes_tensors_however_they_are_stored(
         for a in arguments(path.partition(".")[2], device)
     ]
     plain = [a.contiguous() if isinstance(a, Tensor) else a for a in given]
-    ours, reference = ([*torch.utils._pytree.tree_leaves(OPERATIONS[path](*a))] for a in (given, plain))
+    ours, reference = (tree_leaves(OPERATIONS[path](*a)) for a in (given, plain))
     for one, other in zip(ours, reference, strict=True):
         assert one.is_contiguous()
         assert relative_error(one.double(), other.double()) <= 1e-6
@@ -518,7 +519,7 @@ def test_every_operation_takes_a_batch_of_no_images(path: str, device: str) -> N
     given = arguments(path.partition(".")[2], device)
     images = given[1 if path == "gelu_grn.gelu_grn_backward" else 0].shape[0]
     empty = [a.detach()[:0] if isinstance(a, Tensor) and a.shape[:1] == (images,) else a for a in given]
-    results, expected = (torch.utils._pytree.tree_leaves(OPERATIONS[path](*a)) for a in (empty, given))
+    results, expected = (tree_leaves(OPERATIONS[path](*a)) for a in (empty, given))
     for result, one in zip(results, expected, strict=True):
         assert result.shape[1:] == one.shape[1:]
         assert not result.any()  # a sum over no images is zero
