@@ -64,7 +64,7 @@ PREDICTED = {
     "dense memory of packed over masked": 0.5,
     "official packed over official": 3.0,
     "real over synthetic": 0.95,
-    "kernels crops resized us": 190,
+    "crops formulas ms": 3.6,
     **{
         f"kernels {operation} {stage} us": us
         for operation, by_stage in {
@@ -206,7 +206,12 @@ def profile_figures(place: Place) -> dict[str, float]:
 def kernel_figures(place: Place) -> dict[str, float]:
     """Return the microseconds of each operation."""
     rows = place.written()["found"]["operations"]
-    return {f"{row['operation']} {row['stage'] or ''}".strip() + " us": row["us"] for row in rows}
+    return {f"{row['operation']} {row['stage']} us": row["us"] for row in rows}
+
+
+def crops_figures(place: Place) -> dict[str, float]:
+    """Return the milliseconds of a batch by each way of resizing its crops."""
+    return {f"{row['way']} ms": row["ms"] for row in place.written()["found"]["ways"]}
 
 
 def resume_figures(place: Place) -> dict[str, float]:
@@ -309,6 +314,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     profiles = [[*profile, out("profile", "packed")]]
     profiles += [[*profile, "--graph", out("profile", "graph")]] if on_gpu else []
     kernels = script("kernels", *options(), device)
+    crops = script("crops", device, *(["--batch=2", "--rounds=1"] if quick else []))
     ncu = ["ncu", "--clock-control=none", "--kernel-name", KERNELS, "--metrics", ",".join(COUNTERS)]
     few = ["--updates=6", "--every=2"] if quick else []
     loader = ["--workers=1", "--images=16", *few] if quick else [f"--workers={os.cpu_count()}"]
@@ -323,6 +329,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         step("base-64", 3, ["packed", "trainer"], ["--graph", "--compile"], batch="64"),
         Part("resume", 4, [script("resumed", *options(batch="64"), *few, out("resume"))], resume_figures),
         Part("kernels", 4, [[*kernels, out("kernels")]], kernel_figures),
+        Part("crops", 2, [[*crops, out("crops")]], crops_figures),
         step("dense", 6, ["packed", "masked", "spark"], ["--compile"]),
         Part("real", 5, [script("real_images", *options(), device, *loader, out("real"))], real_figures),
         step("tiny", 3, ["packed"], ["--graph"], variant="tiny"),

@@ -1,4 +1,4 @@
-"""Time the operations of a block, stage by stage, its matrix products, and the resizing of crops.
+"""Time the operations of a block and its matrix products, stage by stage.
 
     python benchmarks/kernels.py --variant base --batch 256 --precision bf16 --json kernels.json
     python benchmarks/kernels.py --variant base --batch 256 --precision bf16 --sweep --stages 3
@@ -25,7 +25,6 @@ import train_step
 from torch import Tensor
 
 from fcmae import VARIANTS, sample_visible_ids
-from fcmae.data.batches import CroppedBatch
 from fcmae.masking import count_visible
 from fcmae.ops import gelu_grn, patch_depthwise
 
@@ -50,7 +49,6 @@ SIZES = {
     },
 }
 KERNEL, STRIDE = 7, 32
-RESIZED = "crops resized"
 
 
 @dataclass(frozen=True)
@@ -158,24 +156,6 @@ def operations(stage: int, args: argparse.Namespace) -> list[Operation]:
     return found
 
 
-def resizing(args: argparse.Namespace) -> Operation:
-    """Return the resizing of a batch of crops of 120 to 256 pixels, as the loader of pretrain.py gives them."""
-    size, b = args.image_size, args.batch
-    largest = size * 8 // 7
-    generator = torch.Generator().manual_seed(0)
-    crops = CroppedBatch(
-        images=torch.randint(256, (b, 3, largest, largest), dtype=torch.uint8, generator=generator),
-        indices=tuple(range(b)),
-        bad=(),
-        visible_ids=sample_visible_ids(b, (size // STRIDE) ** 2, train_step.MASK_RATIO, generator),
-        extents=torch.randint(largest * 15 // 32, largest + 1, (b, 2), dtype=torch.int32, generator=generator),
-        flipped=torch.rand(b, generator=generator) < 0.5,
-        size=(size, size),
-    )
-    there = crops.each(lambda tensor: tensor.to(args.device))
-    return Operation(RESIZED, lambda: there.to(torch.device(args.device)), nbytes=2.0 * b * 3 * size**2)
-
-
 def sweep(operation: Operation, args: argparse.Namespace) -> dict[str, float | str]:
     """Return the microseconds of an operation by the size of its work, or why there are none."""
     found: dict[str, float | str] = {}
@@ -193,7 +173,7 @@ def sweep(operation: Operation, args: argparse.Namespace) -> dict[str, float | s
     return found
 
 
-def measure(operation: Operation, stage: int | None, args: argparse.Namespace) -> dict[str, Any]:
+def measure(operation: Operation, stage: int, args: argparse.Namespace) -> dict[str, Any]:
     """Time an operation, print and return its row."""
     us = time_us(operation.run, args.device)
     row = {
@@ -204,7 +184,7 @@ def measure(operation: Operation, stage: int | None, args: argparse.Namespace) -
         "tflop_per_s": operation.flop / us / 1e6,
     }
     flop = f"{row['tflop_per_s']:.3g}" if operation.flop else ""
-    print(f"| {stage or ''} | {operation.name} | {us:.1f} | {row['gb_per_s']:.0f} | {flop} |", flush=True)
+    print(f"| {stage} | {operation.name} | {us:.1f} | {row['gb_per_s']:.0f} | {flop} |", flush=True)
     if args.sweep:
         row["sweep"] = sweep(operation, args)
         for size, other in row["sweep"].items():
@@ -228,8 +208,6 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(f"{key}: {value}" for key, value in header.items()))
     print("\n| stage | operation | us | GB/s | TFLOP/s |\n|---:|---|---:|---:|---:|", flush=True)
     rows = [measure(operation, stage, args) for stage in args.stages for operation in operations(stage, args)]
-    if not args.sweep:
-        rows.append(measure(resizing(args), None, args))
     if args.json:
         args.json.write_text(json.dumps({**header, "operations": rows}, indent=2) + "\n")
 

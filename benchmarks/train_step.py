@@ -221,7 +221,11 @@ def record(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> 
     """Return a step that is recorded as CUDA graphs after `Recorded.warm_up`, as the Trainer has it."""
     for group in way.optimizer.param_groups:
         group["capturable"], group["lr"] = True, torch.zeros((), device=args.device)
-    eager = Eager(lambda batch: accumulate(way, (batch.images, batch.visible_ids), args), lambda: apply(way))
+    eager = Eager(
+        accumulate=lambda batch: accumulate(way, (batch.images, batch.visible_ids), args),
+        exchange=lambda: None,
+        step=lambda: apply(way),
+    )
     parameters = [parameter for group in way.optimizer.param_groups for parameter in group["params"]]
     work = Recorded(eager, parameters, CudaGraphs(torch.device(args.device)), sys.exit)
     given = MaskedBatch(images=batch[0], indices=(), bad=(), visible_ids=batch[1])
