@@ -22,7 +22,7 @@ NUMERIC = $(patsubst %,tests/test_%.py,ops layouts responses encoder networks ro
   weights weights_official weights_timm batches stats views visualize evaluate diagnose metrics \
   classification optim commands small_images any_images heads segments segmentation predict)
 
-.PHONY: help quickstart minkowski test test-other-cpu fuzz sm90 faults check bench
+.PHONY: help quickstart minkowski test test-other-cpu fuzz kernels faults check bench
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -46,8 +46,8 @@ test-other-cpu: $(READY)  ## the numeric tests, rounded as on another processor
 fuzz: $(READY)  ## thousands of malformed configurations, weights and images, others each time
 	@FCMAE_FUZZ=1 $(PYTEST) tests/fuzz $(ARGS)
 
-sm90: $(READY)  ## every kernel compiled for a Hopper GPU, its registers and instructions counted
-	@FCMAE_SM90=1 $(PYTEST) tests/test_sm90.py $(ARGS)
+kernels: $(READY)  ## every kernel compiled for a Hopper GPU, its registers and instructions counted
+	@FCMAE_KERNELS=1 $(PYTEST) tests/test_sm90.py $(ARGS)
 
 faults: $(READY)  ## runs killed hundreds of times, and disks that fail; SEED=... for the same again
 	@echo "make faults SEED=$(SEED)"
