@@ -321,7 +321,7 @@ class ConvNeXt(MaskedNetwork):
                 norm, conv = layers
                 assert isinstance(conv, nn.Conv2d)
                 x, sites = sites.downsample(norm(x), conv)
-            x = as_autocast(x)  # what blocks add to, of one dtype: on CUDA, a LayerNorm under autocast is float32
+            x = as_autocast(x)  # one dtype for what blocks add to: under CUDA's autocast a LayerNorm gives float32
             for block in stage:
                 x = self.run_block(block, x, sites)
             outputs.append((x, sites))

@@ -107,10 +107,10 @@ class Window:
 
 
 def untimed() -> dict[str, bool]:
-    """Return options with which `torch.compile` takes no kernel because it was the fastest when it was tried.
+    """Return options with which `torch.compile` takes no kernel because it was the fastest when tried.
 
-    Such kernels sum in different orders, and the process that resumes a run would try them anew. PyTorch 2.8, which
-    has no such mode, keeps what it took in a cache on the machine.
+    Such kernels sum in different orders, and the process that resumes a run would try them anew. PyTorch 2.8 has no
+    such mode, and only a cache on the machine for what it took.
     """
     return {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
 
