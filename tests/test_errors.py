@@ -265,6 +265,7 @@ def test_records_of_a_removed_folder_are_not_lost_silently(tmp_path: Path) -> No
     folder.mkdir()
     with MetricsLog(RunFolder(folder), 0) as log:
         log.record(1, {"loss": 1.0})
+        log.tensorboard.flush()  # by a thread, which must not find the folder gone
         folder.rename(tmp_path / "elsewhere")
         with pytest.raises(UserError, match=r"not written, they were removed or moved meanwhile; put them back"):
             log.record(2, {"loss": 1.0})

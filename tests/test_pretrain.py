@@ -405,7 +405,7 @@ def test_a_compiled_run_is_traced_whole_and_gives_the_losses_of_an_eager_one(
     assert run(*settings, f"output={tmp_path / 'eager'}") == 0
     compile_module = torch.nn.Module.compile
 
-    def trace(self: torch.nn.Module, *, fullgraph: bool) -> None:
+    def trace(self: torch.nn.Module, *, fullgraph: bool, **options: Any) -> None:
         assert fullgraph
         compile_module(self, backend="aot_eager", fullgraph=True)  # without a minute of code generation
 

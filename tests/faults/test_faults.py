@@ -13,7 +13,7 @@ from typing import cast
 
 import psutil
 import pytest
-from file_layer import TAKES_SPACE, Fault, Tree
+from file_layer import TAKES_SPACE, Disk, Fault, Operation, Tree
 from trainings import STEPS, TRAININGS, differences, intact, outcome, read_tree, without_clocks, write_tree
 from workshop import LARGE, PARTS, SEED, Tally, Workshop, drawn
 
@@ -266,13 +266,17 @@ def test_a_second_run_in_the_same_folder_is_refused_and_harms_nothing(workshop: 
     assert not differences(outcome(read_tree(first.folder)), workshop.undisturbed("pretraining"))
 
 
+class KillWorkers:
+    """Kills the loader's workers once three updates are recorded, each in two writes, and the run saves."""
+
+    def watch(self, disk: Disk, operation: Operation) -> None:
+        if (operation.kind, operation.path, operation.number) == ("write", "run/metrics.jsonl", 6):
+            for worker in psutil.Process().children():
+                worker.kill()
+
+
 def test_a_run_whose_loader_worker_is_killed_ends_in_one_line_and_goes_on(workshop: Workshop) -> None:
-    run = workshop.run("classification", "worker")
-    while not (run.folder / "run" / "checkpoints" / "last").exists():
-        assert run.processes[0].is_alive()
-        time.sleep(0.01)
-    for worker in psutil.Process(run.processes[0].pid).children():
-        worker.kill()
+    run = workshop.run("classification", "worker", watcher=KillWorkers())
     assert run.wait() == [2]
     (line,) = run.errors()
     assert line.startswith("error: data.num_workers=1: ")
