@@ -79,7 +79,7 @@ def train(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "data.image_size": args.image_size,
         "data.batch_size": args.batch,
         "data.num_workers": args.workers,
-        "optim.accumulate": 1,
+        "optim.images_per_update": args.batch,
         "optim.warmup_epochs": 0,
         "train.precision": args.precision,
         "train.max_steps": args.updates,

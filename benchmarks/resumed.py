@@ -52,7 +52,7 @@ def command(run: Path, args: argparse.Namespace) -> list[str]:
         "data.image_size": args.image_size,
         "data.batch_size": args.batch,
         "data.num_workers": 2,
-        "optim.accumulate": 1,
+        "optim.images_per_update": args.batch,
         "optim.warmup_epochs": 0,
         "train.precision": args.precision,
         "train.max_steps": args.updates,
