@@ -271,12 +271,14 @@ def train(
         log.picture("predictions", picture, step)
 
     every = trainer.plan.steps_in(config.eval.every_epochs)
+    kinds = ("val", "ema") if trainer.ema is not None else ("val",)
+    recorded = {figure.title: [f"{kind}_{figure.key}" for kind in kinds] for figure in task.scores.overall}
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         shows=[Show("pictures", every, show, trainer.run.predictions)] if draw else [],
         evaluate=score if validation else None,
         evaluate_every=every,
-        charts={figure.title: [f"^(val|ema)_{figure.key}$"] for figure in task.scores.overall if validation},
+        scores=recorded if validation else None,
     )
 
     # What remains: the best model, as timm loads it where it can, and pictures to look at

@@ -243,13 +243,13 @@ def train(
         write_picture(path, picture)
         log.picture("reconstructions", picture, step)
         if step == plan.total_steps:
-            rows = [
+            columns = [
                 draw_mask_ratios(model, normalize, image, SHOWN_RATIOS, bands=config.visualize.bands)
                 for image in pixels[:SHOWN_AT_RATIOS]
             ]
-            picture = np.concatenate(rows)
-            write_picture(trainer.run.mask_ratios, picture)
-            log.picture("mask_ratios", picture, step)
+            write_picture(trainer.run.mask_ratios, np.concatenate(columns, axis=1))
+            for i, picture in enumerate(columns, 1):
+                log.picture(f"mask_ratios/image_{i}", picture, step)
 
     shows = []
     if len(pixels):
@@ -272,18 +272,18 @@ def train(
         if len(watched):
             shows.append(Show("feature collapse", trainer.plan.steps_in(config.eval.collapse_every_epochs), watch))
 
-    charts: dict[str, list[str]] = {}
+    scores: dict[str, list[str]] = {}
     if splits:
-        charts["accuracy of k-NN"] = ["^knn_"]
+        scores["accuracy of k-NN"] = ["knn_top1", "knn_top5"]
     if config.eval.collapse_every_epochs is not None:
-        charts["cosine distance of channels, by stage"] = ["^cosine_distance/"]
+        scores["cosine distance of channels, by stage"] = [f"cosine_distance/stage_{i}" for i in range(1, 5)]
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         shows=shows,
         evaluate=score if splits else None,
         evaluate_every=trainer.plan.steps_in(config.eval.knn_every_epochs or 1),
         evaluate_first=True,
-        charts=charts,
+        scores=scores,
         watch=Watch(
             config,
             plan,

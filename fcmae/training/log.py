@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -86,7 +86,10 @@ class MetricsLog:
         say: Callable[[str], None] = print,
     ) -> None:
         self.run, self.watch, self.say = run, watch, say
+        self.config = config
         self.tensorboard: SummaryWriter | None = None
+        self.last: dict[str, float] = {}
+        """Values by name, as recorded last."""
         with writing(run), ExitStack() as stack:
             if run.metrics.exists():
                 lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -139,7 +142,32 @@ class MetricsLog:
         for tracker in self.trackers:
             tracker.picture(name, image, step)
 
+    def conclude(self, step: int, names: Iterable[str]) -> None:
+        """Show the last values of a finished run, and its settings, in TensorBoard's HParams.
+
+        They are a run of their own there, as HParams takes every scalar of a run for a result.
+
+        Raises:
+            UserError: as `writing`.
+        """
+        if self.tensorboard is None or self.config is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        values = flatten(self.config.model_dump(mode="json"))
+        settings = {name: value for name, value in values if not name.startswith(HARMLESS)}
+        # the first says what is compared, for all runs in a folder; without it, that is what differs between them
+        _, *session = hparams(settings, {})
+        with writing(self.run), SummaryWriter(str(self.run.tensorboard / "final")) as writer:
+            for part in session:
+                writer._get_file_writer().add_summary(part)
+            for name in names:
+                if name in self.last:
+                    writer.add_scalar(f"final/{name}", self.last[name], step)
+
     def _look_at(self, record: Mapping[str, float], *, again: bool = False) -> None:
+        self.last.update(record)
         for warning in self.watch(record) if self.watch else ():
             if not again:
                 self.say(f"warning: {warning}")
@@ -155,7 +183,6 @@ class MetricsLog:
 def open_tensorboard(run: RunFolder, start: int, config: Section | None, charts: Charts) -> "SummaryWriter":
     """Go on with `RUN/tensorboard` at step `start`: drop what lies beyond, add what describes the run."""
     from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
-    from torch.utils.tensorboard.summary import hparams
 
     writer = SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else 0)
     if charts:
@@ -166,10 +193,6 @@ def open_tensorboard(run: RunFolder, start: int, config: Section | None, charts:
         writer.add_custom_scalars(layout)
     if config is not None:
         writer.add_text("configuration", f"```yaml\n{to_yaml(config)}```", start)
-        # no metrics are named: TensorBoard then has a column for each, with the last value, whatever kind of runs
-        values = {k: v for k, v in flatten(config.model_dump(mode="json")) if not k.startswith(HARMLESS)}
-        _, session, _ = hparams(values, {})
-        writer._get_file_writer().add_summary(session)
     return writer
 
 

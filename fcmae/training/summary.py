@@ -32,8 +32,8 @@ def summarize(
 ) -> str:
     """Describe a run that has ended: how far its loss fell, its scores, how long it took, where what is, what next.
 
-    Warnings of its records, which a terminal may have scrolled past, are said again. All of the run counts, what was
-    before an interruption too, but for the time between updates.
+    Warnings of its records, which a terminal may have scrolled past, are said again. All of the run counts, what
+    was before an interruption too, but for the time between updates.
 
     Args:
         scores: name to show -> name in metrics.jsonl of scores of which more is better.

@@ -1,7 +1,9 @@
 """The training loop: updates, evaluation, checkpoints; knows neither the model nor the images."""
 
 import dataclasses
+import itertools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -121,11 +123,11 @@ class Window:
 
 
 def pages(scores: Mapping[str, Sequence[str]]) -> Charts:
-    """Return what is shown together: what answers whether a run learns, charts of scores included, comes first."""
+    """Return what is shown together: first what answers whether a run learns, with a chart for each of `scores`."""
     return {
         "Is it learning?": {
             "loss": ["^loss$"],
-            **scores,
+            **{title: [f"^{re.escape(name)}$" for name in names] for title, names in scores.items()},
             "norm of the gradient": ["^grad_norm$"],
             "learning rate": ["^lr$"],
         },
@@ -520,7 +522,7 @@ class Trainer:
         evaluate: Callable[[int, MetricsLog | None], float | None] | None = None,
         evaluate_every: int = 1,
         evaluate_first: bool = False,
-        charts: Mapping[str, Sequence[str]] | None = None,
+        scores: Mapping[str, Sequence[str]] | None = None,
         watch: Watch | None = None,
     ) -> None:
         """Train to the end of the plan, recording, saving and showing on the way, unless asked to stop before.
@@ -532,7 +534,7 @@ class Trainer:
                 `evaluate_every` steps; returns a score, the same on all, whose highest makes the best checkpoint,
                 or None for no best.
             evaluate_first: evaluate before the first step, too.
-            charts: by title, regular expressions of the names of scores, to be shown beside the loss.
+            scores: by title, the names of what is recorded besides and shown beside the loss.
             watch: what is looked for in the records; data that come too slowly alone, if None.
 
         Raises:
@@ -563,7 +565,7 @@ class Trainer:
                 for place in self.run.folders:
                     remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
-                log = stack.enter_context(self._open_log(charts, watch))
+                log = stack.enter_context(self._open_log(scores or {}, watch))
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:
@@ -608,9 +610,11 @@ class Trainer:
                         "to go on: the same command with resume=auto"
                     )
                     raise Stopped(code)
+            if log:
+                log.conclude(self.step, ["loss", *itertools.chain(*(scores or {}).values())])
         self.accelerator.wait_for_everyone()  # for the main process, which writes
 
-    def _open_log(self, charts: Mapping[str, Sequence[str]] | None, watch: Watch | None) -> MetricsLog:
+    def _open_log(self, scores: Mapping[str, Sequence[str]], watch: Watch | None) -> MetricsLog:
         watch = watch or Watch(self.config, self.plan, self.accelerator.num_processes)
         self.found = watch.found
         return MetricsLog(
@@ -618,7 +622,7 @@ class Trainer:
             self.step,
             loggers=self.config.log.loggers,
             config=self.config,
-            charts=pages(charts or {}),
+            charts=pages(scores),
             watch=watch.see,
             say=self.say,
         )
