@@ -1,7 +1,6 @@
 """The training loop: updates, evaluation, checkpoints; knows neither the model nor the images."""
 
 import dataclasses
-import itertools
 import math
 import re
 import time
@@ -534,7 +533,8 @@ class Trainer:
                 `evaluate_every` steps; returns a score, the same on all, whose highest makes the best checkpoint,
                 or None for no best.
             evaluate_first: evaluate before the first step, too.
-            scores: by title, the names of what is recorded besides and shown beside the loss.
+            scores: by title, the names of what is recorded besides and shown beside the loss; the first of them are
+                compared between runs.
             watch: what is looked for in the records; data that come too slowly alone, if None.
 
         Raises:
@@ -611,7 +611,7 @@ class Trainer:
                     )
                     raise Stopped(code)
             if log:
-                log.conclude(self.step, ["loss", *itertools.chain(*(scores or {}).values())])
+                log.conclude(self.step, ["loss", *next(iter((scores or {}).values()), ())])
         self.accelerator.wait_for_everyone()  # for the main process, which writes
 
     def _open_log(self, scores: Mapping[str, Sequence[str]], watch: Watch | None) -> MetricsLog:
