@@ -11,6 +11,8 @@ IN_A_ROW = 5
 """Records that must be alike, for one alone says little."""
 FLAT = 0.02
 """How far from `flat_loss` a loss is no better than it."""
+SETTLED = 100
+"""Updates, at least, before loss and score count."""
 MOST_WAIT = 0.2
 """Share of the time that may go by waiting for data."""
 SCORES = 3
@@ -30,7 +32,7 @@ def faster_data(data: DataSection, num_processes: int) -> str:
 class Watch:
     """Finds in the records of a run what is wrong with it.
 
-    Loss and score count once the warm-up, and a tenth of the run, are over.
+    Loss and score count once the warm-up, a tenth of the run and `SETTLED` updates are over.
 
     Args:
         flat_loss: what a network has that has learnt nothing; None if that is not known.
@@ -42,7 +44,7 @@ class Watch:
     ) -> None:
         self.config, self.num_processes = config, num_processes
         self.flat_loss, self.score = flat_loss, score
-        self.settled = max(plan.warmup_steps, plan.total_steps // 10)
+        self.settled = max(plan.warmup_steps, plan.total_steps // 10, SETTLED)
         self.losses: deque[float] = deque(maxlen=IN_A_ROW)
         self.waits: deque[float] = deque(maxlen=IN_A_ROW)
         self.scores: list[float] = []
