@@ -419,7 +419,7 @@ class LogSection(Section):
     """When to write metrics, and where to."""
 
     every_steps: Positive = 20
-    loggers: tuple[Logger, ...] = Field(("tensorboard",), alias="with")
+    loggers: tuple[Logger, ...] = Field(default=("tensorboard",), alias="with")
     """Besides metrics.jsonl: `tensorboard`, in the run folder, or packages that accelerate has a tracker for, which
     send metrics, pictures and this configuration wherever they are set up to."""
 

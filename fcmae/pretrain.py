@@ -272,18 +272,18 @@ def train(
         if len(watched):
             shows.append(Show("feature collapse", trainer.plan.steps_in(config.eval.collapse_every_epochs), watch))
 
-    scores: dict[str, list[str]] = {}
+    curves: dict[str, list[str]] = {}
     if splits:
-        scores["accuracy of k-NN"] = ["knn_top1", "knn_top5"]
+        curves["accuracy of k-NN"] = ["knn_top1", "knn_top5"]
     if config.eval.collapse_every_epochs is not None:
-        scores["cosine distance of channels, by stage"] = [f"cosine_distance/stage_{i}" for i in range(1, 5)]
+        curves["cosine distance of channels, by stage"] = [f"cosine_distance/stage_{i}" for i in range(1, 5)]
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         shows=shows,
         evaluate=score if splits else None,
         evaluate_every=trainer.plan.steps_in(config.eval.knn_every_epochs or 1),
         evaluate_first=True,
-        scores=scores,
+        scores=curves,
         watch=Watch(
             config,
             plan,

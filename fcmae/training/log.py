@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -58,9 +57,6 @@ Charts = Mapping[str, Mapping[str, Sequence[str]]]
 """By page and title, regular expressions of the names of values that share a chart."""
 
 
-NO_CHARTS: Charts = MappingProxyType({})
-
-
 class MetricsLog:
     """Writes each record to `RUN/metrics.jsonl` and the loggers; nothing of a step is recorded twice.
 
@@ -81,7 +77,7 @@ class MetricsLog:
         *,
         loggers: Sequence[str] = ("tensorboard",),
         config: Section | None = None,
-        charts: Charts = NO_CHARTS,
+        charts: Charts | None = None,
         watch: Callable[[Mapping[str, float]], Sequence[str]] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -159,7 +155,7 @@ class MetricsLog:
         settings = {name: value for name, value in values if not name.startswith(HARMLESS)}
         # the first says what is compared, for all runs in a folder; without it, that is what differs between them
         _, *session = hparams(settings, {})
-        with writing(self.run), SummaryWriter(str(self.run.tensorboard / "final")) as writer:
+        with writing(self.run), SummaryWriter(str(self.run.tensorboard / "final"), purge_step=0) as writer:
             for part in session:
                 writer._get_file_writer().add_summary(part)
             for name in names:
@@ -180,7 +176,7 @@ class MetricsLog:
             self.stack.close()
 
 
-def open_tensorboard(run: RunFolder, start: int, config: Section | None, charts: Charts) -> "SummaryWriter":
+def open_tensorboard(run: RunFolder, start: int, config: Section | None, charts: Charts | None) -> "SummaryWriter":
     """Go on with `RUN/tensorboard` at step `start`: drop what lies beyond, add what describes the run."""
     from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 

@@ -88,16 +88,17 @@ class Tracker:
         project = os.environ.get("WANDB_PROJECT", PROJECT) if name == "wandb" else PROJECT
         folder = [str(run.path)] if kind.requires_logging_directory else []
         try:
-            self.tracker: GeneralTracker | None = kind(project, *folder, **options)
-            self.tracker.start()
+            tracker = kind(project, *folder, **options)
+            tracker.start()
             if name not in known:
-                self.tracker.store_init_configuration(dict(flatten(settings)))
+                tracker.store_init_configuration(dict(flatten(settings)))
             if name in IDENTITY:
-                write_json(run.trackers, known | {name: IDENTITY[name](self.tracker.tracker)})
+                write_json(run.trackers, read_identities(run) | {name: IDENTITY[name](tracker.tracker)})
         except Exception as error:  # each package has its own
             raise UserError(
                 f"log.with: {name} does not start ({brief(error)}): set it up, or leave it out", everywhere=False
             ) from error
+        self.tracker: GeneralTracker | None = tracker
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Add values of a step."""
