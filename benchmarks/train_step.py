@@ -31,6 +31,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import platform
 import resource
 import shlex
@@ -245,10 +246,13 @@ def accumulate(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace)
     return loss.detach()
 
 
-def apply(way: Way) -> None:
-    """Update the weights by the gradients, and remove these."""
+def apply(way: Way) -> Tensor:
+    """Update the weights by the gradients, and remove these; returns their norm, which the Trainer records."""
+    parameters = [parameter for group in way.optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf)
     way.optimizer.step()
     way.optimizer.zero_grad()
+    return norm
 
 
 def train_step(way: Way, batch: tuple[Tensor, Tensor], args: argparse.Namespace) -> None:

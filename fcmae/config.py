@@ -64,7 +64,9 @@ AUTO: Auto = "auto"
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, serialize_by_alias=True
+    )
     command: ClassVar[str | None] = None
     """The command whose shipped configurations `load_config` finds by name; None for all."""
 
@@ -410,10 +412,16 @@ class CheckpointSection(Section):
     """Save then, too, and keep these for good; null for none."""
 
 
+Logger = Literal["tensorboard", "wandb", "mlflow", "trackio", "aim", "clearml", "comet_ml", "dvclive", "swanlab"]
+
+
 class LogSection(Section):
-    """When to write metrics."""
+    """When to write metrics, and where to."""
 
     every_steps: Positive = 20
+    loggers: tuple[Logger, ...] = Field(default=("tensorboard",), alias="with")
+    """Besides metrics.jsonl: `tensorboard`, in the run folder, or packages that accelerate has a tracker for, which
+    send metrics, pictures and this configuration wherever they are set up to."""
 
 
 class PicturesSection(Section):
@@ -788,8 +796,8 @@ Config = TypeVar("Config", bound=Section)
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        inner = field.annotation
+    for attribute, field in section.model_fields.items():
+        name, inner = field.alias or attribute, field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from _keys(inner, f"{prefix}{name}.")
             yield f"{prefix}{name}"

@@ -271,11 +271,14 @@ def train(
         log.picture("predictions", picture, step)
 
     every = trainer.plan.steps_in(config.eval.every_epochs)
+    kinds = ("val", "ema") if trainer.ema is not None else ("val",)
+    recorded = {figure.title: [f"{kind}_{figure.key}" for kind in kinds] for figure in task.scores.overall}
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
-        shows=[Show("pictures", every, show)] if draw else [],
+        shows=[Show("pictures", every, show, trainer.run.predictions)] if draw else [],
         evaluate=score if validation else None,
         evaluate_every=every,
+        scores=recorded if validation else None,
     )
 
     # What remains: the best model, as timm loads it where it can, and pictures to look at
@@ -295,7 +298,6 @@ def train(
             places["predictions"] = folder.predictions
         path = shlex.quote(str(folder.path))
         commands = [
-            f"tensorboard --logdir {path}",
             *([f"fcmae finetune --evaluate {path}"] if validation else []),
             f"fcmae predict {path} IMAGES{task.predict_options.format(run=path)}",
             f"fcmae export {path} --to onnx --output {path}-onnx",

@@ -13,6 +13,7 @@ from fcmae import arguments
 if __name__ == "__main__":  # before torch is imported, so that the first line, or help, comes at once
     arguments.run("pretrain")
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -49,10 +50,16 @@ from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
-from fcmae.visualize import draw_reconstructions, write_picture
+from fcmae.training.watch import Watch
+from fcmae.visualize import draw_mask_ratios, draw_reconstructions, write_picture
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 from fcmae.weights.official import decoder_of
+
+SHOWN_RATIOS = (0.3, 0.6, 0.75, 0.9)
+"""Mask ratios of pictures at the end of a run."""
+SHOWN_AT_RATIOS = 4
+"""Images of which such are drawn."""
 
 DECODER_KEYS = ("decoder", "decoder_dim", "decoder_depth", "target")
 """Of a configuration's section `model`: what makes two decoders the same network."""
@@ -230,14 +237,23 @@ def train(
     ids = torch.cat([draw_ids(generator=generator) for _ in pixels]) if len(pixels) else torch.empty(0)
 
     def show(step: int, log: MetricsLog) -> None:
-        if len(pixels):
-            picture = draw_reconstructions(model, normalize, pixels, ids, config.visualize.bands)
-            path = trainer.run.reconstruction(step)
-            make_folder(path.parent)
-            write_picture(path, picture)
-            log.picture("reconstructions", picture, step)
+        picture = draw_reconstructions(model, normalize, pixels, ids, config.visualize.bands)
+        path = trainer.run.reconstruction(step)
+        make_folder(path.parent)
+        write_picture(path, picture)
+        log.picture("reconstructions", picture, step)
+        if step == plan.total_steps:
+            columns = [
+                draw_mask_ratios(model, normalize, image, SHOWN_RATIOS, bands=config.visualize.bands)
+                for image in pixels[:SHOWN_AT_RATIOS]
+            ]
+            write_picture(trainer.run.mask_ratios, np.concatenate(columns, axis=1))
+            for i, picture in enumerate(columns, 1):
+                log.picture(f"mask_ratios/image_{i}", picture, step)
 
-    shows = [Show("pictures", config.visualize.every_steps, show)]
+    shows = []
+    if len(pixels):
+        shows.append(Show("pictures", config.visualize.every_steps, show, trainer.run.reconstructions))
 
     # The collapse of features: how alike channels are, on always the same images with all patches visible
     if config.eval.collapse_every_epochs is not None:
@@ -256,12 +272,25 @@ def train(
         if len(watched):
             shows.append(Show("feature collapse", trainer.plan.steps_in(config.eval.collapse_every_epochs), watch))
 
+    curves: dict[str, list[str]] = {}
+    if splits:
+        curves["accuracy of k-NN"] = ["knn_top1", "knn_top5"]
+    if config.eval.collapse_every_epochs is not None:
+        curves["cosine distance of channels, by stage"] = [f"cosine_distance/stage_{i}" for i in range(1, 5)]
     trainer.fit(
         prefetch(load(num_workers=config.data.num_workers), accelerator.device),
         shows=shows,
         evaluate=score if splits else None,
         evaluate_every=trainer.plan.steps_in(config.eval.knn_every_epochs or 1),
         evaluate_first=True,
+        scores=curves,
+        watch=Watch(
+            config,
+            plan,
+            accelerator.num_processes,
+            flat_loss=1.0 if config.model.target == "pixels" and config.model.norm_pix_loss else None,
+            score="knn_top1",
+        ),
     )
 
     # What remains: weights for fine-tuning, and pictures to look at
@@ -275,7 +304,6 @@ def train(
         tuning = finetuning_recipe(config, len(source), accelerator.device)
         layers = "" if model.encoder.layer_depths else " optim.layer_decay=1"
         commands = [
-            f"tensorboard --logdir {path}",
             f"fcmae reconstruct {path} IMAGES --output {path}/panels",
             f"fcmae evaluate {path} --knn --linear --baseline data.root=LABELLED",
             f"fcmae finetune --config {tuning} init_from={path}{layers} data.root=LABELLED output={path}-finetuned",

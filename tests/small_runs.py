@@ -97,7 +97,7 @@ def small_run(config: FinetuneConfig, checkpoint: Checkpoint | None = None) -> T
 def outcome(run: Path) -> dict[str, Any]:
     """What a run has come to: the newest tensors, file by file, and the records but for the clock."""
     last = run / "checkpoints" / "last"
-    clock = ("time", "images_per_s", "data_wait")
+    clock = ("time", "images_per_s", "data_wait", "memory_gb")
     kept = [{key: value for key, value in record.items() if key not in clock} for record in records(run)]
     return {path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))} | {"records": kept}
 

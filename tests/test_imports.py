@@ -61,7 +61,7 @@ NEVER_REACHES = {
 
 ONLY_IN = {
     # package: the only modules that import it, by pattern
-    "accelerate": {"training.launch", "training.trainer", "pretrain", "finetune"},
+    "accelerate": {"training.launch", "training.trackers", "training.trainer", "pretrain", "finetune"},
     "argparse": {
         "encoder.install_minkowski",
         "weights.*",
@@ -94,7 +94,7 @@ ONLY_IN = {
     "MinkowskiEngineBackend": {"encoder.minkowski"},
     "numba": {"ops.*_numba"},
     "triton": {"ops.*_triton"},
-    "psutil": {"training.lock", "training.stop"},
+    "psutil": {"training.lock", "training.memory", "training.stop"},
     "pickle": set(),
 }
 

@@ -73,7 +73,9 @@ def recorded(folder: Path, *, after: int = 0) -> dict[int, dict[str, float]]:
     """What a run recorded of each step, but for what the clock says; a record twice is an error."""
     found: dict[int, dict[str, float]] = {}
     for record in records(folder):
-        values = {k: v for k, v in record.items() if k not in ("step", "images_per_s", "data_wait", "time")}
+        values = {
+            k: v for k, v in record.items() if k not in ("step", "images_per_s", "data_wait", "memory_gb", "time")
+        }
         step = found.setdefault(record["step"], {})
         assert not step.keys() & values.keys(), f"step {record['step']} was recorded twice"
         step |= values

@@ -69,7 +69,10 @@ def settings(name: str, data: Path, folder: Path) -> list[str]:
 
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """What a run recorded, but for what the clock says, and its weights to the bit."""
-    kept = [{k: v for k, v in r.items() if k not in ("images_per_s", "data_wait", "time")} for r in records(folder)]
+    kept = [
+        {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait", "memory_gb", "time")}
+        for r in records(folder)
+    ]
     return kept, {
         k: v.numpy().tobytes() for k, v in load_file(folder / "checkpoints/last/model.safetensors").items()
     }

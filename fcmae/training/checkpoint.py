@@ -91,6 +91,10 @@ class State(Record):
     """Of the losses since the last record, over all processes."""
     num_losses: Count
     """Losses in it, of each process."""
+    grad_norm_sum: float = 0.0
+    """Of the norms of the gradient since the last record; 0.1.0 had none."""
+    num_grad_norms: Count = 0
+    """Norms in it."""
     bad_images: tuple[tuple[Count, Text, Text], ...]
     """Samples that could not be read: index, what it is called, why."""
     best: Best | None

@@ -1,7 +1,6 @@
 """A dry run: times a micro-batch and the loading of data, each by itself, and describes the run they predict."""
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from fcmae.config import RunConfig
 from fcmae.training.progress import duration
 from fcmae.training.run_folder import checkpoint_bytes
 from fcmae.training.trainer import TrainBatch, Trainer
+from fcmae.training.watch import faster_data
 
 SLOW_S = 60.0
 """A first micro-batch that takes longer on a processor is not repeated, so what it takes to compile is counted."""
@@ -55,12 +55,7 @@ def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, num_p
     if data_rate > step_rate:
         return f"the step; the data come {data_rate / step_rate:.1f} times as fast"
     slow = f"the data; the step could take {step_rate / data_rate:.1f} times as many"
-    cores = os.cpu_count() or 1
-    if data.num_workers * num_processes < cores:
-        return f"{slow}: raise data.num_workers={data.num_workers}, there are {cores} cores"
-    if data.name != "arrays":
-        return f"{slow}: decode and shrink them once, with fcmae prepare, for data.name=arrays"
-    return f"{slow}: this takes more than {cores} cores, or a faster disk"
+    return f"{slow}: {faster_data(data, num_processes)}"
 
 
 def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int) -> str:

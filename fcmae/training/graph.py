@@ -49,8 +49,8 @@ class Work(Protocol):
         """Add the gradient of a micro-batch; returns its loss, a scalar, to be read before the next."""
         ...
 
-    def apply(self) -> None:
-        """Update the weights by the gradients, and remove these."""
+    def apply(self) -> Tensor:
+        """Update the weights by the gradients, and remove these; returns their norm, to be read before the next."""
         ...
 
 
@@ -61,13 +61,13 @@ class Eager:
     accumulate: Callable[[Any], Tensor]
     exchange: Callable[[], None]
     """Makes the gradients those of all processes, where `accumulate` does not; never recorded."""
-    step: Callable[[], None]
-    """Updates the weights by the gradients, and removes these."""
+    step: Callable[[], Tensor]
+    """Updates the weights by the gradients, and removes these; returns their norm."""
     warm_up: ClassVar[int] = 0
 
-    def apply(self) -> None:
+    def apply(self) -> Tensor:
         self.exchange()
-        self.step()
+        return self.step()
 
 
 class Graphs(Protocol):
@@ -129,7 +129,7 @@ class Recorded:
         """Of the parameters, where the graphs compute them."""
         self.first: Callable[[], Tensor] | None = None
         self.further: Callable[[], Tensor] | None = None
-        self.last: Callable[[], None] | None = None
+        self.last: Callable[[], Tensor] | None = None
 
     def accumulate(self, batch: FixedBatch) -> Tensor:
         fits = self._fits(batch)
@@ -153,18 +153,19 @@ class Recorded:
                 self.further = self.graphs.record(lambda: self.eager.accumulate(self.fixed))
         return self.further()
 
-    def apply(self) -> None:
+    def apply(self) -> Tensor:
         if not self.replaying:
             with self._warming_up():
-                self.eager.apply()
+                norm = self.eager.apply()
         else:
             with self._gradients():
                 self.eager.exchange()
                 self.last = self.last or self.graphs.record(self.eager.step)
-            self.last()
+            norm = self.last()
             self.graphs.keep_pace()
         self.begun = False
         self.updates += 1
+        return norm
 
     def _fits(self, batch: FixedBatch) -> bool:
         if self.fixed is None:

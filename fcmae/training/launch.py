@@ -23,6 +23,7 @@ from fcmae.training.lock import Lock, held
 from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
 from fcmae.training.stop import Stopped
+from fcmae.training.trackers import require_trackers
 
 T = TypeVar("T")
 
@@ -218,8 +219,9 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
     of the run folder on the process that holds it, the main one. A dry run takes none.
 
     Raises:
-        UserError: as `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
+        UserError: as `require_trackers`, `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
     """
+    require_trackers(config.log.loggers)
     accelerator = start_accelerator(config.train.precision)
     with ExitStack() as stack:
         checkpoint, locks = None, []

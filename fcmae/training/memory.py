@@ -1,10 +1,11 @@
-"""The memory that there is, and what a run takes of it at the very least; builds and measures nothing."""
+"""The memory that there is, what a run takes of it at the very least, and what it has taken; builds nothing."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -87,6 +88,13 @@ def free_and_total(device: torch.device) -> tuple[float, float]:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = _room(device, processes)[0]
     return room, room
+
+
+def taken_bytes(device: torch.device) -> int:
+    """Return the most bytes that tensors have taken on a GPU so far; elsewhere, what this process takes now."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def _room(device: torch.device, processes: int) -> tuple[float, str]:

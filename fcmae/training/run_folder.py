@@ -63,6 +63,8 @@ class RunFolder:
         self.lock = self.path / "lock.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.trackers = self.path / "trackers.json"
+        """What other trackers know the run by."""
         self.checkpoints = self.path / "checkpoints"
         self.best = self.checkpoints / BEST
         self.reconstructions = self.path / "reconstructions"
@@ -83,6 +85,11 @@ class RunFolder:
 
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
+
+    @property
+    def mask_ratios(self) -> Path:
+        """What a pretrained network makes of images at several mask ratios."""
+        return self.reconstructions / "mask-ratios.png"
 
     def prediction(self, step: int) -> Path:
         return self.predictions / f"step-{step:08d}.png"

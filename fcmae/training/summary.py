@@ -1,25 +1,15 @@
 """What a run has come to, from its records, as a few lines; knows no models, images or commands."""
 
-import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fcmae.training.log import read_records
 from fcmae.training.progress import duration
 from fcmae.training.trainer import Trainer
 
 WIDTH = 17
 """Of the column of names."""
-
-
-def read_records(text: str) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl, but for one that a kill cut short."""
-    records: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def updates_s(records: Sequence[Mapping[str, Any]]) -> float:
@@ -42,12 +32,13 @@ def summarize(
 ) -> str:
     """Describe a run that has ended: how far its loss fell, its scores, how long it took, where what is, what next.
 
-    All of the run counts, what was before an interruption too, but for the time between updates.
+    Warnings of its records, which a terminal may have scrolled past, are said again. All of the run counts, what
+    was before an interruption too, but for the time between updates.
 
     Args:
         scores: name to show -> name in metrics.jsonl of scores of which more is better.
         places: name -> what lies where.
-        commands: to type next.
+        commands: to type next, after TensorBoard's.
         form: how scores are written.
     """
     run, plan = trainer.run, trainer.plan
@@ -66,6 +57,16 @@ def summarize(
     rows["duration"] = f"{duration(seconds)} at {trainer.seen_images / max(seconds, 1e-9):.0f} images/s, and " + (
         f"{duration(between)} for {', '.join(trainer.progress.occasions)}" if between else "nothing else"
     )
+    if waits := [record["data_wait"] for record in records if "data_wait" in record]:
+        rows["data wait"] = f"{sum(waits) / len(waits):.0%} of the updates' time"
+    if taken := [record["memory_gb"] for record in records if "memory_gb" in record]:
+        where = "on the GPU" if trainer.accelerator.device.type in ("cuda", "xpu") else "without loaders"
+        rows["memory"] = f"{max(taken):.1f} GB {where}"
     rows |= places
+    loggers = trainer.config.log.loggers
+    rows["records"] = ", ".join([str(run.metrics), *loggers])
     lines = [f"{name:{WIDTH}}{value}" for name, value in rows.items()]
+    lines += [f"{'warning':{WIDTH}}{text}" for text in trainer.found.values()]
+    if "tensorboard" in loggers:
+        commands = [f"tensorboard --logdir {shlex.quote(str(run.path))}", *commands]
     return "\n".join(["", *lines, "", "next:", *(f"  {command}" for command in commands)])

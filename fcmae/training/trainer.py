@@ -1,9 +1,12 @@
 """The training loop: updates, evaluation, checkpoints; knows neither the model nor the images."""
 
 import dataclasses
+import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -35,11 +38,13 @@ from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
 from fcmae.training.launch import describe_device, describe_precision
 from fcmae.training.lock import Lock
-from fcmae.training.log import MetricsLog
+from fcmae.training.log import Charts, MetricsLog
+from fcmae.training.memory import taken_bytes
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan, is_due
 from fcmae.training.stop import Stopped, StopRequests, describe
+from fcmae.training.watch import Watch
 
 Unreadable = tuple[int, str, str]
 """A sample that could not be read: its index, what it is called, why."""
@@ -72,6 +77,8 @@ class Show(NamedTuple):
     """Updates between two, see `is_due`."""
     call: Callable[[int, MetricsLog], None]
     """Takes (step, log)."""
+    place: Path | None = None
+    """Where it can be looked at."""
 
 
 @dataclasses.dataclass
@@ -82,6 +89,10 @@ class Window:
     """Scalar, of this process; float64 where the device has it."""
     first_bad_step: Tensor
     """int64 scalar: the first step with a non-finite loss, -1 for none."""
+    grad_norm_sum: Tensor
+    """Scalar like `loss_sum`, of updates whose gradient is finite: those of others are left out in fp16."""
+    num_grad_norms: Tensor
+    """int64 scalar."""
     num_losses: int = 0
     images: int = 0
     busy_s: float = 0.0
@@ -91,10 +102,9 @@ class Window:
 
     @classmethod
     def new(cls, device: torch.device) -> Self:
-        return cls(
-            torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device),
-            torch.full((), -1, dtype=torch.int64, device=device),
-        )
+        zero = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        none = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(loss_sum=zero, first_bad_step=none - 1, grad_norm_sum=zero.clone(), num_grad_norms=none)
 
     def add(self, loss: Tensor, step: int, indices: tuple[int, ...]) -> None:
         finite = loss.isfinite()
@@ -104,6 +114,28 @@ class Window:
         self.num_losses += 1
         self.images += len(indices)
         self.indices.setdefault(step, []).extend(indices)
+
+    def add_update(self, grad_norm: Tensor) -> None:
+        finite = grad_norm.isfinite()
+        self.grad_norm_sum = self.grad_norm_sum + torch.where(finite, grad_norm, 0).to(self.grad_norm_sum.dtype)
+        self.num_grad_norms = self.num_grad_norms + finite
+
+
+def pages(scores: Mapping[str, Sequence[str]]) -> Charts:
+    """Return what is shown together: first what answers whether a run learns, with a chart for each of `scores`."""
+    return {
+        "Is it learning?": {
+            "loss": ["^loss$"],
+            **{title: [f"^{re.escape(name)}$" for name in names] for title, names in scores.items()},
+            "norm of the gradient": ["^grad_norm$"],
+            "learning rate": ["^lr$"],
+        },
+        "Is it fast?": {
+            "images per second": ["^images_per_s$"],
+            "share of the time that goes by waiting for data": ["^data_wait$"],
+            "memory in GB": ["^memory_gb$"],
+        },
+    }
 
 
 def untimed() -> dict[str, bool]:
@@ -173,6 +205,8 @@ class Trainer:
         self.best: Best | None = None
         self.kept: list[int] = []
         """Steps of the checkpoints that are never deleted."""
+        self.found: Mapping[str, str] = {}
+        """What its records were found to need a look at, once it has begun."""
         self.writer = CheckpointWriter(self.run.checkpoints)
         self.bare_model = model
         self.ema = None
@@ -232,6 +266,8 @@ class Trainer:
         self.bad = {bad[0]: bad for bad in state.bad_images}
         self.window.loss_sum.fill_(state.loss_sum / self.accelerator.num_processes)
         self.window.num_losses = state.num_losses
+        self.window.grad_norm_sum.fill_(state.grad_norm_sum)
+        self.window.num_grad_norms.fill_(state.num_grad_norms)
         if self.accelerator.scaler is not None and state.scaler is not None:
             if state.scaler.keys() != self.accelerator.scaler.state_dict().keys():
                 raise UserError(f"{path}: its loss scaler is of another torch ({state.torch})")
@@ -269,6 +305,8 @@ class Trainer:
             seen_images=self.seen_images,
             loss_sum=loss_sum,
             num_losses=self.window.num_losses,
+            grad_norm_sum=self.window.grad_norm_sum.item(),
+            num_grad_norms=int(self.window.num_grad_norms),
             bad_images=tuple(sorted(set(map(tuple, bad_images)))),
             best=self.best,
             kept=tuple(self.kept),
@@ -384,6 +422,8 @@ class Trainer:
         w = self.window
         rate = w.images * self.accelerator.num_processes / max(w.busy_s, 1e-9)
         wait = w.waiting_s / max(w.busy_s, 1e-9)
+        norms = int(w.num_grad_norms)
+        grad_norm = {"grad_norm": w.grad_norm_sum.item() / norms} if norms else {}
         lr = self.plan.lr(self.step - 1)
         self.window = Window.new(self.accelerator.device)
         if log is None:
@@ -396,8 +436,10 @@ class Trainer:
                 "seen_images": self.seen_images,
                 "loss": loss,
                 "lr": lr,
+                **grad_norm,
                 "images_per_s": rate,
                 "data_wait": wait,
+                "memory_gb": taken_bytes(self.accelerator.device) / 1e9,
                 "time": time.time(),
             },
         )
@@ -439,7 +481,7 @@ class Trainer:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-        self.work.apply()
+        self.window.add_update(self.work.apply())
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.bare_model, self.step)
@@ -451,11 +493,13 @@ class Trainer:
             average(gradient for gradient in gradients if gradient is not None)
             share(self.bare_model.buffers())
 
-    def _step(self) -> None:
-        if self.config.optim.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+    def _step(self) -> Tensor:
+        most = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), most)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # DeepSpeed, which clips by itself, may have none
+        return norm if isinstance(norm, Tensor) else torch.full((), math.nan, device=self.accelerator.device)
 
     def update(self, batches: Iterator[Any]) -> None:
         """Make one update of `accumulate` micro-batches."""
@@ -477,6 +521,8 @@ class Trainer:
         evaluate: Callable[[int, MetricsLog | None], float | None] | None = None,
         evaluate_every: int = 1,
         evaluate_first: bool = False,
+        scores: Mapping[str, Sequence[str]] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Train to the end of the plan, recording, saving and showing on the way, unless asked to stop before.
 
@@ -487,6 +533,9 @@ class Trainer:
                 `evaluate_every` steps; returns a score, the same on all, whose highest makes the best checkpoint,
                 or None for no best.
             evaluate_first: evaluate before the first step, too.
+            scores: by title, the names of what is recorded besides and shown beside the loss; the first of them are
+                compared between runs.
+            watch: what is looked for in the records; data that come too slowly alone, if None.
 
         Raises:
             UserError: for a non-finite loss, too many unreadable images, a full disk, or a lost lock.
@@ -503,6 +552,10 @@ class Trainer:
                 self.say(f"{name:16} {text}")
             first = "the first takes longer, as kernels are compiled and workers started"
             self.say(f"updates          {self.step + 1:,} to {total:,}; {first}")
+            for show in shows:
+                if show.place is not None:
+                    self.say(f"{show.what:16} {show.place}, every {show.every:,} updates")
+            self.say(f"records          {', '.join([str(self.run.metrics), *self.config.log.loggers])}")
         with ExitStack() as stack:
             stack.enter_context(self.writer)  # left last: a run is over when its checkpoints are on disk
             log = None
@@ -512,7 +565,7 @@ class Trainer:
                 for place in self.run.folders:
                     remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
-                log = stack.enter_context(MetricsLog(self.run, self.step))
+                log = stack.enter_context(self._open_log(scores or {}, watch))
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:
@@ -557,7 +610,22 @@ class Trainer:
                         "to go on: the same command with resume=auto"
                     )
                     raise Stopped(code)
+            if log:
+                log.conclude(self.step, ["loss", *next(iter((scores or {}).values()), ())])
         self.accelerator.wait_for_everyone()  # for the main process, which writes
+
+    def _open_log(self, scores: Mapping[str, Sequence[str]], watch: Watch | None) -> MetricsLog:
+        watch = watch or Watch(self.config, self.plan, self.accelerator.num_processes)
+        self.found = watch.found
+        return MetricsLog(
+            self.run,
+            self.step,
+            loggers=self.config.log.loggers,
+            config=self.config,
+            charts=pages(scores),
+            watch=watch.see,
+            say=self.say,
+        )
 
     def _keep(self) -> bool:
         """Whether the checkpoint of this step is due, and never deleted, which is noted."""

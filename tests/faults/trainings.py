@@ -60,7 +60,7 @@ TRAININGS = {
     "two-processes": Training("pretrain", PRETRAINING, num_processes=2),
 }
 
-CLOCKS = ("images_per_s", "data_wait", "time")
+CLOCKS = ("images_per_s", "data_wait", "memory_gb", "time")
 """What no two runs have alike in metrics.jsonl."""
 
 

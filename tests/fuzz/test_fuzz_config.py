@@ -81,7 +81,8 @@ def keys_of(kind: type[Section]) -> list[str]:
     """Dotted keys of a kind of configuration, sections included."""
 
     def walk(section: type[Section], prefix: str) -> Iterator[str]:
-        for name, field in section.model_fields.items():
+        for attribute, field in section.model_fields.items():
+            name = field.alias or attribute
             yield prefix + name
             if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
                 yield from walk(field.annotation, f"{prefix}{name}.")
