@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Self
@@ -46,6 +47,16 @@ def writing(run: RunFolder) -> Iterator[None]:
             f"{run.path}: its records are not written, {reason}; {remedy}, then start the same command with "
             "resume=auto"
         ) from error
+
+
+def record_start(run: RunFolder, step: int, facts: Mapping[str, str]) -> None:
+    """Add a line to `RUN/starts.jsonl`: when, after which step, by what command and on what a run was started.
+
+    Raises:
+        UserError: as `writing`.
+    """
+    with writing(run), run.starts.open("a", encoding="utf-8") as file:
+        print(json.dumps({"time": time.time(), "step": step, **facts}), file=file)
 
 
 class MetricsLog:

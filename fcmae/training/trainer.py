@@ -1,6 +1,7 @@
 """The training loop: updates, evaluation, checkpoints; knows neither the model nor the images."""
 
 import dataclasses
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -33,9 +34,9 @@ from fcmae.training.checkpoint import (
 )
 from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
-from fcmae.training.launch import describe_device, describe_precision
+from fcmae.training.launch import command_line, describe_device, describe_precision
 from fcmae.training.lock import Lock
-from fcmae.training.log import MetricsLog
+from fcmae.training.log import MetricsLog, record_start
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan, is_due
@@ -513,6 +514,9 @@ class Trainer:
                     remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(MetricsLog(self.run, self.step))
+                if self.step < total:
+                    facts = {"command": command_line(), **self.first_lines, "python": platform.python_version()}
+                    record_start(self.run, self.step, facts)
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:
