@@ -72,6 +72,8 @@ PANELS = {
     # figure: title, whether in per cent
     "loss": ("training loss", False),
     "lr": ("learning rate", False),
+    "grad_norm": ("norm of the gradient", False),
+    "memory_gb": ("memory in GB", False),
     "images_per_s": ("images per second", False),
     "data_wait": ("time spent waiting for images", True),
 }

@@ -62,7 +62,7 @@ def _loss(run: Run) -> list[Finding]:
     if last >= first:
         text = f"The loss has not fallen: {first:.4f} to {last:.4f}. Try a lower optim.base_lr."
         return [Finding("warning", text)]
-    return [Finding("good", f"The loss falls: {first:.4f} to {last:.4f}.")]
+    return [Finding("good", f"The loss falls: {first:.4f} to {last:.4f}, the mean of the last tenth.")]
 
 
 def _reference(run: Run) -> list[Finding]:
