@@ -14,8 +14,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from fcmae import __version__
-from fcmae.config import PretrainConfig, to_yaml
-from fcmae.report.plots import draw_curves
+from fcmae.config import FinetuneConfig, PretrainConfig, to_yaml
+from fcmae.report.plots import draw_calibration, draw_curves
 from fcmae.report.run import Curve, Record, Run, curve
 from fcmae.report.verdict import Finding, keys_of
 from fcmae.training.checkpoint import step_of
@@ -190,13 +190,24 @@ def score_table(run: Run) -> tuple[list[str], list[list[str]]]:
     return titles, [[names[i], *(column[i] for column in cells)] for i in order]
 
 
+def is_classifier(run: Run) -> bool:
+    return isinstance(run.config, FinetuneConfig) and run.config.task == "classification"
+
+
 def missing(run: Run) -> list[str]:
     """Say what a report could show that this run has not kept, and what would keep it."""
     lacking = []
     if not run.starts:
         lacking.append("the command line: this run is older than starts.jsonl")
     if run.scores and not run.evaluation:
-        lacking.append(f"scores by {run.scores.output}: fcmae finetune --evaluate {run.folder.path}")
+        what = f"scores by {run.scores.output}, {run.scores.picture[0]}"
+        if is_classifier(run):
+            what += ", worst mistakes and calibration"
+        lacking.append(f"{what}: fcmae finetune --evaluate {run.folder.path}")
+    elif is_classifier(run) and "calibration" not in run.evaluation:
+        lacking.append(f"worst mistakes and calibration: fcmae finetune --evaluate {run.folder.path}")
+    elif run.scores and not is_classifier(run):
+        lacking.append("worst mistakes and calibration, which are kept of task=classification alone")
     return lacking
 
 
@@ -204,13 +215,17 @@ def scores(run: Run) -> dict[str, Any]:
     """Return what `fcmae finetune --evaluate` left: its figures, its table, its picture."""
     titles, rows = score_table(run)
     figures = run.scores.overall if run.scores and run.evaluation else ()
-    picture = run.folder.picture(run.scores.picture[1]) if run.scores else None
+    pictures = {run.scores.picture[0]: run.folder.picture(run.scores.picture[1])} if figures and run.scores else {}
+    if run.evaluation.get("mistakes"):
+        pictures["wrong answers that the network was surest of"] = run.folder.mistakes
+    calibration = run.evaluation.get("calibration")
     return {
         "weights": run.evaluation.get("weights", ""),
         "figures": {f.title: f.show(run.evaluation[f.key]) for f in figures if f.key in run.evaluation},
         "titles": titles,
         "rows": rows,
-        "picture": embed(picture, run.scores.picture[0]) if run.scores and picture and picture.is_file() else None,
+        "pictures": [embed(path, title) for title, path in pictures.items() if path.is_file()],
+        "calibration": draw_calibration(calibration) if calibration else None,
     }
 
 

@@ -21,7 +21,7 @@ FEW = 15
 WIDTH, HEIGHT = 4.6, 2.6
 """Inches: on a phone's width the text is still readable."""
 
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "fcmae",  # the same file of the same run
     "text.color": INK,
@@ -67,6 +67,30 @@ def draw_curves(
         axes.set_axisbelow(True)
         if len(curves) + bool(reference) > 1:
             axes.legend(frameon=False, fontsize=8, ncols=2)
+        return to_svg(figure, title)
+
+
+def draw_calibration(found: Mapping[str, Any]) -> Markup:
+    """Draw accuracy by confidence, as `fcmae.metrics.calibration` found them, and how many images were answered so."""
+    title = f"calibration, error {found['ece']:.1%}"
+    number = len(found["images"])
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(WIDTH, 1.3 * HEIGHT), layout="constrained")
+        above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        bins = [i for i in range(number) if found["images"][i]]
+        above.plot([0, 1], [0, 1], color=OTHER, lw=1.2, ls="--")
+        sure, right = ([found[key][i] for i in bins] for key in ("confidence", "accuracy"))
+        above.plot(sure, right, color=SERIES[0], lw=1.6, marker="o", ms=3)
+        shares = [images / sum(found["images"]) for images in found["images"]]
+        below.bar([(i + 0.5) / number for i in range(number)], shares, 0.9 / number, color=OTHER)
+        above.set(title="", ylabel="accuracy", ylim=(0, 1))
+        above.set_title(title, loc="left")
+        below.set(xlabel="confidence of the top class", ylabel="images", xlim=(0, 1))
+        for axes in (above, below):
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.grid(axis="y", lw=0.5)
+            axes.set_axisbelow(True)
         return to_svg(figure, title)
 
 

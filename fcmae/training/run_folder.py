@@ -75,6 +75,8 @@ class RunFolder:
         self.model = self.path / "model"
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
+        self.mistakes = self.path / "mistakes.png"
+        """What --evaluate draws of the images that were answered worst."""
         self.report = self.path / "report.html"
         drawn = self.reconstructions, self.predictions
         self.folders = (self.path, self.checkpoints, *drawn, self.encoder, self.model)
