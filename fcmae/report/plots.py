@@ -71,7 +71,7 @@ def draw_curves(
 
 
 def draw_calibration(found: Mapping[str, Any]) -> Markup:
-    """Draw accuracy by confidence, as `fcmae.metrics.calibration` found them, and how many images were answered so."""
+    """Draw accuracy by confidence, as `fcmae.metrics.calibration` found it, and the images of each bin."""
     title = f"calibration, error {found['ece']:.1%}"
     number = len(found["images"])
     with matplotlib.rc_context(SETTINGS):
