@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Command
 from PIL import Image
 from small_runs import small_config, small_run, stop_after
+from test_classification import scores_of
 
-from fcmae.config import PretrainConfig, SegmentationConfig, load_config, parse_config, reference_logs, to_yaml
+from fcmae.config import (
+    ImageConfig,
+    PretrainConfig,
+    SegmentationConfig,
+    load_config,
+    parse_config,
+    reference_logs,
+    to_yaml,
+)
 from fcmae.report.plots import draw_curves
 from fcmae.report.run import curve, read_run
 from fcmae.report.verdict import Finding, judge
@@ -301,6 +311,47 @@ def test_a_segmenters_page_has_overlays_scores_and_classes_the_worst_first(
     assert page.said.index("<sea>") < page.said.index("70.0%")
     for said in ("Predictions", "IoU by class", "75.00%", "mIoU, validation", "fine-tuning, segmentation"):
         assert said.lower() in page.said.lower()
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """The run folder of a classifier, evaluated."""
+    run = tmp_path / "classifier"
+    values = {"output": str(run), "model": {"variant": "atto"}, "data": {"root": "x"}}
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(parse_config(ImageConfig, values, "a test")))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 5, "val_top1": 0.4}))
+    scores = scores_of(torch.randn(80, 3), torch.randint(3, (80,)))
+    (run / "evaluation.json").write_text(json.dumps({"weights": "w"} | scores.tabulate(["cat", "dog", "<fox>"])))
+    for name in ("confusion.png", "mistakes.png"):
+        draw(run / name, "blue")
+    return run
+
+
+def test_a_classifiers_page_has_confusion_mistakes_and_calibration(classifier: Path, command: Command) -> None:
+    assert command("report", classifier)[0] == 0
+    text = (classifier / "report.html").read_text()
+    page = Page(text)
+    assert sum(link.startswith("data:image/webp") for link in page.links) == 2
+    for said in ("Confusion matrix", "Wrong answers that the network was surest of", "Calibration", "<fox>"):
+        assert said in page.said
+    assert 'aria-label="calibration, error ' in text
+
+
+def test_mistakes_of_an_evaluation_without_any_are_not_shown(classifier: Path, command: Command) -> None:
+    scores = json.loads((classifier / "evaluation.json").read_text())
+    (classifier / "evaluation.json").write_text(json.dumps(scores | {"mistakes": []}))
+    assert command("report", classifier)[0] == 0
+    assert "surest of" not in (classifier / "report.html").read_text()
+
+
+def test_evaluations_of_before_say_what_they_have_not_kept(classifier: Path, command: Command) -> None:
+    scores = json.loads((classifier / "evaluation.json").read_text())
+    del scores["calibration"], scores["mistakes"], scores["confusion"]
+    (classifier / "evaluation.json").write_text(json.dumps(scores))
+    assert command("report", classifier)[0] == 0
+    said = Page((classifier / "report.html").read_text()).said
+    assert f"worst mistakes and calibration: fcmae finetune --evaluate {classifier}" in said
 
 
 def test_a_run_that_was_not_evaluated_names_the_command_that_does(segmenter: Path, command: Command) -> None:
