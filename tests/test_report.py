@@ -333,7 +333,12 @@ def test_a_classifiers_page_has_confusion_mistakes_and_calibration(classifier: P
     text = (classifier / "report.html").read_text()
     page = Page(text)
     assert sum(link.startswith("data:image/webp") for link in page.links) == 2
-    for said in ("Confusion matrix", "Wrong answers that the network was surest of", "Calibration", "<fox>"):
+    for said in (
+        "Confusion matrix",
+        "Worst mistakes, each with its class and how sure the network was of another",
+        "Calibration",
+        "<fox>",
+    ):
         assert said in page.said
     assert 'aria-label="calibration, error ' in text
 
@@ -342,7 +347,7 @@ def test_mistakes_of_an_evaluation_without_any_are_not_shown(classifier: Path, c
     scores = json.loads((classifier / "evaluation.json").read_text())
     (classifier / "evaluation.json").write_text(json.dumps(scores | {"mistakes": []}))
     assert command("report", classifier)[0] == 0
-    assert "surest of" not in (classifier / "report.html").read_text()
+    assert "Worst mistakes" not in (classifier / "report.html").read_text()
 
 
 def test_evaluations_of_before_say_what_they_have_not_kept(classifier: Path, command: Command) -> None:

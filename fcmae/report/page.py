@@ -140,7 +140,7 @@ def headline(run: Run) -> dict[str, str]:
 def what(run: Run) -> str:
     """Say in a line what ran."""
     model, data = run.config.model, run.config.data
-    variant = model.variant if isinstance(model.variant, str) else f"of {model.variant}"
+    variant = model.variant if isinstance(model.variant, str) else "of depths {}, widths {}".format(*model.variant)
     name = f"ConvNeXt V{model.version} {variant}" if "/" not in variant else variant
     kind = "Pretraining" if isinstance(run.config, PretrainConfig) else f"Fine-tuning, {run.config.task},"
     size = " × ".join(map(str, data.size))
@@ -217,7 +217,9 @@ def scores(run: Run) -> dict[str, Any]:
     figures = run.scores.overall if run.scores and run.evaluation else ()
     pictures = {run.scores.picture[0]: run.folder.picture(run.scores.picture[1])} if figures and run.scores else {}
     if run.evaluation.get("mistakes"):
-        pictures["wrong answers that the network was surest of"] = run.folder.mistakes
+        pictures["worst mistakes, each with its class and how sure the network was of another"] = (
+            run.folder.mistakes
+        )
     calibration = run.evaluation.get("calibration")
     return {
         "weights": run.evaluation.get("weights", ""),

@@ -66,7 +66,7 @@ def draw_curves(
         axes.grid(axis="y", lw=0.5)
         axes.set_axisbelow(True)
         if len(curves) + bool(reference) > 1:
-            axes.legend(frameon=False, fontsize=8, ncols=2)
+            figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
         return to_svg(figure, title)
 
 

@@ -267,8 +267,5 @@ class Classification(Task[ImageConfig]):
         if not (mistakes := scores.mistakes):
             return None
         names = dataset.class_names
-        captions = [
-            (f"{names[answer.label]}", f"taken for {names[answer.predicted]}, {answer.confidence:.0%}")
-            for answer in mistakes
-        ]
+        captions = [(names[a.label], f"{a.confidence:.0%} {names[a.predicted]}") for a in mistakes]
         return draw_captioned(torch.stack([dataset[answer.index].image for answer in mistakes]), captions)
