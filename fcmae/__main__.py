@@ -16,6 +16,7 @@ COMMANDS = {
     "finetune": "fine-tune a classifier on labelled images, or evaluate one",
     "predict": "print the top classes of images",
     "reconstruct": "draw original | masked | reconstruction of images",
+    "report": "write what a run has come to into one HTML file",
     "export": "write weights in the format of timm, transformers, ONNX and others",
     "ablate": "run a grid of settings over seeds: pretrain, fine-tune, evaluate; a table and a plot",
     "configs": "list the shipped configurations, or copy one out",

@@ -138,7 +138,7 @@ def finetune_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="with --evaluate, replace evaluation.json and confusion.png where they are not the run's own "
+        help="with --evaluate, replace evaluation.json and its pictures where they are not the run's own "
         "(default: refuse)",
     )
     return parser

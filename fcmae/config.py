@@ -904,9 +904,19 @@ def override_config(kind: type[Config], values: Mapping[str, Any], overrides: Se
 
 def shipped_configs() -> dict[str, Path]:
     """Return the configurations that come with the package, by name, such as quickstart and pretrain/atto."""
-    inside = Path(__file__).parent / "configs"  # where a wheel has them; in a clone they lie beside the package
-    folder = inside if inside.is_dir() else inside.parent.parent / "configs"
+    folder = _shipped()
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def reference_logs() -> dict[str, Path]:
+    """Return the metrics.jsonl of runs of shipped configurations, as measured, by the configuration's name."""
+    folder = _shipped() / "reference"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.jsonl"))}
+
+
+def _shipped() -> Path:
+    inside = Path(__file__).parent / "configs"  # where a wheel has them; in a clone they lie beside the package
+    return inside if inside.is_dir() else inside.parent.parent / "configs"
 
 
 COMMANDS = {"finetune": "finetune", "roadmap": "finetune", "ablations": "ablate"}

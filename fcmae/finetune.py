@@ -104,7 +104,7 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     require_folder(run.path, f"output={run.path}")
     is_own = own is not None and own.path == run.path.resolve()
     name, picture = TASKS[recipe.task].scores.picture[0], run.picture(TASKS[recipe.task].scores.picture[1])
-    for path in (run.evaluation, picture):
+    for path in (run.evaluation, picture, run.mistakes):
         require_free(path, overwrite=options.overwrite or is_own)
     accelerator = start_accelerator(recipe.train.precision)
     ema = recipe.eval.ema if options.ema is None else options.ema
@@ -135,11 +135,18 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
         write_picture(picture, scores.draw(dataset.class_names))
+        mistakes = task.draw_mistakes(scores, dataset)
+        if mistakes is not None:
+            write_picture(run.mistakes, mistakes)
+        else:
+            run.mistakes.unlink(missing_ok=True)  # of an earlier evaluation
         figures = {"weights": str(weights.path), "ema": weights.ema}
         write_json(run.evaluation, figures | scores.tabulate(dataset.class_names))
         print(f"weights          {weights.path} ({weights.description})")
         print(scores.report(dataset.class_names))
         print(f"\n{name:16} {picture}")
+        if mistakes is not None:
+            print(f"{'worst mistakes':16} {run.mistakes}")
     accelerator.end_training()
     return 0
 

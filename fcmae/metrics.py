@@ -36,6 +36,32 @@ def confusion_matrix(num_classes: int, device: torch.device) -> MulticlassConfus
     return MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
 
+BINS = 10
+"""Of confidences, equally wide."""
+
+
+def calibration(confidences: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
+    """Compare how sure a classifier is with how often it is right (arXiv 1706.04599).
+
+    Args:
+        confidences: (n,), of the top class.
+        hits: booleans (n,), whether that is the right one.
+
+    Returns:
+        `ece`, the expected calibration error: by what confidence and accuracy of bins differ, mean over images;
+        and by `BINS` of confidence `images`, mean `confidence` and `accuracy`, None in empty ones.
+    """
+    bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
+    images, sure, right = (np.bincount(bins, weights, BINS) for weights in (None, confidences, hits))
+    filled = images > 0
+    return {
+        "ece": float(np.abs(sure - right).sum() / len(confidences)),
+        "images": images.astype(int).tolist(),
+        "confidence": [float(s / n) if f else None for s, n, f in zip(sure, images, filled, strict=True)],
+        "accuracy": [float(r / n) if f else None for r, n, f in zip(right, images, filled, strict=True)],
+    }
+
+
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """Return images, recall, precision and F1 of each class of a confusion matrix; a ratio over nothing is 0."""
     return ratios(confusion.diagonal(), confusion.sum(1), confusion.sum(0))

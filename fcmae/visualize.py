@@ -280,6 +280,27 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return text + "…"
 
 
+def draw_captioned(pixels: Tensor, captions: Sequence[tuple[str, str]], columns: int = 4) -> np.ndarray:
+    """Draw images (b, c, H, W) in rows, with two lines below each: uint8 (h, w, 3)."""
+    factor = max(1, -(-SMALLEST_SHOWN // min(pixels.shape[-2:])))
+    values = pixels.float() / FULL[pixels.dtype]
+    shown = hatch(enlarge(as_rgb(stretch(values, *display_range(pixels))), factor))
+    cells = rearrange((shown * 255).round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
+    padding, size = 6, 14
+    font = ImageFont.load_default(size)
+    height, width = cells.shape[1] + 2 * size + 3 * padding, cells.shape[2] + 2 * padding
+    rows, columns = -(-len(cells) // columns), min(columns, len(cells))
+    picture = Image.new("RGB", (columns * width, rows * height), "white")
+    pen = ImageDraw.Draw(picture)
+    for number, (cell, lines) in enumerate(zip(cells, captions, strict=True)):
+        left, top = number % columns * width + padding, number // columns * height + padding
+        picture.paste(Image.fromarray(cell), (left, top))
+        for line, text in enumerate(lines):
+            place = left, top + cells.shape[1] + 2 + line * (size + 2)
+            pen.text(place, _shorten(text, font, width - 2 * padding), fill="black", font=font)
+    return np.asarray(picture)
+
+
 def draw_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Draw a confusion matrix: uint8 (h, w, 3); darker cells hold a larger share of their row, the true class.
 

@@ -13,13 +13,14 @@ from fcmae.config import ImageConfig, parse_config
 from fcmae.data import save_arrays
 from fcmae.errors import UserError
 from fcmae.tasks.base import build_classifier
-from fcmae.tasks.classification import ClassMetric, ClassScores, build_loss, build_mix, training_source
+from fcmae.tasks.classification import MISTAKES, ClassMetric, ClassScores, build_loss, build_mix, training_source
 
 
 def scores_of(logits: torch.Tensor, labels: torch.Tensor, batch_size: int = 7) -> ClassScores:
     metric = ClassMetric(logits.shape[1], logits.device)
-    for batch, target in zip(logits.split(batch_size), labels.split(batch_size), strict=True):
-        metric.update(batch, target)
+    indices = torch.arange(len(labels))
+    for batch, target, some in zip(*(x.split(batch_size) for x in (logits, labels, indices)), strict=True):
+        metric.update(batch, target, some.tolist())
     return metric.compute()
 
 
@@ -63,10 +64,55 @@ def test_the_report_has_a_line_for_each_class() -> None:
 
 def test_the_table_is_json_with_a_column_for_each_kind_of_figure() -> None:
     table = scores_of(torch.eye(3), torch.tensor([0, 1, 1])).tabulate(["cat", "dog", "fox"])
-    assert list(table) == ["images", "top1", "top5", "loss", "classes"]
+    assert list(table) == ["images", "top1", "top5", "loss", "classes", "confusion", "calibration", "mistakes"]
     assert list(table["classes"]) == ["names", "images", "recall", "precision", "f1"]
     assert table["top1"] == 2 / 3
     assert table["classes"]["images"] == [1, 2, 0]
+    assert table["confusion"] == [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    (mistake,) = table["mistakes"]
+    assert mistake == {"index": 2, "label": "dog", "predicted": "fox", "confidence": pytest.approx(0.576, abs=1e-3)}
+
+
+def test_mistakes_are_of_counted_images_the_surest_first_in_whatever_order_they_were_counted() -> None:
+    logits = torch.randn(60, 5)
+    labels = torch.randint(-1, 5, (60,))
+    sure, top = logits.softmax(1).max(1)
+    wrong = [i for i in range(60) if labels[i] >= 0 and labels[i] != top[i]]
+    expected = sorted(wrong, key=lambda i: -sure[i])[:MISTAKES]
+    assert len(wrong) > MISTAKES
+    order = torch.randperm(60)
+    metric = ClassMetric(5, logits.device)
+    for some in order.split(7):
+        metric.update(logits[some], labels[some], some.tolist())
+    found = metric.compute().mistakes
+    assert [answer.index for answer in found] == expected
+    assert [answer.predicted for answer in found] == top[expected].tolist()
+    assert [answer.label for answer in found] == labels[expected].tolist()
+
+
+def test_calibration_is_that_of_a_plain_loop() -> None:
+    logits, labels = 2 * torch.randn(300, 4), torch.randint(-1, 4, (300,))
+    found = scores_of(logits, labels).tabulate("abcd")["calibration"]
+    counted = labels >= 0
+    sure, top = logits[counted].softmax(1).max(1)
+    error = 0.0
+    for i in range(10):
+        inside = (sure >= i / 10) & (sure < (i + 1) / 10)
+        assert found["images"][i] == inside.sum()
+        if not inside.any():
+            assert found["accuracy"][i] is None
+            continue
+        right = (top == labels[counted])[inside].float().mean()
+        assert found["confidence"][i] == pytest.approx(float(sure[inside].mean()), rel=1e-5)
+        assert found["accuracy"][i] == pytest.approx(float(right), rel=1e-5)
+        error += float((right - sure[inside].mean()).abs() * inside.sum() / counted.sum())
+    assert found["ece"] == pytest.approx(error, rel=1e-4)
+
+
+def test_a_certain_answer_is_in_the_last_bin() -> None:
+    found = scores_of(1000 * torch.eye(2), torch.tensor([0, 1])).tabulate("ab")["calibration"]
+    assert found["images"] == [0] * 9 + [2]
+    assert found["ece"] == 0
 
 
 def config(**data: Any) -> ImageConfig:

@@ -292,6 +292,15 @@ def test_evaluate_counts_what_a_plain_loop_counts(
     assert f"top-1            {expected['top1']:.2%}" in out
     assert all(f"\n{name} " in out for name in CLASSES)
     assert Image.open(folder / "confusion.png").size[0] > 4 * 36
+    assert found["confusion"] == expected["confusion"].tolist()
+    assert sum(found["calibration"]["images"]) == 37
+    wrong = 37 - int(expected["confusion"].trace())
+    assert 0 < len(found["mistakes"]) == min(wrong, 24)
+    truth = np.load(data / "val" / "labels.npy")
+    assert [mistake["label"] for mistake in found["mistakes"]] == [
+        CLASSES[truth[mistake["index"]]] for mistake in found["mistakes"]
+    ]
+    assert Image.open(folder / "mistakes.png").size[0] > 4 * 128
 
     last = str(folder / "checkpoints" / "last")
     for others, step, kind in (

@@ -30,7 +30,7 @@ LEVELS = (
     {"visualize"},
     {"segment_pictures"},
     {"tasks", "evaluation"},
-    {"story"},
+    {"story", "report"},
     {"recipe", "ablation"},
     {"arguments"},
     {"pretrain", "finetune"},
@@ -83,6 +83,7 @@ ONLY_IN = {
     "matplotlib": {
         "evaluation.diagnose_pictures",
         "evaluation.stats_picture",
+        "report.plots",
         "tasks.pictures",
         "ablation",
         "visualize",
@@ -228,7 +229,7 @@ def test_only_declared_packages_are_imported() -> None:
     extras = (project["optional-dependencies"][name] for name in ("export", "deep", "dicom", "nifti"))
     requirements = [*project["dependencies"], *itertools.chain(*extras)]
     declared = {requirement.partition(">=")[0] for requirement in requirements}
-    declared |= {"fcmae", "PIL", "yaml", "triton", "MinkowskiEngine", "MinkowskiEngineBackend"}
+    declared |= {"fcmae", "PIL", "yaml", "markupsafe", "triton", "MinkowskiEngine", "MinkowskiEngineBackend"}
     used = {name.split(".")[0] for module in SOURCES for name in imports(module)}
     assert not used - declared - sys.stdlib_module_names
 

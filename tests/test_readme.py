@@ -200,7 +200,7 @@ def test_the_quickstarts_loss_falls_clearly_below_one(workspace: Path, ran: Call
 
 
 def test_the_readme_and_the_config_say_the_reference_records_result() -> None:
-    last = losses(ROOT / "docs" / "quickstart.jsonl")[-4:]
+    last = losses(ROOT / "configs" / "reference" / "quickstart.jsonl")[-4:]
     claim = f"1.01 to {sum(last) / 4:.2f}"
     assert claim in README
     assert claim in (ROOT / "configs" / "quickstart.yaml").read_text()

@@ -15,6 +15,7 @@ from fcmae.masking import hidden_ids
 from fcmae.visualize import (
     HATCH,
     display_range,
+    draw_captioned,
     draw_confusion,
     draw_panels,
     draw_reconstructions,
@@ -207,3 +208,15 @@ def test_the_darkest_cell_is_where_the_guesses_are() -> None:
     rows, columns = np.nonzero((picture == [8, 48, 107]).all(2))
     upper, lower = rows < rows.mean(), rows > rows.mean()
     assert columns[upper].min() > columns[lower].max()
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(1, torch.uint8), (3, torch.uint8), (5, torch.uint16), (3, torch.float32)]
+)
+def test_images_of_any_kind_get_their_captions(channels: int, dtype: torch.dtype) -> None:
+    pixels = (200 * torch.rand(5, channels, 32, 32)).to(dtype)
+    picture = draw_captioned(pixels, [(f"cat {'long ' * 50}", "taken for $dog$, 97%")] * 5)
+    height, width = 128 + 2 * 14 + 3 * 6, 128 + 2 * 6
+    assert picture.shape == (2 * height, 4 * width, 3)
+    assert picture[6 + 128 : height, :width].min() < 100  # text
+    assert (picture[height:, width:] == 255).all()  # the last row has one

@@ -81,10 +81,14 @@ def call(python: Path, folder: Path, *arguments: str) -> str:
 def test_the_wheel_has_all_modules_configurations_types_and_the_engines_source(wheel: Path) -> None:
     tree = {
         path.relative_to(ROOT / "fcmae").as_posix()
-        for pattern in ("*.py", "*.hpp", "py.typed")
+        for pattern in ("*.py", "*.hpp", "*.html", "py.typed")
         for path in (ROOT / "fcmae").rglob(pattern)
     }
-    tree |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    tree |= {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("*.yaml", "*.jsonl")
+        for path in (ROOT / "configs").rglob(pattern)
+    }
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == {f"fcmae/{name}" for name in tree}
 

@@ -261,6 +261,10 @@ class Task(ABC, Generic[Settings]):
         """Let a metric count a batch of the validation set, whose images are given normalised."""
         metric.update(network(images), batch.labels)
 
+    def draw_mistakes(self, scores: Scores, dataset: Evaluation) -> np.ndarray | None:
+        """Draw the images of a set that were answered worst: uint8 (h, w, 3); None where that is not known."""
+        return None
+
     def pictures(self, dataset: Training | Evaluation) -> Pictures | None:
         """Return what draws a network's answers for some images of a set, if there is something to see."""
         return None

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
-from torchmetrics import SumMetric
+from torchmetrics import CatMetric, SumMetric
 
 from fcmae.config import ImageConfig
-from fcmae.data import EvaluationDataset, LabelledDataset, Source, labels_by, share_of_each_class
+from fcmae.data import EvaluationDataset, LabelledBatch, LabelledDataset, Source, labels_by, share_of_each_class
+from fcmae.data.batches import NOT_COUNTED
 from fcmae.data.labels import MAX_CLASSES
 from fcmae.errors import UserError
-from fcmae.metrics import accuracies, accuracy, confusion_matrix, per_class
+from fcmae.metrics import accuracies, accuracy, calibration, confusion_matrix, per_class
 from fcmae.tasks.base import (
+    Evaluation,
     Figure,
     Loss,
     Mix,
@@ -30,7 +32,7 @@ from fcmae.tasks.base import (
     unmixed,
 )
 from fcmae.training.checkpoint import State
-from fcmae.visualize import draw_confusion
+from fcmae.visualize import draw_captioned, draw_confusion
 
 # Labelled images
 
@@ -100,6 +102,22 @@ def build_loss(config: ImageConfig) -> Loss:
 # Scores
 
 
+MISTAKES = 24
+"""Of an evaluation that are kept, at most."""
+NAMED_CLASSES = 100
+"""Up to how many an evaluation keeps the confusion matrix in numbers."""
+
+
+class Answer(NamedTuple):
+    """What a classifier said of an image."""
+
+    index: int
+    label: int
+    predicted: int
+    confidence: float
+    """Softmax of the predicted class."""
+
+
 @dataclass(frozen=True)
 class ClassScores(Scores):
     """How well classes were told apart."""
@@ -112,6 +130,8 @@ class ClassScores(Scores):
     """Share of the images with the right class among the top five."""
     loss: float
     """Mean cross-entropy, without label smoothing."""
+    answers: np.ndarray
+    """float (images, 4): `Answer`s, in the order of the images."""
 
     overall = (Figure("top-1", "top1"), Figure("top-5", "top5"), Figure("loss", "loss", ".4f"))
     by_output = (
@@ -134,8 +154,26 @@ class ClassScores(Scores):
     def columns(self) -> dict[str, np.ndarray]:
         return per_class(self.confusion)
 
+    @property
+    def mistakes(self) -> list[Answer]:
+        """The wrong answers that the network was surest of, the surest first."""
+        wrong = self.answers[self.answers[:, 1] != self.answers[:, 2]]
+        surest = wrong[np.argsort(-wrong[:, 3], kind="stable")[:MISTAKES]]
+        return [Answer(int(i), int(label), int(top), float(sure)) for i, label, top, sure in surest]
+
     def draw(self, names: Sequence[str]) -> np.ndarray:
         return draw_confusion(self.confusion, names)
+
+    def tabulate(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return also how sure it was, mistakes and, of not too many classes, what was taken for what."""
+        hits = self.answers[:, 1] == self.answers[:, 2]
+        confusion = {"confusion": self.confusion.tolist()} if len(names) <= NAMED_CLASSES else {}
+        mistakes = [
+            answer._asdict() | {"label": names[answer.label], "predicted": names[answer.predicted]}
+            for answer in self.mistakes
+        ]
+        sureness = calibration(self.answers[:, 3], hits)
+        return super().tabulate(names) | confusion | {"calibration": sureness, "mistakes": mistakes}
 
 
 class ClassMetric:
@@ -146,9 +184,18 @@ class ClassMetric:
         self.confusion = confusion_matrix(num_classes, device)
         precise = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
         self.loss_sum = SumMetric(nan_strategy="disable").set_dtype(precise).to(device)
+        self.answers = CatMetric(nan_strategy="disable").set_dtype(precise).to(device)
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Count logits (b, num_classes) with labels int64 (b,), of which negative ones do not count."""
+    def update(self, logits: Tensor, labels: Tensor, indices: Sequence[int]) -> None:
+        """Count logits (b, num_classes) with labels int64 (b,), of which negative ones do not count.
+
+        Args:
+            indices: of the images.
+        """
+        surest = logits.float().softmax(1).max(1)
+        columns = torch.tensor(indices, device=labels.device), labels, surest.indices, surest.values
+        # rows that do not count, too: a process that had none would not take part in gathering
+        self.answers.update(torch.stack([column.to(self.answers.dtype) for column in columns], 1))
         counted = labels >= 0
         logits, labels = logits[counted].float(), labels[counted]
         if len(labels):
@@ -167,7 +214,12 @@ class ClassMetric:
         if not confusion.any():
             raise ValueError("none of the images could be read")
         tops = {name: accuracy(metric) for name, metric in self.accuracies.items()}
-        return ClassScores(confusion, **tops, loss=loss_sum / int(confusion.sum()))
+        answers = self.answers.compute()
+        assert isinstance(answers, Tensor)
+        rows = answers.cpu().double().numpy()
+        rows = rows[rows[:, 1] > NOT_COUNTED]
+        rows = rows[np.argsort(rows[:, 0], kind="stable")]
+        return ClassScores(confusion, **tops, loss=loss_sum / int(confusion.sum()), answers=rows)
 
 
 class Classification(Task[ImageConfig]):
@@ -203,3 +255,17 @@ class Classification(Task[ImageConfig]):
 
     def metric(self, num_outputs: int, device: torch.device) -> ClassMetric:
         return ClassMetric(num_outputs, device)
+
+    def count(
+        self, metric: ClassMetric, network: Callable[[Tensor], Tensor], images: Tensor, batch: LabelledBatch
+    ) -> None:
+        metric.update(network(images), batch.labels, batch.indices)
+
+    def draw_mistakes(self, scores: Scores, dataset: Evaluation) -> np.ndarray | None:
+        assert isinstance(scores, ClassScores)
+        assert isinstance(dataset, EvaluationDataset)
+        if not (mistakes := scores.mistakes):
+            return None
+        names = dataset.class_names
+        captions = [(names[a.label], f"{a.confidence:.0%} {names[a.predicted]}") for a in mistakes]
+        return draw_captioned(torch.stack([dataset[answer.index].image for answer in mistakes]), captions)

@@ -4,6 +4,8 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -103,6 +105,14 @@ def start_accelerator(precision: str) -> Accelerator:
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+def command_line() -> str:
+    """Return the command that this process was started by, without the folders of Python and `fcmae`."""
+    words = sys.orig_argv[1:]
+    if words and Path(words[0]).stem == "fcmae":
+        return shlex.join(["fcmae", *words[1:]])
+    return shlex.join(["python", *words])
 
 
 def describe_device(accelerator: Accelerator) -> str:

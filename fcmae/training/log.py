@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -55,6 +56,16 @@ def writing(run: RunFolder) -> Iterator[None]:
 
 Charts = Mapping[str, Mapping[str, Sequence[str]]]
 """By page and title, regular expressions of the names of values that share a chart."""
+
+
+def record_start(run: RunFolder, step: int, facts: Mapping[str, str]) -> None:
+    """Add a line to `RUN/starts.jsonl`: when, after which step, by what command and on what a run was started.
+
+    Raises:
+        UserError: as `writing`.
+    """
+    with writing(run), run.starts.open("a", encoding="utf-8") as file:
+        print(json.dumps({"time": time.time(), "step": step, **facts}), file=file)
 
 
 class MetricsLog:

@@ -62,6 +62,8 @@ class RunFolder:
         self.config = self.path / "config.yaml"
         self.lock = self.path / "lock.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.starts = self.path / "starts.jsonl"
+        """How it was started, and each time it was resumed."""
         self.tensorboard = self.path / "tensorboard"
         self.trackers = self.path / "trackers.json"
         """What other trackers know the run by."""
@@ -75,6 +77,9 @@ class RunFolder:
         self.model = self.path / "model"
         """What fine-tuning leaves, as timm reads it."""
         self.evaluation = self.path / "evaluation.json"
+        self.mistakes = self.path / "mistakes.png"
+        """What --evaluate draws of the images that were answered worst."""
+        self.report = self.path / "report.html"
         drawn = self.reconstructions, self.predictions
         self.folders = (self.path, self.checkpoints, *drawn, self.encoder, self.model)
         """Where a run writes; folders of others may lie between."""

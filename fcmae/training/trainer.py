@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,9 +37,9 @@ from fcmae.training.checkpoint import (
 )
 from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
-from fcmae.training.launch import describe_device, describe_precision
+from fcmae.training.launch import command_line, describe_device, describe_precision
 from fcmae.training.lock import Lock
-from fcmae.training.log import Charts, MetricsLog
+from fcmae.training.log import Charts, MetricsLog, record_start
 from fcmae.training.memory import taken_bytes
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
@@ -566,6 +567,9 @@ class Trainer:
                     remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
                 log = stack.enter_context(self._open_log(scores or {}, watch))
+                if self.step < total:
+                    facts = {"command": command_line(), **self.first_lines, "python": platform.python_version()}
+                    record_start(self.run, self.step, facts)
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:

@@ -1,0 +1,261 @@
+"""The page of a run, one HTML file that loads nothing: pictures, curves and text laid out by report.html."""
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from fcmae import __version__
+from fcmae.config import FinetuneConfig, PretrainConfig, to_yaml
+from fcmae.report.plots import draw_calibration, draw_curves
+from fcmae.report.run import Curve, Record, Run, curve
+from fcmae.report.verdict import Finding, keys_of
+from fcmae.training.checkpoint import step_of
+from fcmae.training.progress import duration
+from fcmae.training.summary import updates_s
+
+SHOTS = 16
+"""Pictures of a gallery, at most: the first, the last and others between."""
+WIDEST = 1200
+"""Pixels of a picture; wider ones are shrunk."""
+QUALITY = 82
+"""Of WebP: patches keep their edges."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture on the page."""
+
+    title: str
+    source: str
+    """A data URI."""
+    width: int
+    height: int
+
+
+def embed(path: Path, title: str) -> Shot:
+    """Put a picture into a data URI, photographs compressed so that one can send them."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((WIDEST, picture.height))
+    file = io.BytesIO()
+    picture.save(file, format="webp", quality=QUALITY, method=4)
+    data = base64.b64encode(file.getvalue()).decode()
+    return Shot(title, f"data:image/webp;base64,{data}", *picture.size)
+
+
+def gallery(folder: Path) -> list[Shot]:
+    """Return the pictures of fixed images that a run drew, by step, `SHOTS` of them where there are more."""
+    found = {step_of(path.with_suffix("")): path for path in folder.glob("step-*.png")}
+    steps = sorted(step for step in found if step is not None)
+    chosen = np.linspace(0, len(steps) - 1, min(len(steps), SHOTS)).round().astype(int)
+    return [embed(found[steps[i]], f"after update {steps[i]:,}") for i in chosen]
+
+
+def others(folder: Path) -> list[Shot]:
+    """Return what else a run drew, such as of several mask ratios."""
+    paths = sorted(path for path in folder.glob("*.png") if step_of(path.with_suffix("")) is None)
+    return [embed(path, path.stem.replace("-", " ")) for path in paths]
+
+
+# Curves
+
+PANELS = {
+    # figure: title, whether in per cent
+    "loss": ("training loss", False),
+    "lr": ("learning rate", False),
+    "grad_norm": ("norm of the gradient", False),
+    "memory_gb": ("memory in GB", False),
+    "images_per_s": ("images per second", False),
+    "data_wait": ("time spent waiting for images", True),
+}
+CLOCK = {"step", "time", "epoch", "seen_images"}
+
+
+def panels(run: Run) -> Iterator[Markup]:
+    """Draw every figure of the records: what is learnt, then how good it is, then how fast."""
+    keys = list(dict.fromkeys(key for record in run.records for key in record if key not in CLOCK))
+    reference = run.reference.records if run.reference else []
+
+    def panel(key: str) -> Iterator[Markup]:
+        title, percent = PANELS.get(key, (key, False))
+        if points := run.curve(key):
+            yield draw_curves(title, {"this run": points}, reference=compared(key), percent=percent)
+
+    def compared(key: str) -> Curve | None:
+        return curve(reference, key) if key in ("loss", "lr") else None
+
+    def together(title: str, names: Mapping[str, str], *, percent: bool = False) -> Iterator[Markup]:
+        curves = {name: points for key, name in names.items() if (points := run.curve(key))}
+        if curves:
+            yield draw_curves(title, curves, percent=percent)
+
+    yield from panel("loss")
+    yield from panel("lr")
+    yield from together("k-NN accuracy", {"knn_top1": "top-1", "knn_top5": "top-5"}, percent=True)
+    stages = {key: key.rpartition("/")[2].replace("_", " ") for key in sorted(keys_of(run, "cosine_distance/"))}
+    yield from together("cosine distance between channels", stages)
+    scored: set[str] = set()
+    for figure in run.scores.overall if run.scores else ():
+        names = {f"val_{figure.key}": "weights", f"ema_{figure.key}": "EMA"}
+        scored |= names.keys()
+        yield from together(f"{figure.title}, validation", names, percent=figure.form.endswith("%"))
+    shown = {"loss", "lr", "knn_top1", "knn_top5", "images_per_s", "data_wait", *stages, *scored}
+    for key in [*(key for key in keys if key not in shown), "images_per_s", "data_wait"]:
+        yield from panel(key)
+
+
+# Facts
+
+
+def headline(run: Run) -> dict[str, str]:
+    """Return the figures that one looks for first."""
+    losses = run.curve("loss")
+    seconds = updates_s(run.records)
+    images = max((record["seen_images"] for record in run.records if "seen_images" in record), default=0)
+    figures = {}
+    if losses:
+        figures["loss"] = f"{losses.values[0]:.3f} → {losses.values[-1]:.3f}"
+    if knn := run.curve("knn_top1"):
+        figures["k-NN top-1"] = f"{knn.values[0]:.1%} → {knn.values[-1]:.1%}"
+    if run.scores:
+        figure = run.scores.overall[0]
+        for prefix in ("ema", "val"):
+            if points := run.curve(f"{prefix}_{figure.key}"):
+                figures.setdefault(figure.title, figure.show(points.values.max()))
+    figures["updates"] = f"{run.step:,}" + (f" of {run.plan.total_steps:,}" if run.plan else "")
+    if seconds:
+        figures |= {"duration": duration(seconds), "images/s": f"{images / seconds:,.0f}"}
+    return figures
+
+
+def what(run: Run) -> str:
+    """Say in a line what ran."""
+    model, data = run.config.model, run.config.data
+    variant = model.variant if isinstance(model.variant, str) else "of depths {}, widths {}".format(*model.variant)
+    name = f"ConvNeXt V{model.version} {variant}" if "/" not in variant else variant
+    kind = "Pretraining" if isinstance(run.config, PretrainConfig) else f"Fine-tuning, {run.config.task},"
+    size = " × ".join(map(str, data.size))
+    return f"{kind} of {name} on {data.root}, images of {size} pixels"
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Return what the run was computed with, as far as it was noted."""
+    facts: dict[str, str] = {}
+    if run.state:
+        facts |= {"fcmae": run.state.fcmae, "torch": run.state.torch}
+    if run.starts:
+        keys = ("python", "device", "precision", "batch")
+        facts |= {key: str(run.starts[-1][key]) for key in keys if key in run.starts[-1]}
+    elif run.state:
+        facts |= {"processes": str(run.state.num_processes), "precision": run.state.precision or "not noted"}
+    return facts
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """Return when and after which update the run was started, and the command."""
+
+    def when(start: Record) -> str:
+        after = f"resumed after update {start['step']:,}" if start.get("step") else "started"
+        return f"{after}, {_day(start.get('time'))}"
+
+    return [(when(start), str(start.get("command", ""))) for start in run.starts]
+
+
+def _day(seconds: object) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC" if isinstance(seconds, int | float) else ""
+
+
+def score_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the figures of each output in evaluation.json, the lowest by the second first."""
+    if run.scores is None or run.scores.outputs not in run.evaluation:
+        return [], []
+    table = run.evaluation[run.scores.outputs]
+    figures = [figure for figure in run.scores.by_output if figure.key in table]
+    names, columns = table["names"], [table[figure.key] for figure in figures]
+    order = sorted(range(len(names)), key=lambda i: columns[min(1, len(columns) - 1)][i] or 0)
+    cells = [
+        ["-" if v is None else figure.show(v) for v in column]
+        for figure, column in zip(figures, columns, strict=True)
+    ]
+    titles = [run.scores.output, *(figure.title for figure in figures)]
+    return titles, [[names[i], *(column[i] for column in cells)] for i in order]
+
+
+def is_classifier(run: Run) -> bool:
+    return isinstance(run.config, FinetuneConfig) and run.config.task == "classification"
+
+
+def missing(run: Run) -> list[str]:
+    """Say what a report could show that this run has not kept, and what would keep it."""
+    lacking = []
+    if not run.starts:
+        lacking.append("the command line: this run is older than starts.jsonl")
+    if run.scores and not run.evaluation:
+        what = f"scores by {run.scores.output}, {run.scores.picture[0]}"
+        if is_classifier(run):
+            what += ", worst mistakes and calibration"
+        lacking.append(f"{what}: fcmae finetune --evaluate {run.folder.path}")
+    elif is_classifier(run) and "calibration" not in run.evaluation:
+        lacking.append(f"worst mistakes and calibration: fcmae finetune --evaluate {run.folder.path}")
+    elif run.scores and not is_classifier(run):
+        lacking.append("worst mistakes and calibration, which are kept of task=classification alone")
+    return lacking
+
+
+def scores(run: Run) -> dict[str, Any]:
+    """Return what `fcmae finetune --evaluate` left: its figures, its table, its picture."""
+    titles, rows = score_table(run)
+    figures = run.scores.overall if run.scores and run.evaluation else ()
+    pictures = {run.scores.picture[0]: run.folder.picture(run.scores.picture[1])} if figures and run.scores else {}
+    if run.evaluation.get("mistakes"):
+        pictures["worst mistakes, each with its class and how sure the network was of another"] = (
+            run.folder.mistakes
+        )
+    calibration = run.evaluation.get("calibration")
+    return {
+        "weights": run.evaluation.get("weights", ""),
+        "figures": {f.title: f.show(run.evaluation[f.key]) for f in figures if f.key in run.evaluation},
+        "titles": titles,
+        "rows": rows,
+        "pictures": [embed(path, title) for title, path in pictures.items() if path.is_file()],
+        "calibration": draw_calibration(calibration) if calibration else None,
+    }
+
+
+def render(run: Run, findings: Sequence[Finding]) -> str:
+    """Return the page: it is complete without JavaScript, and asks for nothing but itself."""
+    jinja = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pretraining = isinstance(run.config, PretrainConfig)
+    folder = run.folder.reconstructions if pretraining else run.folder.predictions
+    return jinja.get_template("report.html").render(
+        version=__version__,
+        name=run.folder.path.resolve().name,
+        what=what(run),
+        headline=headline(run),
+        findings=findings,
+        pictures={"reconstructions" if pretraining else "predictions": gallery(folder)},
+        others=others(folder),
+        panels=list(panels(run)),
+        reference=run.reference,
+        scores=scores(run),
+        commands=commands(run),
+        environment=environment(run),
+        missing=missing(run),
+        config=to_yaml(run.config),
+        written=_day(datetime.now(UTC).timestamp()),
+    )

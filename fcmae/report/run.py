@@ -1,0 +1,177 @@
+"""What a run folder says of its run: settings, records, starts, scores, the log to compare with; only reads."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fcmae.config import FinetuneConfig, PretrainConfig, find_shipped, load_config, reference_logs
+from fcmae.errors import UserError
+from fcmae.plain_yaml import read_yaml
+from fcmae.tasks.base import Scores
+from fcmae.tasks.known import TASKS
+from fcmae.training.checkpoint import State
+from fcmae.training.run_folder import RunFolder, changed_keys, newest_state
+from fcmae.training.schedule import Plan
+from fcmae.training.summary import read_records
+
+Config = PretrainConfig | FinetuneConfig
+Record = Mapping[str, Any]
+
+
+class Curve(NamedTuple):
+    """A figure of the records, where it is finite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __bool__(self) -> bool:
+        return len(self.steps) > 0
+
+    def at(self, steps: np.ndarray) -> np.ndarray:
+        """Return the values at other steps, on straight lines between those that are known."""
+        return np.interp(steps, self.steps, self.values)
+
+
+def curve(records: Sequence[Record], key: str) -> Curve:
+    """Return a figure of records by step."""
+    points = {record["step"]: record[key] for record in records if _is_number(record.get(key))}
+    steps = sorted(points)
+    return Curve(np.array(steps, float), np.array([points[step] for step in steps], float))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The log of a shipped configuration, as measured."""
+
+    name: str
+    records: list[Record]
+    differences: list[str]
+    """What of the run's settings are others; none where the curves should be alike."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as far as it went."""
+
+    folder: RunFolder
+    config: Config
+    records: list[Record]
+    starts: list[Record]
+    """By which commands, and on what; the first first. None before fcmae 0.2."""
+    state: State | None
+    """Of the newest checkpoint; None where there is none that can be read."""
+    evaluation: Record
+    """What `fcmae finetune --evaluate` found; empty before."""
+    reference: Reference | None
+
+    @property
+    def scores(self) -> type[Scores] | None:
+        """What a fine-tuning run is scored by; None for pretraining."""
+        return TASKS[self.config.task].scores if isinstance(self.config, FinetuneConfig) else None
+
+    @property
+    def step(self) -> int:
+        """Updates made, as far as is recorded."""
+        return max([*(int(record["step"]) for record in self.records), self.state.step if self.state else 0])
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was planned; None before the first record, when the number of images is not known."""
+        last = next((record for record in reversed(self.records) if record.get("epoch")), None)
+        if last is None:
+            return None
+        processes = self.state.num_processes if self.state else 1
+        return Plan.of(self.config, round(last["seen_images"] / last["epoch"]), processes)
+
+    def curve(self, key: str) -> Curve:
+        return curve(self.records, key)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: if it is none.
+    """
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path}: no run folder, it has no {folder.config.name}; name the output of a run")
+    config = load_config(_kind(folder), folder.config)
+    try:
+        state = newest_state(folder)
+    except UserError:  # damaged checkpoints do not keep the rest from being shown
+        state = None
+    records = _read_lines(folder.metrics)
+    return Run(
+        folder=folder,
+        config=config,
+        records=[record for record in records if _is_number(record.get("step"))],
+        starts=_read_lines(folder.starts),
+        state=state,
+        evaluation=_read_evaluation(folder),
+        reference=find_reference(config),
+    )
+
+
+def _kind(folder: RunFolder) -> type[Config]:
+    """Return what a run's configuration is of: only pretraining hides patches."""
+    try:
+        values = read_yaml(folder.config.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder.config}: {error}; is it a run's?") from error
+    model = values.get("model") if isinstance(values, dict) else None
+    return PretrainConfig if isinstance(model, dict) and "mask_ratio" in model else FinetuneConfig
+
+
+def _read_lines(path: Path) -> list[Record]:
+    if not path.is_file():
+        return []
+    lines = read_records(path.read_text(encoding="utf-8", errors="replace"))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _read_evaluation(folder: RunFolder) -> Record:
+    try:
+        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise UserError(
+            f"{folder.evaluation}: damaged: {error}; write it anew: fcmae finetune --evaluate {folder.path}"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+SAME = ("model.", "data.image_size", "data.batch_size", "optim.accumulate")
+"""Keys that losses to compare have in common: the same network and masks, size, and images of an update."""
+
+
+def find_reference(config: Config) -> Reference | None:
+    """Return the log of the shipped configuration that is most like a run's, of those that have `SAME`."""
+    found: list[Reference] = []
+    for name, path in reference_logs().items():
+        try:
+            shipped = load_config(type(config), find_shipped(name, config.command))
+        except UserError:  # of another command, or one in which `auto` waits for images
+            continue
+        differences = [*changed_keys(shipped, config)]
+        if not _same_root(shipped.data.root, config.data.root):
+            differences.append(f"data.root: {shipped.data.root} -> {config.data.root}")
+        if not any(difference.startswith(SAME) for difference in differences):
+            found.append(Reference(name, _read_lines(path), differences))
+    return min(found, key=lambda reference: len(reference.differences), default=None)
+
+
+def _same_root(shipped: str, given: str) -> bool:
+    """Whether a folder is the one that a shipped configuration names from the repository's root."""
+    parts = PurePath(shipped).parts
+    return PurePath(given).parts[-len(parts) :] == parts
