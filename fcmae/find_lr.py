@@ -1,8 +1,8 @@
 """Find a learning rate: loss against rate from a short exponential sweep (Smith 2017); knows no model or images.
 
 The sweep is training as configured, but for the rate, which grows by the same factor from each update to the next
-until the loss diverges: the LR range test (arXiv 1506.01186, section 3.3) on a logarithmic axis. It writes a picture
-and nothing else.
+until the loss diverges: the LR range test (arXiv 1506.01186, section 3.3) on a logarithmic axis. It writes a
+picture and nothing else.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ DIVERGED = 1.5
 """Times the lowest smoothed loss: where the smoothed one has diverged."""
 MARGIN = 10
 """Times the suggested rate: where the loss diverges."""
-FALLEN = 0.02
+FALLEN = 0.01
 """Of the first loss: what it falls by at least if anything was learnt."""
 TIMED = 3
 """Updates after which is said how long the sweep takes at most."""
@@ -94,8 +94,8 @@ def find(rates: Sequence[float], losses: Sequence[float]) -> Found:
     smoothed = smooth(good)
     if len(good) <= PER_DECADE or min(smoothed) > (1 - FALLEN) * smoothed[0]:
         raise UserError(
-            f"--find-lr: at no rate from {rates[0]:.0e} to {rates[-1]:.0e} does the loss fall: {smoothed[0]:.4g} at "
-            f"first, {min(smoothed):.4g} at its lowest; look at the images by fcmae stats, or raise data.batch_size"
+            f"--find-lr: at no rate from {rates[0]:.0e} to {rates[-1]:.0e} does the loss fall: {smoothed[0]:.4g} "
+            f"at first, {min(smoothed):.4g} at its lowest; look at the images by fcmae stats, or raise data.batch_size"
         )
     middle = np.arange(PER_DECADE + 1) - PER_DECADE / 2
     slopes = np.correlate(good, middle / (middle @ middle), "valid")

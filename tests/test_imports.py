@@ -31,7 +31,7 @@ LEVELS = (
     {"segment_pictures"},
     {"tasks", "evaluation"},
     {"story", "find_lr"},
-    {"recipe", "ablation"},
+    {"recipe", "ablation", "doctor"},
     {"arguments"},
     {"pretrain", "finetune"},
     {"commands"},
