@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "write what a run has come to into one HTML file",
     "export": "write weights in the format of timm, transformers, ONNX and others",
     "ablate": "run a grid of settings over seeds: pretrain, fine-tune, evaluate; a table and a plot",
+    "doctor": "examine this installation and machine: what would end or slow a run, and the remedy",
     "configs": "list the shipped configurations, or copy one out",
 }
 """Each is `main(arguments) -> exit code` and `make_parser()` in the module `fcmae.commands.NAME`."""

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fcmae import __version__
@@ -25,6 +26,7 @@ from fcmae.config import (
     to_yaml,
 )
 from fcmae.errors import UserError, named, run_script
+from fcmae.files import require_folder
 from fcmae.plain_yaml import write_value
 
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
@@ -85,6 +87,19 @@ def add_run_arguments(parser: argparse.ArgumentParser, without_config: str) -> N
         action="store_true",
         help="build everything, check the data, estimate time and memory; write nothing (default: train)",
     )
+    parser.add_argument(
+        "--find-lr",
+        action="store_true",
+        help="make a hundred updates at a growing rate, suggest optim.base_lr and draw loss against rate; keep "
+        "nothing else (default: train)",
+    )
+    add_path(
+        parser,
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="with --find-lr, its picture, a new file (default: OUTPUT-find-lr.png, beside where the run would be)",
+    )
 
 
 def pretrain_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -93,8 +108,8 @@ def pretrain_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog,
         "Pretrain FCMAE on images without labels. Given nothing but images, it chooses what suits them and this "
         "machine, and says so.",
-        usage="%(prog)s IMAGES [KEY=VALUE ...] [--print-config | --dry-run]\n"
-        "       %(prog)s --config NAME [IMAGES] [KEY=VALUE ...] [--print-config | --dry-run]",
+        usage="%(prog)s IMAGES [KEY=VALUE ...] [--print-config | --dry-run | --find-lr]\n"
+        "       %(prog)s --config NAME [IMAGES] [KEY=VALUE ...] [--print-config | --dry-run | --find-lr]",
         examples=f"{name} path/to/images\n"
         f"{name} path/to/images data.image_size=128 train.epochs=100 --dry-run\n"
         f"{name} --config tiny path/to/images output=runs/mine",
@@ -109,7 +124,7 @@ def finetune_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = command_parser(
         prog,
         "Fine-tune a ConvNeXt V2 to classify labelled images, or evaluate one.",
-        usage="%(prog)s --config NAME [IMAGES] [KEY=VALUE ...] [--print-config | --dry-run]\n"
+        usage="%(prog)s --config NAME [IMAGES] [KEY=VALUE ...] [--print-config | --dry-run | --find-lr]\n"
         "       %(prog)s --evaluate SOURCE [--last] [--ema | --raw] [--config NAME] [KEY=VALUE ...]\n"
         "       [--overwrite]",
         examples=f"{name} --config tiny path/to/labelled init_from=runs/mine output=runs/classifier\n"
@@ -198,6 +213,29 @@ def read_given(overrides: Sequence[str]) -> dict[str, Any]:
     return {key: value(key) for key in leaves(nested)}
 
 
+def require_one_mode(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what cannot be asked for at once, with the usage."""
+    if options.find_lr and options.dry_run:
+        parser.error("--find-lr and --dry-run do different things: give one of them")
+    if options.plot and not options.find_lr:
+        parser.error("--plot is of --find-lr")
+
+
+def picture_of(options: argparse.Namespace, output: str) -> Path | None:
+    """Return where --find-lr draws, a file that can be written; None where it was not asked for.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    if not options.find_lr:
+        return None
+    path = options.plot or Path(f"{os.path.normpath(output)}-find-lr.png")
+    require_folder(path.parent, f"--plot {path}")
+    if os.path.lexists(path):
+        raise UserError(f"--plot {path}: exists already; name another file")
+    return path
+
+
 def announce(text: str) -> None:
     """Print the first line of a run, on the main process, before torch is imported, which takes seconds."""
     if os.environ.get("RANK", "0") == "0":
@@ -227,6 +265,7 @@ def pretrain(argv: list[str], *, prog: str | None = None) -> int:
     """Pretrain as asked for on the command line; returns the exit code."""
     parser = pretrain_parser(prog)
     options = parser.parse_intermixed_args(argv)
+    require_one_mode(parser, options)
     overrides = read_words(options.words)
     if options.config is not None:
         config = load_config(PretrainRecipe, options.config, overrides)
@@ -246,9 +285,10 @@ def pretrain(argv: list[str], *, prog: str | None = None) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
+    picture = picture_of(options, config.output)
     run = story("pretrain").pretrain
     mention_other_gpus("pretrain", argv)
-    return run(config, dry_run=options.dry_run)
+    return run(config, dry_run=options.dry_run, lr_picture=picture)
 
 
 def finetune(argv: list[str], *, prog: str | None = None) -> int:
@@ -257,6 +297,9 @@ def finetune(argv: list[str], *, prog: str | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     if options.evaluate is None and (options.last or options.ema is not None or options.overwrite):
         parser.error("--last, --ema, --raw and --overwrite are of --evaluate")
+    require_one_mode(parser, options)
+    if options.evaluate is not None and options.find_lr:
+        parser.error("--evaluate trains nothing: leave out --find-lr")
     options.overrides = read_words(options.words)
     if options.evaluate is not None:
         if not options.print_config:
@@ -269,9 +312,10 @@ def finetune(argv: list[str], *, prog: str | None = None) -> int:
         print(to_yaml(config), end="")
         return 0
     announce_run(config, "fine-tuning", options.config)
+    picture = picture_of(options, config.output)
     run = story("finetune").finetune
     mention_other_gpus("finetune", argv)
-    return run(config, dry_run=options.dry_run)
+    return run(config, dry_run=options.dry_run, lr_picture=picture)
 
 
 def run(name: str) -> None:

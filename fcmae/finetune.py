@@ -9,7 +9,7 @@ import argparse
 import functools
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from fcmae.encoder.base import Network
 from fcmae.errors import UserError, blame
 from fcmae.evaluation.inference import require_finite
 from fcmae.files import make_folder, require_folder, require_free, write_json
+from fcmae.find_lr import RateSweep, find_lr
 from fcmae.load import known_of, load_weights, resolve_recipe
 from fcmae.patches import grid_shape
+from fcmae.seeding import seeded
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tasks.base import Evaluation, Scores, Task, score_images
 from fcmae.tasks.known import TASKS
@@ -151,11 +153,26 @@ def evaluate_weights(options: argparse.Namespace) -> int:
     return 0
 
 
-def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
-    """Fine-tune as configured, or only try everything out; returns the exit code."""
+def finetune(recipe: FinetuneRecipe, *, dry_run: bool = False, lr_picture: Path | None = None) -> int:
+    """Fine-tune as configured, or only try everything out; returns the exit code.
+
+    With `lr_picture` find a learning rate instead, and draw loss against rate there.
+    """
     config, taken = resolve_recipe(recipe)
-    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
-        train(config, accelerator, checkpoint, lock, recipe=recipe, taken=taken, dry_run=dry_run)
+    with (
+        seeded(config.train.seed) if lr_picture else nullcontext(),
+        start_run(config, dry_run=dry_run or lr_picture is not None) as (accelerator, checkpoint, lock),
+    ):
+        train(
+            config,
+            accelerator,
+            checkpoint,
+            lock,
+            recipe=recipe,
+            taken=taken,
+            dry_run=dry_run,
+            lr_picture=lr_picture,
+        )
     return 0
 
 
@@ -168,6 +185,7 @@ def train(
     recipe: FinetuneRecipe,
     taken: str,
     dry_run: bool,
+    lr_picture: Path | None,
 ) -> None:
     """Do the work of a run that has begun.
 
@@ -220,6 +238,7 @@ def train(
     def compute_loss(model: nn.Module, batch: LabelledBatch) -> Tensor:
         return task_loss(model, batch.images, batch.labels)
 
+    plan = Plan.of(config, len(dataset), accelerator.num_processes)
     trainer = Trainer(
         accelerator=accelerator,
         model=model,
@@ -231,7 +250,7 @@ def train(
         ),
         compute_loss=compute_loss,
         prepare=prepare,
-        plan=Plan.of(config, len(dataset), accelerator.num_processes),
+        plan=RateSweep.instead_of(plan) if lr_picture else plan,
         config=config,
         ema_decay=config.train.ema_decay,
         facts=task.facts,
@@ -248,6 +267,9 @@ def train(
     if dry_run:
         sources = {"data": dataset.source, **({"validation": validation.source} if validation else {})}
         try_run(trainer, load, sources, **{task.scores.outputs: model.num_classes})
+        return
+    if lr_picture:
+        find_lr(trainer, load, lr_picture)
         return
 
     # The evaluation: the weights and their EMA, side by side

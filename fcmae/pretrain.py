@@ -7,6 +7,8 @@ accelerate launch -m fcmae.pretrain --config atto data.root=IMAGES output=runs/a
 import functools
 import math
 import shlex
+from contextlib import nullcontext
+from pathlib import Path
 
 from fcmae import arguments
 
@@ -34,10 +36,11 @@ from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.files import make_folder
+from fcmae.find_lr import RateSweep, find_lr
 from fcmae.load import adapt_channels, load_tensors, load_weights, require_network, resolve_recipe
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
-from fcmae.seeding import derive_seed
+from fcmae.seeding import derive_seed, seeded
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
 from fcmae.tensors import misfits
 from fcmae.training.checkpoint import Checkpoint
@@ -103,13 +106,19 @@ def finetuning_recipe(config: PretrainConfig, num_images: int, device: torch.dev
     return "finetune/small-folder-cpu" if device.type == "cpu" else "finetune/small-folder"
 
 
-def pretrain(recipe: PretrainRecipe, *, dry_run: bool = False) -> int:
-    """Pretrain as configured, or only try everything out; returns the exit code."""
+def pretrain(recipe: PretrainRecipe, *, dry_run: bool = False, lr_picture: Path | None = None) -> int:
+    """Pretrain as configured, or only try everything out; returns the exit code.
+
+    With `lr_picture` find a learning rate instead, and draw loss against rate there.
+    """
     config, taken = resolve_recipe(recipe)
-    with start_run(config, dry_run=dry_run) as (accelerator, checkpoint, lock):
+    with (
+        seeded(config.train.seed) if lr_picture else nullcontext(),
+        start_run(config, dry_run=dry_run or lr_picture is not None) as (accelerator, checkpoint, lock),
+    ):
         if taken:
             accelerator.print(f"auto             {taken}")
-        train(config, accelerator, checkpoint, lock, recipe=recipe, dry_run=dry_run)
+        train(config, accelerator, checkpoint, lock, recipe=recipe, dry_run=dry_run, lr_picture=lr_picture)
     return 0
 
 
@@ -121,6 +130,7 @@ def train(
     *,
     recipe: PretrainRecipe,
     dry_run: bool,
+    lr_picture: Path | None,
 ) -> None:
     """Do the work of a run that has begun; `recipe` says what may be chosen for its device."""
     # The network: a sparse ConvNeXt encoder and a light decoder
@@ -190,7 +200,7 @@ def train(
         ),
         compute_loss=compute_loss,
         eager="MinkowskiEngine waits for the GPU" if config.model.layout == "minkowski" else "",
-        plan=plan,
+        plan=RateSweep.instead_of(plan) if lr_picture else plan,
         config=config,
         batch_reason=batch_reason,
         lock=lock,
@@ -201,6 +211,9 @@ def train(
     load = training_batches(trainer, dataset)
     if dry_run:
         try_run(trainer, load, {"data": source})
+        return
+    if lr_picture:
+        find_lr(trainer, load, lr_picture)
         return
 
     # The features, evaluated: labelled images, whose labels training never sees, classified by k-NN
