@@ -33,7 +33,14 @@ from fcmae.errors import UserError, blame
 from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distances
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.files import make_folder
-from fcmae.load import adapt_channels, load_tensors, load_weights, require_network, resolve_recipe
+from fcmae.load import (
+    adapt_channels,
+    describe_training,
+    load_tensors,
+    load_weights,
+    require_network,
+    resolve_recipe,
+)
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed
@@ -267,7 +274,8 @@ def train(
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
         folder = trainer.run
-        write_folder(model.encoder, Preprocessing.of(dict(config.data)), folder.encoder)
+        preprocessing = Preprocessing.of(dict(config.data))
+        write_folder(model.encoder, preprocessing, folder.encoder, trained=describe_training(folder.path))
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

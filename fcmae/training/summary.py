@@ -1,25 +1,14 @@
 """What a run has come to, from its records, as a few lines; knows no models, images or commands."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fcmae.training.progress import duration
+from fcmae.training.run_folder import read_records
 from fcmae.training.trainer import Trainer
 
 WIDTH = 17
 """Of the column of names."""
-
-
-def read_records(text: str) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl, but for one that a kill cut short."""
-    records: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def updates_s(records: Sequence[Mapping[str, Any]]) -> float:
