@@ -97,18 +97,8 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
 RECIPE = {
     "model": None,
     "data": (
-        *(
-            "image_size",
-            "tile",
-            "crop_scale",
-            "crop_padding",
-            "hflip",
-            "auto_augment",
-            "erase_prob",
-            "mixup",
-            "cutmix",
-        ),
-        *("scale", "most_of_one", "jitter", "label_fraction"),
+        *("image_size", "tile", "crop_scale", "crop_padding", "hflip", "auto_augment", "erase_prob"),
+        *("mixup", "cutmix", "scale", "most_of_one", "jitter", "label_fraction"),
     ),
     "optim": None,
     "train": None,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from fcmae.commands.arguments import add_source, command_parser, load_source, report_source
-from fcmae.errors import UserError, shown
+from fcmae.errors import UserError, named
 from fcmae.files import require_new_folder
 
 FORMATS = {
@@ -71,7 +71,7 @@ def check_sharing(options: argparse.Namespace) -> None:
         return
     if options.license is None:
         raise UserError(
-            f"--push {shown(options.push)}: under which licence? Add --license with one of {', '.join(LICENSES)}; "
+            f"--push {named(options.push)}: under which licence? Add --license with one of {', '.join(LICENSES)}; "
             "weights that were started from others keep theirs"
         )
     from fcmae.weights.hub import require_repository

@@ -254,7 +254,7 @@ def write_card(
     name = name_network(encoder)
     version = encoder.arguments.get("version")
     scores = {METRICS[key]: value for key, value in trained.scores.items() if key in METRICS} if trained else {}
-    tags = ["fcmae", *({1: ["convnext"], 2: ["convnextv2"]}.get(version, []))]
+    tags = ["fcmae", *([] if version is None else ["convnext" if version == 1 else "convnextv2"])]
     metadata: dict[str, Any] = {
         "license": publication.license,
         "library_name": loading.library,
@@ -267,6 +267,7 @@ def write_card(
         how = "pretrained without labels by fcmae" if trained.pretrained else "fine-tuned by fcmae"
         tags += ["masked-autoencoder", "self-supervised-learning"] if trained.pretrained else []
         metadata["datasets"] = [trained.hub_dataset] if trained.hub_dataset else None
+    if trained is not None and scores:
         metadata["model_name"] = (publication.repository or name).rpartition("/")[2]
         metadata["eval_results"] = [
             EvalResult(

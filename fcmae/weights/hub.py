@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from fcmae import __version__
-from fcmae.errors import UserError, brief, shown
+from fcmae.errors import UserError, brief, named
 from fcmae.files import sha256
 
 GIVEN = ".gitattributes"
@@ -29,9 +29,9 @@ def require_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"--push {shown(name)}: {brief(error)}") from error
+        raise UserError(f"--push {named(name)}: {brief(error)}") from error
     if name.count("/") != 1:
-        raise UserError(f"--push {shown(name)}: give ORGANISATION/NAME, or YOUR_NAME/NAME")
+        raise UserError(f"--push {named(name)}: give ORGANISATION/NAME, or YOUR_NAME/NAME")
 
 
 def _same(file: Path, digest: str | None) -> bool:
@@ -74,7 +74,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         others = [name for name, digest in hashes.items() if name != GIVEN and not _same(folder / name, digest)]
         if others:
             raise UserError(
-                f"{subject}: is there and holds another {shown(others[0])}, which is left alone; {folder} is kept: "
+                f"{subject}: is there and holds another {named(others[0])}, which is left alone; {folder} is kept: "
                 f"name a new repository with hf upload ORGANISATION/NAME {folder}"
             )
         if private and not found.private:
@@ -89,6 +89,6 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         status = error.response.status_code
         what = REMEDIES.get(status, error.server_message or brief(error))
         raise UserError(f"{subject}: {status}: {what}; {again}") from error
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{subject}: {constants.ENDPOINT}: {brief(error)}; {again}") from error
     return address
