@@ -119,42 +119,41 @@ def describe_training(path: str | Path, *, last: bool = False, ema: bool | None 
     with report_damage(stored.file.with_name(STATE)):
         config = state.config
         data, begun = config["data"], config.get("init_from")
-        name, root = data.get("name", "folder"), Path(data.get("root", "images")).name
-        kind, _, known = name.partition("/")
+        kind, _, known = data.get("name", "folder").partition("/")
+        pretrained = "mask_ratio" in config.get("model", {})
         recipe = {
             section: {key: value for key, value in config[section].items() if keys is None or key in keys}
             for section, keys in RECIPE.items()
             if section in config
         }
-        pretrained = "mask_ratio" in config.get("model", {})
-    records, num_images = [], None
-    if run is not None and run.metrics.is_file():
-        with report_damage(run.metrics):
-            records = read_records(run.metrics.read_text(encoding="utf-8"))
-            passed = [record["seen_images"] / record["epoch"] for record in records if record.get("epoch")]
-            num_images = round(passed[-1]) if passed else None
-    before = ("knn_",) if pretrained else ("ema_" if stored.ema else "val_",)
-    scores = {
-        key if pretrained else key.removeprefix(before[0]): value
-        for record in records
-        if record["step"] == stored.step
-        for key, value in record.items()
-        if key.startswith(before)
-    }
-    return Trained(
-        pretrained=pretrained,
-        dataset=known or root or "images",
-        hub_dataset=known if kind in ("hfds", "hfids") else None,
-        num_images=num_images,
-        split=(config.get("eval", {}) if pretrained else data).get("val_split"),
-        started_from=begun and (Path(begun).name or "weights"),
-        step=stored.step,
-        seen_images=state.seen_images,
-        ema=stored.ema,
-        scores=scores,
-        recipe=write_yaml(recipe),
-        versions=f"fcmae {state.fcmae}, torch {state.torch}",
-    )
+        trained = Trained(
+            pretrained=pretrained,
+            dataset=known or Path(data.get("root", "")).name or "images",
+            hub_dataset=known if kind in ("hfds", "hfids") else None,
+            num_images=None,
+            split=(config.get("eval", {}) if pretrained else data).get("val_split"),
+            started_from=begun and (Path(begun).name or "weights"),
+            step=stored.step,
+            seen_images=state.seen_images,
+            ema=stored.ema,
+            scores={},
+            recipe=write_yaml(recipe),
+            versions=f"fcmae {state.fcmae}, torch {state.torch}",
+        )
+    if run is None or not run.metrics.is_file():
+        return trained
+    with report_damage(run.metrics):
+        records = read_records(run.metrics.read_text(encoding="utf-8"))
+        passed = [record["seen_images"] / record["epoch"] for record in records if record.get("epoch")]
+        before = "" if pretrained else "ema_" if stored.ema else "val_"
+        scores = {
+            key.removeprefix(before): float(value)
+            for record in records
+            if record["step"] == stored.step
+            for key, value in record.items()
+            if key.startswith(before or "knn_")
+        }
+    return trained._replace(num_images=round(passed[-1]) if passed else None, scores=scores)
 
 
 def rescale_outputs(

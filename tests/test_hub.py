@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import small_encoder
@@ -170,7 +171,7 @@ def test_the_command_exports_uploads_and_prints_the_address(hub: Hub, tmp_path: 
     found = hub.repositories["org/net"]
     assert found.private
     assert contents(tmp_path / "out").items() <= {**found.files, **found.large}.items()
-    card = ModelCard(found.files["README.md"].decode())
+    card: Any = ModelCard(found.files["README.md"].decode())
     assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "timm")
     assert 'timm.create_model("hf-hub:org/net", pretrained=True)' in card.text
 
