@@ -86,8 +86,8 @@ def serve() -> Iterator[Hub]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-        def answer(self, status: int, values: Any = None) -> None:
-            content = b"" if values is None else json.dumps(values).encode()
+        def answer(self, status: int, values: dict[str, Any]) -> None:
+            content = json.dumps(values).encode()
             self.send_response(status)
             if status >= 400:
                 self.send_header("X-Error-Message", values["error"])
@@ -104,7 +104,7 @@ def serve() -> Iterator[Hub]:
             hub.requests.append(f"{self.command} {path}")
             if self.command == "PUT":
                 hub.stored[path.rpartition("/")[2]] = body
-                return self.answer(200)
+                return self.answer(200, {})
             token = self.headers.get("Authorization", "").removeprefix("Bearer ")
             if token not in (READS, WRITES):
                 return self.answer(401, {"error": "Invalid username or password."})

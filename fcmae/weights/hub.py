@@ -1,6 +1,7 @@
 """Folders of weights to the Hugging Face Hub: one commit, over nothing that others put there; knows no format."""
 
 import hashlib
+import shlex
 from pathlib import Path
 
 from fcmae import __version__
@@ -62,7 +63,8 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     subject = f"--push {repository}"
-    again = f"{folder} is kept, and hf upload {repository} {folder} uploads it"
+    command = ["hf", "upload", repository, str(folder), *(["--private"] if private else [])]
+    again = f"{folder} is kept, and {shlex.join(command)} uploads it"
     if get_token() is None:
         raise UserError(f"{subject}: no token: hf auth login, or set HF_TOKEN; {again}")
     api = HfApi()
@@ -75,7 +77,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
         if others:
             raise UserError(
                 f"{subject}: is there and holds another {named(others[0])}, which is left alone; {folder} is kept: "
-                f"name a new repository with hf upload ORGANISATION/NAME {folder}"
+                "push to another repository, with another --output"
             )
         if private and not found.private:
             raise UserError(f"{subject}: is there and is public; make it private on the hub; {again}")
