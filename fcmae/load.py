@@ -131,6 +131,7 @@ def describe_training(path: str | Path, *, last: bool = False, ema: bool | None 
             dataset=known or Path(data.get("root", "")).name or "images",
             hub_dataset=known if kind in ("hfds", "hfids") else None,
             num_images=None,
+            images="tiles" if data.get("tile") else "images",
             split=(config.get("eval", {}) if pretrained else data).get("val_split"),
             started_from=begun and (Path(begun).name or "weights"),
             step=stored.step,

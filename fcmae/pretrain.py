@@ -275,7 +275,9 @@ def train(
     if accelerator.is_main_process:
         folder = trainer.run
         preprocessing = Preprocessing.of(dict(config.data))
-        write_folder(model.encoder, preprocessing, folder.encoder, trained=describe_training(folder.path))
+        write_folder(
+            model.encoder, preprocessing, folder.encoder, trained=describe_training(folder.path, last=True)
+        )
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

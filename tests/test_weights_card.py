@@ -208,11 +208,18 @@ def test_nothing_on_a_card_says_where_the_run_was(runs: tuple[Path, Path]) -> No
 
 
 def test_images_of_the_hub_are_named_as_the_hub_does(tmp_path: Path) -> None:
-    data = {"name": "hfds/org/pets", "root": "/home/jane/cache", "mean": MEAN, "std": STD, "image_size": 32}
+    data = {
+        "name": "hfds/org/pets",
+        "root": "/home/jane/cache",
+        "mean": MEAN,
+        "std": STD,
+        "image_size": 32,
+        "tile": 32,
+    }
     save_run(tmp_path, ConvNeXt(TINY), config={"data": data, "model": {}})
     trained = describe_training(tmp_path)
     assert trained is not None
-    assert (trained.dataset, trained.hub_dataset) == ("org/pets", "org/pets")
+    assert (trained.dataset, trained.hub_dataset, trained.images) == ("org/pets", "org/pets", "tiles")
 
 
 # Sharing

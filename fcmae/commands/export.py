@@ -34,7 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
         examples="fcmae export runs/mine --to timm --output exported\n"
         "fcmae export runs/classifier --to onnx --with-preprocessing --output exported\n"
         "fcmae export runs/mine --to timm --output exported --push ORG/NAME --license cc-by-4.0",
-        notes="formats:\n" + "\n".join(f"  {name:16}{what}" for name, what in FORMATS.items()),
+        notes="formats, each with README.md, a model card:\n"
+        + "\n".join(f"  {name:16}{what}" for name, what in FORMATS.items()),
     )
     add_source(parser)
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help="see below")

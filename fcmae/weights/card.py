@@ -65,6 +65,8 @@ class Trained(NamedTuple):
     """What the hub calls them, if they are from there."""
     num_images: int | None
     """None where the run has not noted it."""
+    images: str
+    """What is counted: "images", or "tiles" of them."""
     split: str | None
     """Of the images that `scores` are of."""
     started_from: str | None
@@ -212,11 +214,11 @@ def describe_network(encoder: Network, use: Preprocessing, loading: Loading) -> 
 
 def describe_training(trained: Trained) -> str:
     """Return the Markdown that says what a run did."""
-    images = f" of {trained.num_images:,} images" if trained.num_images else ""
+    images = f" of {trained.num_images:,} {trained.images}" if trained.num_images else ""
     epochs = f", {trained.seen_images / trained.num_images:.4g} epochs" if trained.num_images else ""
     lines = [
         f"Data: `{trained.dataset}`{images}{'' if trained.pretrained else ' with labels'}.",
-        f"Length: {trained.step:,} updates, {trained.seen_images:,} images seen{epochs}.",
+        f"Length: {trained.step:,} updates, {trained.seen_images:,} {trained.images} seen{epochs}.",
         f"Started from: {f'`{trained.started_from}`' if trained.started_from else 'random weights'}.",
         *(["Weights: their exponential moving average (EMA)."] if trained.ema else []),
         f"Versions: {trained.versions}.",
