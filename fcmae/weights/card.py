@@ -64,7 +64,7 @@ class Trained(NamedTuple):
     hub_dataset: str | None
     """What the hub calls them, if they are from there."""
     num_images: int | None
-    """None where the run has not noted it."""
+    """Of them; None where the run has not noted it."""
     images: str
     """What is counted: "images", or "tiles" of them."""
     split: str | None
@@ -294,7 +294,8 @@ def write_card(
     ]
     if trained is not None and scores:
         figures = {called: f"{value:{form}}" for (_, called, form), value in scores.items()}
-        parts.append(f"## Evaluation\n\nOn `{trained.split}` of the data:\n\n{table(figures)}\n")
+        split = f"`{trained.split}` of the data" if trained.split else "images held out"
+        parts.append(f"## Evaluation\n\nOn {split}:\n\n{table(figures)}\n")
     parts.append(f"## Citation\n\n```bibtex\n{cited}\n```\n")
     text = "\n".join(parts)
     card = ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}")  # which reads it, to check it
