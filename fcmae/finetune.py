@@ -30,7 +30,7 @@ from fcmae.errors import UserError, blame
 from fcmae.evaluation.inference import require_finite
 from fcmae.files import make_folder, require_folder, require_free, write_json
 from fcmae.find_lr import RateSweep, find_lr
-from fcmae.load import known_of, load_weights, resolve_recipe
+from fcmae.load import describe_training, known_of, load_weights, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.seeding import seeded
 from fcmae.story import layer_rates, training_batches, try_run, with_kind
@@ -317,7 +317,7 @@ def train(
         assert final is not None
         best = build_encoder(load_weights(folder.path))
         preprocessing = Preprocessing.of(dict(config.data) | {"class_names": task.names, "task": config.task})
-        write_folder(best, preprocessing, folder.model)
+        write_folder(best, preprocessing, folder.model, trained=describe_training(folder.path))
         places = {"run folder": folder.path, "model": f"{folder.model} ({final.description})"}
         if trainer.best is not None:
             places["best"] = (

@@ -14,8 +14,9 @@ from fcmae.encoder.networks import is_other
 from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.model import FCMAE
+from fcmae.plain_yaml import write_yaml
 from fcmae.training.checkpoint import STATE
-from fcmae.training.run_folder import RunFolder, StoredModel, newest_state, stored_model
+from fcmae.training.run_folder import RunFolder, StoredModel, newest_state, read_records, stored_model
 from fcmae.weights.base import (
     ENCODER,
     Preprocessing,
@@ -28,6 +29,7 @@ from fcmae.weights.base import (
     require_arguments,
     require_fit,
 )
+from fcmae.weights.card import Trained
 from fcmae.weights.read import find_weights, interpret, read_tensors, read_weights
 
 if TYPE_CHECKING:
@@ -90,6 +92,69 @@ def load_weights(path: str | Path, *, last: bool = False, ema: bool | None = Non
     is_pretrained = not weights.head and any(name.startswith(ENCODER) for name in tensors)
     kind = "FCMAE run" if is_pretrained else "fine-tuned run"
     return weights._replace(kind=kind, step=stored.step, ema=stored.ema)
+
+
+RECIPE = {
+    "model": None,
+    "data": (
+        *("image_size", "tile", "crop_scale", "crop_padding", "hflip", "auto_augment", "erase_prob"),
+        *("mixup", "cutmix", "scale", "most_of_one", "jitter", "label_fraction"),
+    ),
+    "optim": None,
+    "train": None,
+}
+"""Sections of a configuration, and keys of them or all, that a card shows: none that names a place."""
+
+
+def describe_training(path: str | Path, *, last: bool = False, ema: bool | None = None) -> Trained | None:
+    """Return what a run did for the weights that `load_weights` returns; None if they are no run's.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    stored = _stored_model(path, last, ema)
+    if stored is None:
+        return None
+    state, run = stored.state, RunFolder.around(stored.file)
+    with report_damage(stored.file.with_name(STATE)):
+        config = state.config
+        data, begun = config["data"], config.get("init_from")
+        kind, _, known = data.get("name", "folder").partition("/")
+        pretrained = "mask_ratio" in config.get("model", {})
+        recipe = {
+            section: {key: value for key, value in config[section].items() if keys is None or key in keys}
+            for section, keys in RECIPE.items()
+            if section in config
+        }
+        trained = Trained(
+            pretrained=pretrained,
+            dataset=known or Path(data.get("root", "")).name or "images",
+            hub_dataset=known if kind in ("hfds", "hfids") else None,
+            num_images=None,
+            images="tiles" if data.get("tile") else "images",
+            split=(config.get("eval", {}) if pretrained else data).get("val_split"),
+            started_from=begun and (Path(begun).name or "weights"),
+            step=stored.step,
+            seen_images=state.seen_images,
+            ema=stored.ema,
+            scores={},
+            recipe=write_yaml(recipe),
+            versions=f"fcmae {state.fcmae}, torch {state.torch}",
+        )
+    if run is None or not run.metrics.is_file():
+        return trained
+    with report_damage(run.metrics):
+        records = read_records(run.metrics.read_text(encoding="utf-8"))
+        passed = [record["seen_images"] / record["epoch"] for record in records if record.get("epoch")]
+        before = "" if pretrained else "ema_" if stored.ema else "val_"
+        scores = {
+            key.removeprefix(before): float(value)
+            for record in records
+            if record["step"] == stored.step
+            for key, value in record.items()
+            if key.startswith(before or "knn_")
+        }
+    return trained._replace(num_images=round(passed[-1]) if passed else None, scores=scores)
 
 
 def rescale_outputs(

@@ -37,7 +37,14 @@ from fcmae.evaluation.diagnose import COLLAPSE_IMAGES, block_taps, stage_distanc
 from fcmae.evaluation.probes import extract_features, knn_accuracy, labelled_splits
 from fcmae.files import make_folder
 from fcmae.find_lr import RateSweep, find_lr
-from fcmae.load import adapt_channels, load_tensors, load_weights, require_network, resolve_recipe
+from fcmae.load import (
+    adapt_channels,
+    describe_training,
+    load_tensors,
+    load_weights,
+    require_network,
+    resolve_recipe,
+)
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed, seeded
@@ -309,7 +316,10 @@ def train(
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
         folder = trainer.run
-        write_folder(model.encoder, Preprocessing.of(dict(config.data)), folder.encoder)
+        preprocessing = Preprocessing.of(dict(config.data))
+        write_folder(
+            model.encoder, preprocessing, folder.encoder, trained=describe_training(folder.path, last=True)
+        )
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

@@ -90,6 +90,7 @@ ONLY_IN = {
         "visualize",
     },
     "transformers": {"weights.*"},
+    "huggingface_hub": {"weights.card", "weights.hub"},
     "onnxruntime": {"weights.*"},
     "torch.utils.tensorboard": {"training.log"},
     "MinkowskiEngine": {"encoder.minkowski"},

@@ -194,7 +194,8 @@ def test_a_kill_leaves_no_folder_by_that_name(tmp_path: Path, monkeypatch: pytes
             export(classifier(), "plain", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     export(classifier(), "plain", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:

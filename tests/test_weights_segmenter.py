@@ -390,7 +390,7 @@ def test_the_code_on_the_card_segments_images(
     model = segmenter()
     write_folder(model, use, tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert card.startswith("# ConvNeXt V2 (1, 1, 2, 1), (8, 16, 24, 32): 3 classes of each pixel\n")
+    assert "\n# ConvNeXt V2 (1, 1, 2, 1), (8, 16, 24, 32): 3 classes of each pixel\n" in card
     assert "| images | 3 channels, of any size" in card
     assert ("seen in windows 32 x 48 apart" in card) == (use.stride is not None)
     pixels = torch.rand(3, 75, 110)

@@ -16,7 +16,7 @@ from weight_files import MEAN, NAMES, STD, same, weights_of
 from fcmae.encoder.convnext import VARIANTS, ConvNeXt, Version
 from fcmae.errors import UserError
 from fcmae.weights.base import Preprocessing, build_encoder
-from fcmae.weights.export import export
+from fcmae.weights.export import export, write_folder
 from fcmae.weights.read import interpret, read_weights
 from fcmae.weights.timm import enlarge_stem, from_timm, shrink_stem, timm_config, to_timm, write_timm_folder
 
@@ -91,7 +91,7 @@ def test_timm_holds_both_versions_with_and_without_grn(version: Version, respons
     paper = {1: "arXiv:2201.03545", 2: "arXiv:2301.00808"}[version]
     assert config["pretrained_cfg"]["paper_ids"] == paper
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith(f"# ConvNeXt V{version} (1, 1, 2, 1), (8, 16, 24, 32): 3 classes\n")
+    assert f"\n# ConvNeXt V{version} (1, 1, 2, 1), (8, 16, 24, 32): 3 classes\n" in card
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_timm_loads_the_folder_and_gives_the_same_features(kwargs: dict[str, Any
     in_chans, patch = encoder.in_chans, encoder.patch_size
     height, width = 2 * patch, 3 * patch
     write_timm_folder(encoder, Preprocessing((0.5,) * in_chans, (0.25,) * in_chans, (height, width)), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
     theirs = timm_model(f"local-dir:{tmp_path}", pretrained=True, dtype=torch.float64).eval()
     assert theirs.num_classes == encoder.num_classes
@@ -240,7 +240,7 @@ def test_every_folder_has_a_card_which_warns_of_a_network_for_enlarged_images(tm
     preprocessing = Preprocessing(MEAN, STD, (64, 96))
     for stem_stride in (4, 2):
         folder = tmp_path / str(stem_stride)
-        write_timm_folder(small_encoder(stem_stride=stem_stride).float(), preprocessing, folder)
+        write_folder(small_encoder(stem_stride=stem_stride).float(), preprocessing, folder)
         card = (folder / "README.md").read_text()
         assert "timm.create_model(" in card
         assert f"mean, std | {list(MEAN)}, {list(STD)}" in card
@@ -296,6 +296,6 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: py
         patch.setattr("fcmae.tensors.save_file", full)
         with pytest.raises(OSError, match="No space left"):
             write_timm_folder(small_encoder().float(), Preprocessing(MEAN, STD, (96, 96)), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     assert same(read_weights(tmp_path).tensors, encoder.state_dict())
     assert read_weights(tmp_path).preprocessing.image_size == (64, 64)

@@ -15,9 +15,8 @@ from fcmae.plain_yaml import read_yaml
 from fcmae.tasks.base import Scores
 from fcmae.tasks.known import TASKS
 from fcmae.training.checkpoint import State
-from fcmae.training.run_folder import RunFolder, changed_keys, newest_state
+from fcmae.training.run_folder import RunFolder, changed_keys, newest_state, read_records
 from fcmae.training.schedule import Plan
-from fcmae.training.summary import read_records
 
 Config = PretrainConfig | FinetuneConfig
 Record = Mapping[str, Any]

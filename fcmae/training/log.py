@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -201,17 +201,6 @@ def open_tensorboard(run: RunFolder, start: int, config: Section | None, charts:
     if config is not None:
         writer.add_text("configuration", f"```yaml\n{to_yaml(config)}```", start)
     return writer
-
-
-def read_records(text: str) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl, but for one that a kill cut short."""
-    records: list[dict[str, Any]] = []
-    for line in text.splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def _step(line: str) -> float:

@@ -1,8 +1,9 @@
 """A run folder: what lies where in it, whether a run may go on in it, what its model is; the only file to know."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -114,6 +115,17 @@ class RunFolder:
     def newest(self) -> Path | None:
         """The newest checkpoint folder, whatever it is in."""
         return next(reversed(step_folders(self.checkpoints)), None)
+
+
+def read_records(text: str) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl, but for one that a kill cut short."""
+    records: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def _is_begun(run: RunFolder, kind: type[RunConfig]) -> bool:

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fcmae.training.log import read_records
 from fcmae.training.progress import duration
+from fcmae.training.run_folder import read_records
 from fcmae.training.trainer import Trainer
 
 WIDTH = 17

@@ -601,6 +601,28 @@ def build_encoder(weights: Weights, *, num_classes: int | None = None, drop_path
 # Formats
 
 
+class Loading(NamedTuple):
+    """What the card of a folder says of using it; Python in lines."""
+
+    library: str
+    """As the Hugging Face Hub calls it."""
+    code: str
+    """Loads the network from `{folder}`, which is Python, too."""
+    address: str = "{}"
+    """What stands for a folder, in which `{}` is its path."""
+    hub: str | None = None
+    """What stands for a repository of the hub, in which `{}` is its name; None where it is downloaded before."""
+    prepare: str | None = None
+    """Makes `images` of `photo`, an image of Pillow's; None for timm's transform."""
+    pixels: str | None = None
+    """Makes them of what is no photograph of 8 bits; None for what does so with torch."""
+    run: str = "out = model(images)"
+    enlargement: int = 1
+    """How much larger it takes images than the network of the run."""
+    warning: str = ""
+    """A paragraph."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A way to store a ConvNeXt: how it is recognised, read, written and checked against the network."""
@@ -615,6 +637,8 @@ class Format:
     """(folder, images) -> what the network in the folder gives, in the images' dtype."""
     how: Callable[[Any, Path], str]
     """(network, folder) -> the code that loads what was written."""
+    loading: Callable[[Any, Preprocessing], Loading]
+    """(network, its preprocessing, complete) -> the same for the card."""
     networks: Collection[tuple[Version, str]] | None = None
     """(version, response) of the networks that it can hold, whose GRN is the paper's; None for all there are."""
     dtype: torch.dtype = torch.float64
@@ -629,6 +653,8 @@ class Format:
     probabilities, which is checked; of the same formats.
 
     Raises ValueError where it computes something else."""
+    loading_prepared: Callable[[Any, Preprocessing], Loading] | None = None
+    """As `loading`, after `prepend_preprocessing`."""
     kind: str = ""
     """What weights of this format are called, for people; of those that are read."""
     recognises: Callable[[Collection[str]], bool] = lambda names: False

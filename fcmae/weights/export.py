@@ -12,16 +12,11 @@ from fcmae.encoder.responses import OWN_PARTS
 from fcmae.errors import UserError, blame
 from fcmae.files import atomic_folder, free_bytes, make_folder, require_new_folder
 from fcmae.heads.segmentation import Segmenter
-from fcmae.weights.base import Preprocessing, Weights, build_encoder
-from fcmae.weights.card import spell_segmenting, write_card
+from fcmae.weights.base import Format, Loading, Preprocessing, Weights, build_encoder
+from fcmae.weights.card import PRIVATE, Publication, Trained, write_card
 from fcmae.weights.networks import OTHER_FORMATS, PLAIN, SEGMENTER_FORMATS, folder_format
 from fcmae.weights.read import FORMATS
-from fcmae.weights.timm import CODE as TIMM_CODE
-from fcmae.weights.timm import TIMM, TRANSFORM, write_timm_folder
-
-CODE = """import fcmae
-
-model = fcmae.load_encoder("PATH/OF/THIS/FOLDER").eval()"""
+from fcmae.weights.timm import TIMM, write_timm_folder
 
 WARNING = """
 **fcmae alone computes this network**, a {}: timm, transformers and the official code have no such.
@@ -47,29 +42,54 @@ def describe_response(encoder: ConvNeXt) -> str:
     return " ".join([f"ConvNeXt V{encoder.version}", *(["with", ", ".join(what)] if what else [])])
 
 
-def write_folder(network: Network, preprocessing: Preprocessing, folder: Path) -> None:
+def _loading(form: Format, network: Network, use: Preprocessing) -> Loading:
+    """Return what a card says of a folder of this format, with a warning where only we compute the network."""
+    loading = form.loading(network, use)
+    if form is not PLAIN or isinstance(network, Segmenter):
+        return loading
+    if isinstance(network, ConvNeXt):
+        others, what = TIMM.holds(network), describe_response(network)
+    else:
+        others, what = "timm" in OTHER_FORMATS[network.family], f"network called {network.variant}"
+    return loading if others else loading._replace(warning=WARNING.format(what))
+
+
+def write_folder(
+    network: Network, preprocessing: Preprocessing, folder: Path, *, trained: Trained | None = None
+) -> None:
     """Write what a run leaves: a folder that timm loads, or, of a network that timm lacks, a plain one.
 
     We read both back exactly; the card in the folder says who else does.
 
+    Args:
+        network: of any kind.
+        preprocessing: what is known of its images.
+        folder: there, or yet to be made.
+        trained: for the card, where that is known.
+
     Raises:
         ValueError: if preprocessing does not fit the network.
     """
-    if isinstance(network, ConvNeXt) and TIMM.holds(network):
-        return write_timm_folder(network, preprocessing, folder)
     use = preprocessing.completed(network)
     make_folder(folder)
-    form = PLAIN if isinstance(network, ConvNeXt | Segmenter) else folder_format(str(network.variant))
-    form.write(network, use, folder)
-    if isinstance(network, Segmenter):
-        return write_card(network, use, folder, code=spell_segmenting(use))
-    what = describe_response(network) if isinstance(network, ConvNeXt) else f"network called {network.variant}"
-    if form.name == "timm":
-        return write_card(network, use, folder, code=TIMM_CODE, transform=TRANSFORM)
-    write_card(network, use, folder, code=CODE, warning=WARNING.format(what))
+    if isinstance(network, ConvNeXt) and TIMM.holds(network):
+        form = TIMM
+        write_timm_folder(network, use, folder)  # which has more networks than what is exported
+    else:
+        form = PLAIN if isinstance(network, ConvNeXt | Segmenter) else folder_format(str(network.variant))
+        form.write(network, use, folder)
+    write_card(network, use, folder, _loading(form, network, use), trained=trained)
 
 
-def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool = False) -> Exported:
+def export(
+    weights: Weights,
+    to: str,
+    output: Path,
+    *,
+    with_preprocessing: bool = False,
+    trained: Trained | None = None,
+    publication: Publication = PRIVATE,
+) -> Exported:
     """Write the network of `weights` as a folder of format `to`, after checking that it computes the same.
 
     Args:
@@ -77,6 +97,8 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
         to: a name of `FORMATS`.
         output: a folder that does not exist yet, or is empty.
         with_preprocessing: let what is written take images as they are, and give probabilities.
+        trained: the run that the weights are of, for the card.
+        publication: likewise.
 
     Raises:
         UserError: if the format cannot hold this network, a package is missing, `output` is in use, or what was
@@ -115,9 +137,12 @@ def export(weights: Weights, to: str, output: Path, *, with_preprocessing: bool 
                     f"--to {to}: what was written differs from the network by {difference:.1e}, more than "
                     f"{form.tolerance:.0e}, so it was deleted; are the weights finite?"
                 )
-            if with_preprocessing and form.prepend_preprocessing:
+            loading = _loading(form, encoder, preprocessing)
+            if with_preprocessing and form.prepend_preprocessing and form.loading_prepared:
                 with blame(f"--to {to}"):
                     form.prepend_preprocessing(encoder, preprocessing, folder)
+                loading = form.loading_prepared(encoder, preprocessing)
+            write_card(encoder, preprocessing, folder, loading, trained=trained, publication=publication)
     except ImportError as error:
         packages = "transformers onnx onnxruntime onnxscript"  # the extra `export`, which no package index knows
         raise UserError(f"--to {to}: {error.name or error} is missing: pip install {packages}") from error

@@ -17,6 +17,7 @@ from fcmae.weights.base import (
     CONFIG,
     MODEL,
     Format,
+    Loading,
     Preprocessing,
     Weights,
     build_encoder,
@@ -109,7 +110,30 @@ def compute_plain(folder: Path, images: Tensor) -> Tensor:
     return build_encoder(weights).to(images.dtype).eval()(images)
 
 
-TIMM = Format(name="timm", kind="timm", read=read_timm, write=write_timm, compute=timm.compute, how=timm.TIMM.how)
+def load_plain(network: Network, use: Preprocessing) -> Loading:
+    """Say how fcmae loads a folder, and how its segmenters run on images of any size."""
+    imports, run = "import fcmae", "out = model(images)"
+    if isinstance(network, Segmenter):
+        logits = "model(images)"
+        given = [f"Windows({use.image_size}, {use.stride})"] if use.stride is not None else []
+        given += [f"short_side={use.short_side}"] if use.short_side is not None else []
+        if given:
+            imports += "\nfrom fcmae.heads.windows import Windows, pixel_logits"
+            arguments = ", ".join(["model", "images", *given])
+            logits = f"torch.cat([strip.logits for strip in pixel_logits({arguments})], 2)"
+        run = f"with torch.inference_mode():\n    classes = {logits}.argmax(1)  # (b, height, width)"
+    return Loading("fcmae", f"{imports}\n\nmodel = fcmae.load_encoder({{folder}}).eval()", run=run)
+
+
+TIMM = Format(
+    name="timm",
+    kind="timm",
+    read=read_timm,
+    write=write_timm,
+    compute=timm.compute,
+    how=timm.TIMM.how,
+    loading=lambda network, use: timm.LOADING,
+)
 PLAIN = Format(
     name="plain",
     kind="plain",
@@ -117,6 +141,7 @@ PLAIN = Format(
     write=write_plain,
     compute=compute_plain,
     how=lambda network, folder: f'fcmae.load_encoder("{folder}")',
+    loading=load_plain,
 )
 PROGRAMS = {"onnx": ONNX, "torch-export": TORCH_EXPORT}
 

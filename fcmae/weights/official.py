@@ -15,6 +15,7 @@ from fcmae.weights.base import (
     OUR_NAMES,
     OURS,
     Format,
+    Loading,
     Names,
     Preprocessing,
     Weights,
@@ -150,6 +151,13 @@ def _compute(tensors: dict[str, Tensor], folder: Path, images: Tensor) -> Tensor
     return build_encoder(weights).to(images.dtype).eval()(images)
 
 
+LOADING = Loading(
+    "fcmae",
+    "import fcmae\n\nmodel = fcmae.load_encoder({folder}).eval()",
+    warning=f"\n`{TORCH_FILE}` is a file as the official code saves them, which its `--finetune` takes.\n",
+)
+
+
 def _official(
     name: str,
     kind: str,
@@ -177,6 +185,7 @@ def _official(
         write=write,
         compute=compute,
         how=lambda encoder, folder: f'torch.load("{folder / TORCH_FILE}")["model"]',
+        loading=lambda encoder, use: LOADING,
     )
 
 

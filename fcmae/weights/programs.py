@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import center_crop
 
 from fcmae.encoder.base import Network
 from fcmae.files import write_by
-from fcmae.weights.base import SEGMENTATION, Format, Preprocessing, write_description
+from fcmae.weights.base import SEGMENTATION, Format, Loading, Preprocessing, write_description
 
 ONNX_FILE, PROGRAM_FILE = "model.onnx", "model.pt2"
 
@@ -257,13 +257,44 @@ def compute_program(folder: Path, images: Tensor) -> Tensor:
     return torch.export.load(folder / PROGRAM_FILE).module()(images)
 
 
+def loading_onnx(encoder: Network, use: Preprocessing) -> Loading:
+    output = "logits" if encoder.num_classes else "features"
+    return Loading("onnx", LOAD_ONNX, run=f'({output},) = session.run(None, {{"images": images.numpy()}})')
+
+
+def loading_prepared(encoder: Network, use: Preprocessing) -> Loading:
+    """As `loading_onnx`, of what `prepend_preprocessing` wrote."""
+    answer = ANSWERS[use.task_name][2]
+    channels = len(use.mean)
+    photo = "images = np.asarray(photo)[None]" + ("" if channels == 3 else "[..., None]")
+    kind = "uint8" if is_eight_bit(use) else "float32, pixels / 65535," if use.dtype == "uint16" else "float32"
+    return Loading(
+        "onnx",
+        LOAD_ONNX,
+        prepare=f"import numpy as np\n\n{photo}",
+        pixels=f"# images: {kind} (b, height, width, {channels}) of any size",
+        run=f'({answer},) = session.run(None, {{"images": images}})',
+    )
+
+
+LOAD_ONNX = f"""import onnxruntime
+
+folder = {{folder}}
+session = onnxruntime.InferenceSession(f"{{{{folder}}}}/{ONNX_FILE}")"""
+LOAD_PROGRAM = f"""import torch
+
+folder = {{folder}}
+model = torch.export.load(f"{{{{folder}}}}/{PROGRAM_FILE}").module()"""
+
 ONNX = Format(
     name="onnx",
     write=write_onnx,
     compute=compute_onnx,
     check_preprocessing=check_preprocessing,
     prepend_preprocessing=prepend_preprocessing,
+    loading_prepared=loading_prepared,
     how=lambda encoder, folder: f'onnxruntime.InferenceSession("{folder / ONNX_FILE}")',
+    loading=loading_onnx,
     dtype=torch.float32,
     tolerance=1e-4,
 )
@@ -272,6 +303,7 @@ TORCH_EXPORT = Format(
     write=write_program,
     compute=compute_program,
     how=lambda encoder, folder: f'torch.export.load("{folder / PROGRAM_FILE}").module()',
+    loading=lambda encoder, use: Loading("pytorch", LOAD_PROGRAM),
     dtype=torch.float32,
     tolerance=1e-4,
 )

@@ -16,6 +16,7 @@ from fcmae.weights.base import (
     OURS,
     PIXELS,
     Format,
+    Loading,
     Names,
     Preprocessing,
     convert,
@@ -25,7 +26,6 @@ from fcmae.weights.base import (
     idle_norm,
     without_idle_norm,
 )
-from fcmae.weights.card import write_card
 
 NAMES: Names = {
     # ours (official dense)                  timm
@@ -216,13 +216,16 @@ def timm_config(encoder: ConvNeXt, preprocessing: Preprocessing) -> dict[str, An
     }
 
 
-CODE = """import timm
+LOADING = Loading(
+    library="timm",
+    code="import timm\n\nmodel = timm.create_model({folder}, pretrained=True).eval()",
+    address="local-dir:{}",
+    hub="hf-hub:{}",
+    prepare="""from timm.data import create_transform, resolve_model_data_config
 
-model = timm.create_model("local-dir:PATH/OF/THIS/FOLDER", pretrained=True).eval()"""
-TRANSFORM = """
-from timm.data import create_transform, resolve_model_data_config
-
-transform = create_transform(**resolve_model_data_config(model))"""
+transform = create_transform(**resolve_model_data_config(model))
+images = transform(photo)[None]""",
+)
 
 
 def enlargement_warning(encoder: ConvNeXt, image_size: tuple[int, int]) -> str:
@@ -242,7 +245,7 @@ nearly, where it interpolates). Images of the original size give other, worse fe
 
 
 def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
-    """Write `config.json`, `model.safetensors` and README.md, for `timm.create_model("local-dir:FOLDER", ...)`.
+    """Write `config.json` and `model.safetensors`, for `timm.create_model("local-dir:FOLDER", ...)`.
 
     With stem_stride 2 timm's model takes images enlarged twice (see `STEM_ENLARGEMENT`).
 
@@ -255,17 +258,12 @@ def write_timm_folder(encoder: ConvNeXt, preprocessing: Preprocessing, folder: P
     make_folder(folder)
     write_safetensors(folder / MODEL, state)
     write_json(folder / CONFIG, config, indent=2)
-    use, enlargement = preprocessing.completed(encoder), STEM_ENLARGEMENT[encoder.stem_stride]
-    height, width = use.image_size
-    write_card(
-        encoder,
-        use._replace(image_size=(height * enlargement, width * enlargement)),
-        folder,
-        code=CODE,
-        transform=TRANSFORM,
-        stride=encoder.patch_size * enlargement,
-        warning=enlargement_warning(encoder, use.image_size),
-    )
+
+
+def loading(encoder: ConvNeXt, use: Preprocessing) -> Loading:
+    """Say how timm loads a folder that `write_timm_folder` wrote."""
+    enlargement = STEM_ENLARGEMENT[encoder.stem_stride]
+    return LOADING._replace(enlargement=enlargement, warning=enlargement_warning(encoder, use.image_size))
 
 
 def write_same_size(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None:
@@ -297,4 +295,5 @@ TIMM = Format(
     write=write_same_size,
     compute=compute,
     how=lambda encoder, folder: f'timm.create_model("local-dir:{folder}", pretrained=True)',
+    loading=loading,
 )

@@ -13,6 +13,7 @@ from fcmae.weights.base import (
     OURS,
     PIXELS,
     Format,
+    Loading,
     Names,
     Preprocessing,
     convert,
@@ -24,7 +25,6 @@ from fcmae.weights.base import (
     response_of,
     without_idle_norm,
 )
-from fcmae.weights.card import write_card
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -175,18 +175,23 @@ def write(encoder: ConvNeXt, preprocessing: Preprocessing, folder: Path) -> None
         rescale_factor=1 / full_range(use),
         **describe_pixels(use),
     ).save_pretrained(folder)
-    write_card(encoder, use, folder, code=LOADING.format(_class_of(encoder)), transform=TRANSFORM)
 
 
-LOADING = """import transformers
+CODE = """import transformers
 
-folder = "PATH/OF/THIS/FOLDER"
-model = transformers.{}.from_pretrained(folder).eval()"""
-TRANSFORM = """processor = transformers.AutoImageProcessor.from_pretrained(folder)"""
+folder = {{folder}}
+model = transformers.{kind}.from_pretrained(folder).eval()"""
+PREPARE = """processor = transformers.AutoImageProcessor.from_pretrained(folder)
+images = processor(photo, return_tensors="pt")["pixel_values"]"""
 
 
 def _class_of(encoder: ConvNeXt) -> str:
     return f"AutoModel{'ForImageClassification' if encoder.num_classes else ''}"
+
+
+def loading(encoder: ConvNeXt, use: Preprocessing) -> Loading:
+    run = f"out = model(images).{'logits' if encoder.num_classes else 'pooler_output'}"
+    return Loading("transformers", CODE.format(kind=_class_of(encoder)), hub="{}", prepare=PREPARE, run=run)
 
 
 def compute(folder: Path, images: Tensor) -> Tensor:
@@ -210,4 +215,5 @@ TRANSFORMERS = Format(
     write=write,
     compute=compute,
     how=lambda encoder, folder: f'transformers.{_class_of(encoder)}.from_pretrained("{folder}")',
+    loading=loading,
 )
