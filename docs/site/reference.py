@@ -7,6 +7,7 @@ import argparse
 import ast
 import inspect
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -97,13 +98,25 @@ def sections_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str,
                 yield from sections_of(kind, f"{prefix}.{name}".lstrip("."))
 
 
+def about(model: type[BaseModel]) -> str:
+    """Return what a section is for: the docstring that is not of how it differs from another class."""
+    docs = (inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0] for kind in model.__mro__)
+    return next(doc for doc in docs if doc and not doc.startswith(("As ", "What users")))
+
+
+def as_yaml(value: Any) -> str:
+    """Write a value as it stands in a configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def keys_of(model: type[BaseModel], prefix: str) -> list[Key]:
     """Return the keys of one section, those that are sections themselves left out."""
     schema = model.model_json_schema()
     keys = []
     for name, value in schema["properties"].items():
         if "$ref" not in value:
-            default = f"`{json.dumps(value['default'])}`" if "default" in value else "required"
+            field = model.model_fields[name]
+            default = "required" if field.is_required() else f"`{as_yaml(value.get('default', {}))}`"
             keys.append(Key(f"{prefix}.{name}".lstrip("."), value, default, describe(model, name)))
     return keys
 
@@ -112,6 +125,8 @@ def between(schema: Mapping[str, Any]) -> str:
     """Say in words what numbers are allowed."""
     least, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     most, below = schema.get("maximum"), schema.get("exclusiveMaximum")
+    if least is not None and most is not None and most < 1e6:
+        return f"from {least:,} to {most:,}"
     words = [
         *([f"at least {least:,}"] if least is not None else []),
         *([f"above {above:,}"] if above is not None else []),
@@ -137,7 +152,8 @@ def type_of(schema: Mapping[str, Any]) -> str:
         case "string":
             return "text"
         case "array" if "prefixItems" in schema:
-            return f"[{', '.join(type_of(item) for item in schema['prefixItems'])}]"
+            items = [type_of(item) for item in schema["prefixItems"]]
+            return f"{len(items)} of: {items[0]}" if len({*items}) == 1 else f"[{', '.join(items)}]"
         case "array":
             return f"list of: {type_of(schema['items'])}"
         case "integer" | "number" as kind:
@@ -150,12 +166,7 @@ def configuration_page(name: str) -> str:
     kind = KINDS[name]
     lines = [f"# {kind.title}", "", f"Of {kind.what}. [How keys are set](configuration.md)."]
     for prefix, model in sections_of(kind.model):
-        lines += [
-            "",
-            f"## `{prefix}`" if prefix else "## First of all",
-            "",
-            (model.__doc__ or "").partition("\n")[0],
-        ]
+        lines += ["", f"## `{prefix}`", "", about(model)] if prefix else []
         for key in keys_of(model, prefix):
             term = f"`{key.name}`{{ #{key.name} }} {type_of(key.schema)}"
             term += f" · {key.default}" if key.default == "required" else f" · default {key.default}"
@@ -207,6 +218,8 @@ def options_of(parser: argparse.ArgumentParser) -> Iterator[str]:
     """Yield each argument of a command as a term and what it is."""
     formatter = argparse.HelpFormatter(parser.prog)
     for action in parser._actions:
+        if action.dest == "help":
+            continue
         value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper())
         names = " ".join(f"`{name}`" for name in action.option_strings)
         term = " ".join(filter(None, (names, f"`{value}`" if value else "")))
@@ -227,8 +240,7 @@ def commands_page() -> str:
     for name, what in COMMANDS.items():
         parser = import_module(f"fcmae.commands.{name}").make_parser()
         parser.prog = f"fcmae {name}"
-        usage = parser.format_usage().removeprefix("usage: ").strip()
-        usage = "\n".join(line.strip() if line.strip().startswith("fcmae") else line for line in usage.splitlines())
+        usage = textwrap.dedent(" " * len("usage: ") + parser.format_usage().strip().removeprefix("usage: "))
         lines += ["", f"## fcmae {name}", "", parser.description or what, "", "```text", usage, "```", ""]
         lines += [*options_of(parser), "```text", (parser.epilog or "").strip(), "```"]
     return "\n".join(lines) + "\n"
