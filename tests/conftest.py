@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,7 @@ TINY = ((1, 1, 2, 1), (8, 16, 24, 32))
 NOT_TESTED = {
     "gpu": ("on CUDA", "make test, on a machine with a GPU"),
     "minkowski": ("of MinkowskiEngine", "apt-get install g++ libopenblas-dev && make minkowski"),
+    "browser": ("in a browser", "apt-get install chromium && pip install playwright"),
 }
 """Marker -> what its tests are, the command that adds them where they were skipped."""
 
@@ -75,6 +77,27 @@ def pytest_report_header() -> str:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("minkowski") and importlib.util.find_spec("MinkowskiEngine") is None:
         pytest.skip("needs MinkowskiEngine: make minkowski")
+    if item.get_closest_marker("browser") and (
+        chromium() is None or importlib.util.find_spec("playwright") is None
+    ):
+        pytest.skip("needs Chromium and playwright: apt-get install chromium && pip install playwright")
+
+
+def chromium() -> str | None:
+    """Where a browser is, if there is one."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, driven by playwright; for tests marked so."""
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

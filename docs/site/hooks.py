@@ -16,6 +16,12 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+INSTEAD = {
+    ROOT / "README.md": "index.md",
+    ROOT / "configs": "recipes.md",
+    ROOT / "fcmae" / "commands": "commands.md",
+}
+"""Pages for what is linked on GitHub in their place."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", ".toml": "toml"}
 """Of files that become pages, by their ends; others are text."""
 
@@ -32,8 +38,8 @@ def place_of(uri: str) -> Path:
 def target_of(place: Path, link: str) -> str | None:
     """Return the page or file of the site that a link means; None if the repository has no such file."""
     path = Path(os.path.normpath(place / link))
-    if path == ROOT / "README.md":
-        return "index.md"
+    if path in INSTEAD:
+        return INSTEAD[path]
     if path.is_relative_to(DOCS) and path.is_file() and path.suffix != ".py":
         return path.relative_to(DOCS).as_posix()
     if not path.is_relative_to(ROOT) or not path.exists():
