@@ -1,4 +1,4 @@
-"""The documentation site: what is generated is complete, every link leads somewhere, nothing comes from elsewhere."""
+"""The documentation site: what is generated is complete, every link leads somewhere, and all is local."""
 
 import ast
 import functools
