@@ -98,5 +98,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Make links right for the site."""
+    """Make links right for the site, and let its search find what is written for readers."""
+    if page.file.src_uri.startswith("source/"):
+        page.meta["search"] = {"exclude": True}
     return relative_links(markdown, page.file.src_uri)
