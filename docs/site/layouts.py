@@ -28,8 +28,9 @@ def photograph() -> Tensor:
     photo = Image.open(DOCS / "photos" / "picos-de-europa.jpg").convert("RGB")
     side = min(photo.size)
     left, top = (photo.width - side) // 2, (photo.height - side) // 2
-    photo = photo.crop((left, top, left + side, top + side)).resize((PATCHES * SITES,) * 2, Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(photo) / 255)[None]
+    square = photo.crop((left, top, left + side, top + side))
+    sites = square.resize((PATCHES * SITES, PATCHES * SITES), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(sites) / 255)[None]
 
 
 def draw_sites(axes: Axes, colors: Tensor, x: float, y: float) -> None:

@@ -75,8 +75,7 @@ def docstrings(module: ModuleType) -> dict[tuple[str, str], str]:
         if isinstance(node, ast.ClassDef):
             for field, below in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                    assert isinstance(below.value, ast.Constant)
-                    found[node.name, ast.unparse(field.target)] = inspect.cleandoc(below.value.value)
+                    found[node.name, ast.unparse(field.target)] = inspect.cleandoc(ast.literal_eval(below.value))
     return found
 
 
