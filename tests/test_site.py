@@ -23,6 +23,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from docs.site import layouts, reference
 from fcmae.__main__ import COMMANDS
 from fcmae.config import _keys, command_of, shipped_configs
+from fcmae.masking import sample_visible_ids
+from fcmae.recipe import Images, Machine, choose
 
 DOCS = ROOT / "docs"
 
@@ -107,6 +109,19 @@ def test_every_message_of_the_troubleshooting_page_is_one_that_the_code_says() -
     said = said_by_the_code()
     assert len(rows) > 40
     assert [part for part in parts if part not in said] == []
+
+
+def test_the_page_of_small_images_says_what_is_chosen_for_them() -> None:
+    page = (DOCS / "small-images.md").read_text()
+    rows = [[int(n) for n in re.findall(r"\d+", row)] for row in re.findall(r"^\| \d+ px .*", page, re.MULTILINE)]
+    gpu = Machine("a GPU", gpu=True, memory=24_000_000_000, bf16=True, cores=8)
+    assert len(rows) == 6
+    for side, stride, patch, size, high, wide, visible, patches in rows:
+        images = Images(10_000, side, 3, (0.5,) * 3, (0.2,) * 3)
+        chosen = {choice.key: choice.value for choice in choose(images, gpu)}
+        assert (chosen["model.stem_stride"], chosen["data.image_size"]) == (stride, size)
+        assert (patch, high, wide, patches) == (8 * stride, size // patch, size // patch, high * wide)
+        assert sample_visible_ids(1, patches, 0.6).shape[1] == visible
 
 
 # The built site
