@@ -22,7 +22,7 @@ NUMERIC = $(patsubst %,tests/test_%.py,ops layouts responses encoder networks ro
   weights weights_official weights_timm batches stats views visualize evaluate diagnose metrics \
   classification optim commands small_images any_images heads segments segmentation predict)
 
-.PHONY: help quickstart minkowski test test-other-cpu fuzz kernels faults check bench
+.PHONY: help quickstart minkowski test test-other-cpu fuzz kernels faults check bench docs
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -60,6 +60,10 @@ check: $(READY)  ## lint, format and types
 
 bench: $(READY)  ## the training step, layout by layout
 	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+docs: $(READY)  ## the documentation site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "build/site/index.html  to search in it, too: $(BIN)/python -m http.server --directory build/site"
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -90,6 +90,7 @@ class Arm(Section):
     pretrain: Settings | Literal[False] = Field(default_factory=dict)
     """Settings of the pretraining; false to train from scratch."""
     finetune: Settings = Field(default_factory=dict)
+    """Settings of the fine-tuning."""
     paper: float | None = None
     """The paper's figure for the first of `measure`; null where it has none."""
 
@@ -99,21 +100,27 @@ class Grid(Section):
 
     command: ClassVar[str | None] = "ablate"
     title: Text
+    """Of the table and the plot."""
     source: Text
     """The paper and table that it repeats."""
     output: Place
     """Where the run folders and results.jsonl go; grids that share it share runs."""
     configs: Configs = Field(default_factory=dict)
+    """The configurations of `pretrain` and `finetune` that arms change."""
     both: Settings = Field(default_factory=dict)
     """Settings of every arm, as in an arm."""
     pretrain: Settings = Field(default_factory=dict)
+    """Settings of every arm's pretraining."""
     finetune: Settings = Field(default_factory=dict)
+    """Settings of every arm's fine-tuning."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
+    """Each arm is run with each."""
     measure: Annotated[tuple[Literal["top1", "knn", "loss", "collapse"], ...], Field(min_length=1)] = ("top1",)
     """Columns of the table; the first is compared and drawn."""
     reference: Text | None = None
     """The arm that others are compared to, seed by seed; null for the first."""
     arms: Annotated[dict[ArmName, Arm], Field(min_length=1)]
+    """What is compared, by name."""
 
     @property
     def baseline(self) -> str:

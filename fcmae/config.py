@@ -85,22 +85,30 @@ class GRNSection(Section):
     """The parts of GRN, arguments of `fcmae.encoder.responses.GRN` by the same names (paper, table 2)."""
 
     aggregation: Literal["l2", "l1", "average"] = "l2"
+    """How a channel's sites become one number."""
     normalization: Literal["mean", "sum", "none", "standardize"] = "mean"
+    """What each channel's number is divided by."""
     residual: bool = True
+    """Whether the input is added to what GRN makes of it."""
 
 
 class EncoderSection(Section):
     """The encoder, of pretraining and fine-tuning alike."""
 
     variant: Variant
+    """The network: a size such as `tiny`, its own [[depths], [widths]], `timm/NAME`, or `roadmap/STEP`."""
     version: Literal[1, 2] = 2
     """1 for ConvNeXt V1, with LayerScale; 2 for V2, with GRN."""
     response: Literal["auto", "none", "grn", "lrn", "batch_norm", "layer_norm", "squeeze_excite", "cbam"] = AUTO
     """What stands at GRN's place; `auto` is GRN in version 2, none in version 1."""
     grn: GRNSection = GRNSection()
+    """Parts of GRN, for ablations."""
     in_chans: Channel = 3
+    """Channels of the images."""
     stem_stride: Literal[1, 2, 4] = 4
+    """Pixels of a site's side after the stem; a patch is 8 times that."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth: the probability that the last block is left out, rising from 0 at the first."""
 
     @property
     def network(self) -> dict[str, Any]:
@@ -119,19 +127,25 @@ class ModelSection(EncoderSection):
     """The network: arguments of `fcmae.FCMAE`, by the same names."""
 
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Share of the patches that are hidden."""
     mask_shape: Literal["random", "block", "grid"] = "random"
+    """How they are drawn: each patch for itself, in blocks, or regularly over the grid."""
     mask_group: Literal[1, 2, 4] = 1
     """Side of the squares of patches that are hidden or shown together."""
     sparse: bool = True
     """Hidden patches are as if they were not there; false for patches of zeros and a dense encoder."""
     decoder: Literal["convnext", "unet", "unet_no_skips", "transformer"] = "convnext"
+    """What reconstructs the hidden patches."""
     decoder_dim: Width = 512
+    """Width of the decoder."""
     decoder_depth: Depth = 1
+    """Number of its blocks."""
     norm_pix_loss: bool = True
     """Pixels as a target are normalised patch by patch."""
     target: Literal["pixels", "hog"] = "pixels"
     """What is predicted of hidden patches: pixels, or histograms of oriented gradients."""
     layout: Literal["auto", "masked", "packed", "minkowski"] = "auto"
+    """How the encoder computes: all give the same numbers; `auto` is packed."""
 
 
 class OutputsSection(EncoderSection):
@@ -165,7 +179,9 @@ class DataSection(Section):
     name: Text = "folder"
     """`folder` (also a .tar), `arrays` (from `fcmae prepare`), or a map-style name of timm's `create_dataset`."""
     root: Place
+    """The folder, `.tar` or arrays with the images."""
     split: Text = "train"
+    """A folder of this name in `root`, where there is one."""
     dtype: Literal["uint8", "uint16", "float32"] | None = None
     """Of the pixels, from the file to the model; null for the deepest of some images."""
     nodata: FiniteFloat | Literal["nan"] | None = None
@@ -178,11 +194,13 @@ class DataSection(Section):
     batch_size: Batch = 64
     """Images per process and micro-batch; `auto` for as many as fit."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 8
+    """Processes that load images, of each training process; 0 loads in that itself."""
     max_bad: Count = 100
     """Images that may fail to decode before the run ends."""
     mean: Channels = (0.485, 0.456, 0.406)
     """Of pixels by channel, 1.0 standing for 255 (uint8) or 65535 (uint16); float32 as it is."""
     std: Deviations = (0.229, 0.224, 0.225)
+    """Standard deviation, likewise."""
     clip: tuple[Limits, Limits] | None = None
     """Least and most that pixels are clipped to, in the units of `mean`: a number, or one per channel."""
     stats: Place | None = None
@@ -319,10 +337,15 @@ class OptimSection(Section):
     """Of all processes, from which follows what is `auto` of `data.batch_size` and `accumulate`; null for
     data.batch_size * accumulate * processes."""
     base_lr: NotNegative = 1.5e-4
+    """Peak learning rate for 256 images an update."""
     min_lr: NotNegative = 0.0
+    """Learning rate at the end, not scaled."""
     weight_decay: NotNegative = 0.05
+    """Of AdamW; not of norms, biases, GRN and the mask token."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.95)
+    """Of AdamW."""
     warmup_epochs: Annotated[float, Field(ge=0, le=1e9)] = 40
+    """Epochs in which the rate rises from 0."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient, or null for no clipping."""
     accumulate: Batch = 1
@@ -354,6 +377,7 @@ class TrainSection(Section):
     """How long and how to compute."""
 
     epochs: Epochs = 800
+    """Passes over the images."""
     max_steps: Annotated[int, Field(ge=1, le=MOST_UPDATES)] | None = None
     """End, schedule included, after this many updates if `epochs` would take more."""
     max_hours: Epochs | None = None
@@ -362,8 +386,11 @@ class TrainSection(Section):
     """Autocast; `no` is float32, without TF32; `auto` is bf16 or fp16 if accelerate was launched with that, else
     bf16 on GPUs that have it, else float32."""
     compile: bool = False
+    """Whether the step goes through torch.compile."""
     gradient_checkpointing: bool = False
+    """Compute blocks again in the backward pass: less memory, more time."""
     seed: Seed = 0
+    """Of weights, order, crops and masks."""
 
 
 class FinetuneTrainSection(TrainSection):
@@ -383,6 +410,7 @@ class ImageTrainSection(FinetuneTrainSection):
     """`auto` is the first of the task's: cross-entropy, binary cross-entropy or, of standardised targets, mean
     squared error (or smooth L1)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the label that is spread over all classes."""
 
 
 class MaskTrainSection(FinetuneTrainSection):
@@ -398,6 +426,7 @@ class EvalSection(Section):
     """When to evaluate, and which weights."""
 
     every_epochs: Epochs = 1.0
+    """Epochs between evaluations."""
     ema: bool | None = None
     """Whether `best`, RUN/model and --evaluate take the EMA weights; null for "where there are any"."""
 
@@ -406,6 +435,7 @@ class CheckpointSection(Section):
     """When to save the state of a run."""
 
     every_steps: Positive = 1000
+    """Updates between checkpoints."""
     keep: Positive = 2
     """How many of the newest stay."""
     keep_every_epochs: Epochs | None = None
@@ -419,6 +449,7 @@ class LogSection(Section):
     """When to write metrics, and where to."""
 
     every_steps: Positive = 20
+    """Updates between lines of the terminal and of metrics.jsonl."""
     loggers: tuple[Logger, ...] = Field(default=("tensorboard",), alias="with")
     """Besides metrics.jsonl: `tensorboard`, in the run folder, or packages that accelerate has a tracker for, which
     send metrics, pictures and this configuration wherever they are set up to."""
@@ -428,6 +459,7 @@ class PicturesSection(Section):
     """Pictures of fixed images, at each evaluation."""
 
     num_images: Annotated[int, Field(ge=0, le=10_000)] = 8
+    """How many; 0 for none."""
     bands: tuple[Band, Band, Band] | None = None
     """Channels, from 0, shown as red, green and blue; null for the first three, or gray."""
 
@@ -436,6 +468,7 @@ class VisualizeSection(PicturesSection):
     """Reconstructions of fixed images, at start, at an interval and at the end."""
 
     every_steps: Positive = 5000
+    """Updates between reconstructions."""
 
 
 class ProbeSection(Section):
@@ -469,11 +502,17 @@ class RunConfig(Section):
     init_from: Place | None = None
     """A run folder, checkpoint folder, exported folder or file of weights, to start a new run from."""
     model: EncoderSection
+    """The network."""
     data: DataSection
+    """The images."""
     optim: OptimSection = OptimSection()
+    """AdamW and its schedule."""
     train: TrainSection = TrainSection()
+    """How long and how to compute."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When to save."""
     log: LogSection = LogSection()
+    """When to write metrics."""
 
     @model_validator(mode="after")
     def _check_channels(self) -> Self:
@@ -516,7 +555,9 @@ class PretrainConfig(RunConfig):
     data: PretrainDataSection
     optim: PretrainOptimSection = PretrainOptimSection()
     eval: OnlineProbeSection = OnlineProbeSection()
+    """Evaluation of frozen features during pretraining."""
     visualize: VisualizeSection = VisualizeSection()
+    """Reconstructions of fixed images."""
 
     @model_validator(mode="after")
     def _check_bands(self) -> Self:
@@ -557,6 +598,7 @@ class FinetuneConfig(RunConfig, TaskConfig):
     optim: FinetuneOptimSection = FinetuneOptimSection()
     train: FinetuneTrainSection = FinetuneTrainSection()
     eval: EvalSection = EvalSection()
+    """When to evaluate, and which weights."""
 
     @classmethod
     def kind_of(cls, values: Mapping[str, Any]) -> type[Self]:
@@ -644,6 +686,7 @@ class SegmentationConfig(FinetuneConfig):
     data: MaskDataSection
     train: MaskTrainSection = MaskTrainSection()
     visualize: PicturesSection = PicturesSection()
+    """Pictures of fixed images."""
 
     @model_validator(mode="after")
     def _check_bands(self) -> Self:
@@ -789,7 +832,9 @@ class EvaluateConfig(Section):
     """Everything `fcmae evaluate` needs to know beside the encoder."""
 
     data: DataSection
+    """The labelled images."""
     eval: ProbeSection = ProbeSection()
+    """What is taken of them."""
 
 
 Config = TypeVar("Config", bound=Section)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-OWN_EXTRAS = "fcmae[export,deep,dicom,nifti]"
+OWN_EXTRAS = "fcmae[export,deep,dicom,nifti,docs]"
 """What the tests need of our own extras."""
 
 

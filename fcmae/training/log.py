@@ -12,7 +12,7 @@ import numpy as np
 from fcmae.config import Section, to_yaml
 from fcmae.errors import UserError
 from fcmae.files import fsync, write_text
-from fcmae.training.run_folder import HARMLESS, RunFolder
+from fcmae.training.run_folder import HARMLESS, RunFolder, read_records
 from fcmae.training.trackers import Tracker, flatten
 
 if TYPE_CHECKING:
