@@ -173,11 +173,12 @@ def test_a_run_without_a_record_has_a_report(make_run: Run, command: Command) ->
     assert command("report", run)[0] == 0
 
 
-def test_lines_that_a_kill_or_a_disk_spoilt_are_passed_over(make_run: Run) -> None:
+def test_lines_that_a_kill_or_a_disk_spoilt_are_passed_over(make_run: Run, command: Command) -> None:
     run = make_run()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('1\n{"step": null, "loss": 3}\n{"step": 760, "loss": NaN}\n{"step": 775, "lo')
     assert len(read_run(run).curve("loss").steps) == len(REFERENCE)
+    assert command("report", run)[0] == 0
 
 
 # The page

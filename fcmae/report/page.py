@@ -119,8 +119,8 @@ def panels(run: Run) -> Iterator[Markup]:
 def headline(run: Run) -> dict[str, str]:
     """Return the figures that one looks for first."""
     losses = run.curve("loss")
-    seconds = updates_s(run.records)
-    images = max((record["seen_images"] for record in run.records if "seen_images" in record), default=0)
+    timed = [record for record in run.records if {"loss", "seen_images", "images_per_s"} <= record.keys()]
+    seconds, images = updates_s(timed), max((record["seen_images"] for record in timed), default=0)
     figures = {}
     if losses:
         figures["loss"] = f"{losses.values[0]:.3f} → {losses.values[-1]:.3f}"
