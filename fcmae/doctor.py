@@ -31,6 +31,7 @@ State = Literal["OK", "warning", "failed"]
 with, and a GPU that it would leave idle."""
 
 GET_TORCH = "install a torch that fits, as https://pytorch.org/get-started says, and its torchvision with it"
+BUILD_ENGINE = "python -m fcmae.encoder.install_minkowski builds it for this torch"
 REPORT = "please report this with the output of fcmae doctor --json"
 
 
@@ -261,7 +262,9 @@ def cores() -> Finding:
     from fcmae.training.memory import ram_bytes
 
     number, threads, ram = cores_per_process(), torch.get_num_threads(), ram_bytes()
-    text = f"{number} cores, {threads} threads" + (f", {ram / 1e9:,.0f} GB of memory" if ram else "")
+    text = f"{number} cores, {threads} thread{'s' * (threads > 1)}" + (
+        f", {ram / 1e9:,.0f} GB of memory" if ram else ""
+    )
     if threads > number:
         return Finding("cores", "warning", f"{text}: these wait for each other", f"set OMP_NUM_THREADS={number}")
     return Finding("cores", "OK", text)
@@ -305,11 +308,8 @@ def features_and_gradient(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             visible_ids = None if layout == "dense" else ids.to(device)
             features = encoder.features(images.to(device, dtype), visible_ids, layout)
-        gradients = torch.autograd.grad(
-            (features.to(dtype) * direction.to(device, dtype)).sum(),
-            [*encoder.parameters()],
-            materialize_grads=True,
-        )
+        loss = (features.to(dtype) * direction.to(device, dtype)).sum()
+        gradients = torch.autograd.grad(loss, [*encoder.parameters()], materialize_grads=True)
     gradient = torch.cat([gradient.flatten() for gradient in gradients])
     return [part.detach().double().cpu() for part in (features, gradient)]
 
@@ -320,7 +320,7 @@ def layout_check(layout: Literal["dense", "masked", "packed", "minkowski"], devi
 
     from fcmae.training.launch import has_bf16
 
-    name, text = f"{layout} on {device.type}", list[str]()
+    text = list[str]()
     reference = features_and_gradient("masked", torch.device("cpu"), "float64", all_visible=layout == "dense")
     off = False
     for precision in ("float32", "bf16"):
@@ -329,16 +329,15 @@ def layout_check(layout: Literal["dense", "masked", "packed", "minkowski"], devi
             errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)]
             error = max(errors) if all(e == e for e in errors) else float("nan")
             off = off or not error <= TOLERANCES[precision]
-            text.append(f"{error:.0e} in {precision}")
-    said = f"forward and gradient are off those of masked in float64 by {', '.join(text)}"
-    return Finding(name, "failed" if off else "OK", said, layout_remedy(layout) if off else "")
+            text.append(f"{precision} to {error:.0e}")
+    said = f"{', '.join(text)} of masked in float64 on the CPU, forward and gradient"
+    name = f"{layout} on {device.type}"
+    return Finding(name, "failed", f"wrong: {said}", layout_remedy(layout)) if off else Finding(name, "OK", said)
 
 
 def layout_remedy(layout: str) -> str:
     if layout == "minkowski":
-        return (
-            "python -m fcmae.encoder.install_minkowski builds it anew; model.layout=packed gives the same numbers"
-        )
+        return f"{BUILD_ENGINE}; model.layout=packed gives the same numbers"
     if layout == "packed":
         return f"model.layout=masked computes the same by other operations; {REPORT}"
     return f"{GET_TORCH}; if that does not help, {REPORT}"
@@ -368,7 +367,7 @@ def diagnose_machine(output: Path) -> Iterator[Finding]:
         "GPU": (gpus, GET_TORCH),
         "Triton": (triton, "pip install triton"),
         "C++ compiler": (compiler, "apt install g++"),
-        "MinkowskiEngine": (minkowski, "python -m fcmae.encoder.install_minkowski"),
+        "MinkowskiEngine": (minkowski, BUILD_ENGINE),
         "disk": (partial(disk, output), "name another disk by output=FOLDER"),
         "shared memory": (shared_memory, "docker run --ipc=host"),
         "cores": (cores, REPORT),

@@ -31,7 +31,7 @@ SMOOTHING = 0.9
 DIVERGED = 1.5
 """Times the lowest smoothed loss: where the smoothed one has diverged."""
 MARGIN = 10
-"""Times the suggested rate: where the loss diverges."""
+"""Times the suggested rate, at least: where the loss diverges."""
 FALLEN = 0.01
 """Of the first loss: what it falls by at least if anything was learnt."""
 TIMED = 3
@@ -72,15 +72,15 @@ class Found(NamedTuple):
 
     steepest: float
     """Where the loss falls fastest: of lines through the losses of a decade, the middle of the steepest."""
-    lowest: float
-    """Where the smoothed loss is lowest."""
+    flat: float
+    """Where the loss stops falling: the middle of the first line after that which does not fall."""
     diverged: float | None
-    """Where the loss diverges; None where it does not."""
+    """Where the smoothed loss diverges; None where it does not."""
 
     @property
     def suggested(self) -> float:
-        """A tenth of where it diverges, or what is lowest where that is lower or it does not diverge."""
-        return self.lowest if self.diverged is None else min(self.lowest, self.diverged / MARGIN)
+        """Where the loss stops falling, but at most a tenth of where it diverges."""
+        return self.flat if self.diverged is None else min(self.flat, self.diverged / MARGIN)
 
 
 def find(rates: Sequence[float], losses: Sequence[float]) -> Found:
@@ -94,14 +94,18 @@ def find(rates: Sequence[float], losses: Sequence[float]) -> Found:
     smoothed = smooth(good)
     if len(good) <= PER_DECADE or min(smoothed) > (1 - FALLEN) * smoothed[0]:
         raise UserError(
-            f"--find-lr: at no rate from {rates[0]:.0e} to {rates[-1]:.0e} does the loss fall: {smoothed[0]:.4g} "
-            f"at first, {min(smoothed):.4g} at its lowest; look at the images by fcmae stats, or raise data.batch_size"
+            f"--find-lr: at no rate from {rates[0]:.0e} to {rates[-1]:.0e} does the loss fall (smoothed, it is "
+            f"{smoothed[0]:.4g} at first, {min(smoothed):.4g} at its lowest): look at the images by fcmae stats, "
+            "or raise data.batch_size"
         )
     middle = np.arange(PER_DECADE + 1) - PER_DECADE / 2
     slopes = np.correlate(good, middle / (middle @ middle), "valid")
+    steepest = int(slopes.argmin())
+    rising = np.flatnonzero(slopes[steepest:] >= 0)
+    flat = steepest + int(rising[0]) if len(rising) else len(slopes) - 1
     return Found(
-        steepest=rates[int(slopes.argmin()) + PER_DECADE // 2],
-        lowest=rates[int(np.argmin(smoothed))],
+        steepest=rates[steepest + PER_DECADE // 2],
+        flat=rates[flat + PER_DECADE // 2],
         diverged=rates[len(losses) - 1] if diverged else None,
     )
 
@@ -141,7 +145,7 @@ def tabulate(trainer: Trainer, rates: Sequence[float], losses: Sequence[float], 
     def base(rate: float) -> str:
         return f"{rate * 256 / images:.2g}"
 
-    notes = {found.steepest: "falls fastest", found.lowest: "lowest"}
+    notes = {found.steepest: "falls fastest", found.flat: "stops falling"}
     if found.diverged is not None:
         notes[found.diverged] = "diverges"
     shown = {rate for i, rate in enumerate(rates) if i % (PER_DECADE // 2) == 0} | notes.keys()
@@ -151,9 +155,7 @@ def tabulate(trainer: Trainer, rates: Sequence[float], losses: Sequence[float], 
         for rate, loss in zip(rates, smooth(losses), strict=True)
         if rate in shown
     ]
-    why = "where the loss is lowest"
-    if found.diverged is not None and found.suggested < found.lowest:
-        why = f"1/{MARGIN} of where the loss diverges"
+    why = "where the loss stops falling" if found.suggested == found.flat else "a tenth of where the loss diverges"
     return "\n".join(
         [
             *rows,
@@ -174,9 +176,9 @@ def draw(rates: Sequence[float], losses: Sequence[float], found: Found, images: 
     smoothed = smooth(losses)
     axes.plot(rates, losses, ".", ms=3.5, color="#9db4c0", label="of an update")
     axes.plot(rates, smoothed, color="#2a6f97", lw=1.8, label="smoothed")
-    marks = {"falls fastest": (found.steepest, ":"), "lowest": (found.lowest, "--")}
+    marks = {"falls fastest": (found.steepest, ":"), "stops falling": (found.flat, "--")}
     for label, (rate, style) in marks.items():
-        axes.axvline(rate, color="#7d8597", ls=style, lw=1.1, label=f"{label}: {rate:.2g}")
+        axes.axvline(rate, color="#7d8597", ls=style, lw=1.2, label=f"{label}: {rate:.2g}")
     base = f"{found.suggested * 256 / images:.2g}"
     axes.axvline(
         found.suggested, color="#c8553d", lw=1.6, label=f"suggested: {found.suggested:.2g} (base_lr {base})"
@@ -185,10 +187,11 @@ def draw(rates: Sequence[float], losses: Sequence[float], found: Found, images: 
     low, high = min(finite), max(finite[0], DIVERGED * min(finite))
     axes.set_ylim(low - 0.1 * (high - low), high + 0.05 * (high - low))
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:.0e}")
     axes.set_xlabel(f"learning rate of an update of {images:,} images")
     axes.set_ylabel("loss")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     make_folder(path.parent)
     write_figure(figure, path)
 

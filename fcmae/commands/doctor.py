@@ -7,7 +7,7 @@ from pathlib import Path
 from fcmae import arguments
 from fcmae.commands.arguments import command_parser
 
-WIDTH = 17
+WIDTH = 19
 """Of the column of names."""
 
 
@@ -18,8 +18,8 @@ def make_parser() -> argparse.ArgumentParser:
         "shared memory, and each layout of the network, forward and gradient. Takes about ten seconds, leaves "
         "nothing.",
         examples="fcmae doctor\nfcmae doctor --output /data/runs\nfcmae doctor --json > doctor.json",
-        notes="exit code 0 if runs can start, warnings or not; 1 if something failed that they need, or that would\n"
-        "leave a GPU idle; what is not OK is followed by its remedy",
+        notes="exit code 0 if runs can start, warnings or not; 1 if something failed that they need, or that\n"
+        "would leave a GPU idle; what is not OK is followed by its remedy",
     )
     arguments.add_path(
         parser,
