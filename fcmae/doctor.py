@@ -177,9 +177,7 @@ def compiler() -> Finding:
         return Finding("C++ compiler", "warning", text, "apt install g++, or name one in CXX")
     done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False, timeout=60)
     if done.returncode:
-        return Finding(
-            "C++ compiler", "warning", f"{name}: {done.stderr.strip()}", "install it anew: apt install g++"
-        )
+        return Finding("C++ compiler", "warning", f"{name}: {done.stderr.strip()}", "apt install --reinstall g++")
     return Finding("C++ compiler", "OK", f"{done.stdout.splitlines()[0]}, for train.compile=true")
 
 
@@ -194,9 +192,7 @@ def minkowski() -> Finding:
         engine = import_engine()
     except ValueError as error:
         text = f"installed, but does not load: {brief(error.__cause__ or error)}"
-        return Finding(
-            "MinkowskiEngine", "warning", text, "python -m fcmae.encoder.install_minkowski builds it anew"
-        )
+        return Finding("MinkowskiEngine", "warning", text, BUILD_ENGINE)
     return Finding("MinkowskiEngine", "OK", engine.__version__)
 
 
@@ -262,9 +258,8 @@ def cores() -> Finding:
     from fcmae.training.memory import ram_bytes
 
     number, threads, ram = cores_per_process(), torch.get_num_threads(), ram_bytes()
-    text = f"{number} cores, {threads} thread{'s' * (threads > 1)}" + (
-        f", {ram / 1e9:,.0f} GB of memory" if ram else ""
-    )
+    text = f"{number} cores, {threads} thread{'s' * (threads > 1)}"
+    text += f", {ram / 1e9:,.0f} GB of memory" if ram else ""
     if threads > number:
         return Finding("cores", "warning", f"{text}: these wait for each other", f"set OMP_NUM_THREADS={number}")
     return Finding("cores", "OK", text)

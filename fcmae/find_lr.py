@@ -162,7 +162,7 @@ def tabulate(trainer: Trainer, rates: Sequence[float], losses: Sequence[float], 
             "",
             f"suggested        optim.base_lr={base(found.suggested)}, a peak rate of {found.suggested:.2g} for "
             f"{images:,} images an update",
-            f"rule             {why} (the range test of Smith 2017, arXiv 1506.01186), for a run with warm-up",
+            f"rule             {why}: range test (Smith 2017, arXiv 1506.01186), for a run with a warm-up",
         ]
     )
 
@@ -178,14 +178,14 @@ def draw(rates: Sequence[float], losses: Sequence[float], found: Found, images: 
     axes.plot(rates, smoothed, color="#2a6f97", lw=1.8, label="smoothed")
     marks = {"falls fastest": (found.steepest, ":"), "stops falling": (found.flat, "--")}
     for label, (rate, style) in marks.items():
-        axes.axvline(rate, color="#7d8597", ls=style, lw=1.2, label=f"{label}: {rate:.2g}")
+        if rate != found.suggested:
+            axes.axvline(rate, color="#7d8597", ls=style, lw=1.2, label=f"{label}: {rate:.2g}")
     base = f"{found.suggested * 256 / images:.2g}"
     axes.axvline(
         found.suggested, color="#c8553d", lw=1.6, label=f"suggested: {found.suggested:.2g} (base_lr {base})"
     )
-    finite = [loss for loss in smoothed if math.isfinite(loss)]
-    low, high = min(finite), max(finite[0], DIVERGED * min(finite))
-    axes.set_ylim(low - 0.1 * (high - low), high + 0.05 * (high - low))
+    low, high = np.nanmin(losses), max(smoothed[0], DIVERGED * np.nanmin(smoothed))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.0e}")
     axes.set_xlabel(f"learning rate of an update of {images:,} images")
