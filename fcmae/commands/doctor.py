@@ -50,5 +50,5 @@ def main(argv: list[str]) -> int:
     elif failed:
         print(f"\n{failed} of {len(found)} checks failed: a run needs what their remedies say")
     else:
-        print(f"\nruns can start here{f'; {warnings} warnings' if warnings else ''}")
+        print("\nruns can start here" + (f"; {warnings} warning{'s' * (warnings > 1)}" if warnings else ""))
     return 1 if failed else 0
