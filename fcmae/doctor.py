@@ -324,8 +324,8 @@ def layout_check(layout: Literal["dense", "masked", "packed", "minkowski"], devi
             errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, reference, strict=True)]
             error = max(errors) if all(e == e for e in errors) else float("nan")
             off = off or not error <= TOLERANCES[precision]
-            text.append(f"{precision} to {error:.0e}")
-    said = f"{', '.join(text)} of masked in float64 on the CPU, forward and gradient"
+            text.append(f"{error:.0e} in {precision}")
+    said = f"forward and gradient within {', '.join(text)} of masked in float64"
     name = f"{layout} on {device.type}"
     return Finding(name, "failed", f"wrong: {said}", layout_remedy(layout)) if off else Finding(name, "OK", said)
 

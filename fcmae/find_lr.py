@@ -35,7 +35,7 @@ MARGIN = 10
 FALLEN = 0.01
 """Of the first loss: what it falls by at least if anything was learnt."""
 TIMED = 3
-"""Updates after which is said how long the sweep takes at most."""
+"""Updates, after the first, by which is said how long the sweep takes at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,14 @@ class RateSweep(Plan):
     def instead_of(cls, plan: Plan) -> Self:
         """Return the sweep that makes updates like those of a plan."""
         total = round(PER_DECADE * math.log10(HIGHEST / LOWEST)) + 1
-        return cls(**dataclasses.asdict(plan) | {"total_steps": total, "warmup_steps": 0})
+        return cls(
+            num_samples=plan.num_samples,
+            images_per_step=plan.images_per_step,
+            total_steps=total,
+            warmup_steps=0,
+            peak_lr=HIGHEST,
+            min_lr=LOWEST,
+        )
 
     def lr(self, step: int) -> float:
         return LOWEST * 10 ** (step / PER_DECADE)
@@ -119,7 +126,7 @@ def sweep(trainer: Trainer, batches: Iterator[Any]) -> list[float]:
     for group in trainer.optimizer.param_groups:
         group["first_step"] = 0  # all that learns, from the first
     losses: list[float] = []
-    started = time.perf_counter()
+    started = 0.0
     with trainer.progress:
         while len(losses) < trainer.plan.total_steps:
             trainer.update(batches)
@@ -132,7 +139,9 @@ def sweep(trainer: Trainer, batches: Iterator[Any]) -> list[float]:
             trainer.window = Window.new(trainer.accelerator.device)
             if has_diverged(losses):
                 break
-            if len(losses) == TIMED:
+            if len(losses) == 1:  # in which kernels were compiled and workers started
+                started = time.perf_counter()
+            elif len(losses) == 1 + TIMED:
                 update_s = (time.perf_counter() - started) / TIMED
                 trainer.say(f"at most          {duration(update_s * trainer.plan.total_steps)}")
     return losses

@@ -296,7 +296,7 @@ def test_a_layout_that_computes_wrongly_has_failed(layout: Any, monkeypatch: Pat
     monkeypatch.setattr(doctor, "features_and_gradient", wrong)
     found = doctor.layout_check(layout, CPU)
     assert (found.name, found.state) == (f"{layout} on cpu", "failed")
-    assert found.text.startswith("wrong: float32 to 1e-03")
+    assert found.text.startswith("wrong: forward and gradient within 1e-03 in float32")
     assert found.remedy
 
 
