@@ -26,6 +26,8 @@ from fcmae.files import free_bytes, fsync, require_folder
 if TYPE_CHECKING:
     import torch
 
+Layout = Literal["dense", "masked", "packed", "minkowski"]
+
 State = Literal["OK", "warning", "failed"]
 """A warning is of what a run goes without, or is slower for. Failed is what a run would end by, or compute wrongly
 with, and a GPU that it would leave idle."""
@@ -275,7 +277,7 @@ TOLERANCES = {"float32": 1e-4, "bf16": 5e-2}
 
 
 def features_and_gradient(
-    layout: Literal["dense", "masked", "packed", "minkowski"],
+    layout: Layout,
     device: "torch.device",
     precision: Literal["float64", "float32", "bf16"],
     *,
@@ -309,7 +311,7 @@ def features_and_gradient(
     return [part.detach().double().cpu() for part in (features, gradient)]
 
 
-def layout_check(layout: Literal["dense", "masked", "packed", "minkowski"], device: "torch.device") -> Finding:
+def layout_check(layout: Layout, device: "torch.device") -> Finding:
     """Whether a layout computes on a device what masked does in float64 on the CPU, forward and gradient."""
     import torch
 
@@ -327,7 +329,14 @@ def layout_check(layout: Literal["dense", "masked", "packed", "minkowski"], devi
             text.append(f"{error:.0e} in {precision}")
     said = f"forward and gradient within {', '.join(text)} of masked in float64"
     name = f"{layout} on {device.type}"
-    return Finding(name, "failed", f"wrong: {said}", layout_remedy(layout)) if off else Finding(name, "OK", said)
+    if off:
+        return Finding(name, layout_trouble(layout), f"wrong: {said}", layout_remedy(layout))
+    return Finding(name, "OK", said)
+
+
+def layout_trouble(layout: str) -> State:
+    """What it is when a layout does not compute: runs take minkowski only where they are asked to."""
+    return "warning" if layout == "minkowski" else "failed"
 
 
 def layout_remedy(layout: str) -> str:
@@ -341,12 +350,12 @@ def layout_remedy(layout: str) -> str:
 # All of it
 
 
-def examine(name: str, check: Callable[[], Finding], remedy: str) -> Finding:
-    """Do a check; one that ends early has failed by what it says."""
+def examine(name: str, check: Callable[[], Finding], remedy: str, trouble: State = "failed") -> Finding:
+    """Do a check; one that ends early is trouble, by what it says."""
     try:
         return check()
     except Exception as error:
-        return Finding(name, "failed", f"{type(error).__name__}: {brief(error)}", remedy)
+        return Finding(name, trouble, f"{type(error).__name__}: {brief(error)}", remedy)
 
 
 def diagnose_machine(output: Path) -> Iterator[Finding]:
@@ -372,10 +381,10 @@ def diagnose_machine(output: Path) -> Iterator[Finding]:
 
     import torch
 
-    layouts: list[Literal["dense", "masked", "packed", "minkowski"]] = ["masked", "packed", "dense"]
+    layouts: list[Layout] = ["masked", "packed", "dense"]
     if importlib.util.find_spec("MinkowskiEngine") is not None:
         layouts.append("minkowski")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for layout in layouts:
             check = partial(layout_check, layout, torch.device(device))
-            yield examine(f"{layout} on {device}", check, layout_remedy(layout))
+            yield examine(f"{layout} on {device}", check, layout_remedy(layout), layout_trouble(layout))

@@ -28,8 +28,8 @@ PER_DECADE = 20
 """Updates in which the rate grows tenfold; slopes are of lines through as many losses."""
 SMOOTHING = 0.9
 """Of the exponential moving average of the loss: half a decade of updates."""
-DIVERGED = 1.5
-"""Times the lowest smoothed loss: where the smoothed one has diverged."""
+RISEN = 0.5
+"""Of the lowest smoothed loss, or of what it fell by where that is more: what it rises by when it has diverged."""
 MARGIN = 10
 """Times the suggested rate, at least: where the loss diverges."""
 FALLEN = 0.01
@@ -71,7 +71,8 @@ def smooth(losses: Sequence[float]) -> list[float]:
 def has_diverged(losses: Sequence[float]) -> bool:
     """Whether the last loss is not finite, or the smoothed one far above its lowest."""
     smoothed = smooth(losses)
-    return not math.isfinite(losses[-1]) or smoothed[-1] > DIVERGED * min(smoothed)
+    lowest = min(smoothed)
+    return not math.isfinite(losses[-1]) or smoothed[-1] - lowest > RISEN * max(lowest, smoothed[0] - lowest)
 
 
 class Found(NamedTuple):
@@ -193,7 +194,7 @@ def draw(rates: Sequence[float], losses: Sequence[float], found: Found, images: 
     axes.axvline(
         found.suggested, color="#c8553d", lw=1.6, label=f"suggested: {found.suggested:.2g} (base_lr {base})"
     )
-    low, high = np.nanmin(losses), max(smoothed[0], DIVERGED * np.nanmin(smoothed))
+    low, high = np.nanmin(losses), max(smoothed[0], (1 + RISEN) * np.nanmin(smoothed))
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.0e}")

@@ -171,6 +171,7 @@ def test_losses_are_smoothed_without_a_bias_to_zero() -> None:
 def test_a_loss_that_is_not_finite_or_leaps_has_diverged(last: float) -> None:
     assert has_diverged([1.0] * 20 + [last])
     assert not has_diverged([1.0, 1.2, 0.8] * 7)
+    assert not has_diverged([1.0, 0.3, *[0.01] * 60, *[0.03] * 20]), "noise of a loss that is nearly 0"
 
 
 def test_a_sweep_has_the_updates_of_its_plan_but_for_their_rate() -> None:
