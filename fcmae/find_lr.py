@@ -201,7 +201,7 @@ def draw(rates: Sequence[float], losses: Sequence[float], found: Found, images: 
     axes.set_xlabel(f"learning rate of an update of {images:,} images")
     axes.set_ylabel("loss")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     make_folder(path.parent)
     write_figure(figure, path)
 
