@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 
 from fcmae.errors import UserError, blame, named, shown
 from fcmae.plain_yaml import MOST_CHARACTERS, MOST_DEEP, read_yaml, write_yaml
@@ -445,12 +454,16 @@ class CheckpointSection(Section):
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio", "aim", "clearml", "comet_ml", "dvclive", "swanlab"]
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class LogSection(Section):
     """When to write metrics, and where to."""
 
     every_steps: Positive = 20
     """Updates between lines of the terminal and of metrics.jsonl."""
-    loggers: tuple[Logger, ...] = Field(default=("tensorboard",), alias="with")
+    loggers: Annotated[tuple[Logger, ...], BeforeValidator(_listed)] = Field(default=("tensorboard",), alias="with")
     """Besides metrics.jsonl: `tensorboard`, in the run folder, or packages that accelerate has a tracker for, which
     send metrics, pictures and this configuration wherever they are set up to."""
 

@@ -542,3 +542,17 @@ def test_wrong_files_are_reported_in_one_line(tmp_path: Path) -> None:
     assert "'output' given twice" in error_of(broken)
     broken.write_text("output: a\n")
     assert "missing" in error_of(broken)
+
+
+@pytest.mark.parametrize(
+    ("given", "loggers"),
+    [("wandb", ("wandb",)), ("[]", ()), ("[tensorboard, mlflow]", ("tensorboard", "mlflow"))],
+)
+def test_log_with_takes_one_logger_or_several_or_none_and_is_written_by_its_name(
+    minimal: Path, tmp_path: Path, given: str, loggers: tuple[str, ...]
+) -> None:
+    config = load_config(PretrainConfig, minimal, [f"log.with={given}"])
+    assert config.log.loggers == loggers
+    (tmp_path / "written.yaml").write_text(to_yaml(config))
+    assert "  with: [" in (tmp_path / "written.yaml").read_text()
+    assert load_config(PretrainConfig, tmp_path / "written.yaml") == config

@@ -175,6 +175,8 @@ def test_a_run_of_0_1_0_goes_on_as_it_would_have(name: str, story: ModuleType, o
     expected, found = recorded(OLD / name, after=5), recorded(old / name, after=5)
     assert list(found) == list(expected) == [6, 8, 10, 12]
     for step, values in expected.items():
+        assert found[step].keys() - values.keys() <= {"grad_norm"}, "which 0.1.0 did not record"
+        found[step] = {key: value for key, value in found[step].items() if key in values}
         # other processors and numbers of threads round the sums of the last bits otherwise
         assert found[step] == pytest.approx(values, rel=1e-5), step
     assert recorded(old / name) | expected == recorded(OLD / name), "what came before is as it was"
