@@ -264,6 +264,8 @@ def test_a_browser_on_a_phone_follows_every_link_and_shows_every_page(
 def test_the_search_of_the_site_finds_a_key(served: str, browser: Any) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(served)
-    page.locator("input[name=query]").click()
-    page.locator("input[name=query]").fill("mask_group")
-    page.locator(".md-search-result__link[href*='keys-pretrain']").first.wait_for(timeout=20_000)
+    query = page.locator("input[name=query]")
+    query.click()
+    page.get_by_text("Type to start searching").wait_for()  # its index has been read
+    query.press_sequentially("mask_group")
+    page.locator(".md-search-result__link[href*='keys-pretrain']").first.wait_for()
