@@ -244,6 +244,7 @@ def test_a_full_disk_under_tensorboard_is_one_error_that_names_the_run(
     def fill(log: MetricsLog) -> None:
         with log:
             for step in range(2, 1000):
+                assert log.tensorboard
                 log.tensorboard.add_scalar("loss", 1.0, step)
                 log.tensorboard.flush()
 
@@ -265,6 +266,7 @@ def test_records_of_a_removed_folder_are_not_lost_silently(tmp_path: Path) -> No
     folder.mkdir()
     with MetricsLog(RunFolder(folder), 0) as log:
         log.record(1, {"loss": 1.0})
+        assert log.tensorboard
         log.tensorboard.flush()  # by a thread, which must not find the folder gone
         folder.rename(tmp_path / "elsewhere")
         with pytest.raises(UserError, match=r"not written, they were removed or moved meanwhile; put them back"):
