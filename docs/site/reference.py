@@ -110,13 +110,13 @@ def as_yaml(value: Any) -> str:
 
 def keys_of(model: type[BaseModel], prefix: str) -> list[Key]:
     """Return the keys of one section, those that are sections themselves left out."""
-    schema = model.model_json_schema()
+    properties = model.model_json_schema()["properties"]
     keys = []
-    for name, value in schema["properties"].items():
-        if "$ref" not in value:
-            field = model.model_fields[name]
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        if "$ref" not in (value := properties[key]):
             default = "required" if field.is_required() else f"`{as_yaml(value.get('default', {}))}`"
-            keys.append(Key(f"{prefix}.{name}".lstrip("."), value, default, describe(model, name)))
+            keys.append(Key(f"{prefix}.{key}".lstrip("."), value, default, describe(model, name)))
     return keys
 
 
@@ -180,8 +180,9 @@ def described(schema: dict[str, Any], models: Mapping[str, type[BaseModel]]) -> 
     """Put docstrings in, and take out what requires keys, which may be given on the command line."""
     for name, part in schema["$defs"].items():
         part.pop("required", None)
+        names = {field.alias or own: own for own, field in models[name].model_fields.items()}
         for key, value in part.get("properties", {}).items():
-            if text := describe(models[name], key):
+            if text := describe(models[name], names[key]):
                 value["description"] = text
     return schema
 
