@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from continuing import read_lines
 from PIL import Image
+from resumed import pretraining
 
 from fcmae.data import save_arrays
 from fcmae.training.run_folder import RunFolder
@@ -71,26 +73,10 @@ def prepare(folder: Path, args: argparse.Namespace) -> None:
 def train(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Pretrain on the arrays; returns the run's records."""
     run = folder / "run"
-    keys = {
-        "output": run,
-        "model.variant": args.variant,
-        "data.name": "arrays",
-        "data.root": folder,
-        "data.image_size": args.image_size,
-        "data.batch_size": args.batch,
-        "data.num_workers": args.workers,
-        "optim.images_per_update": args.batch,
-        "optim.warmup_epochs": 0,
-        "train.precision": args.precision,
-        "train.max_steps": args.updates,
-        "checkpoint.every_steps": args.updates,
-        "log.every_steps": args.every,
-        "visualize.num_images": 0,
-    }
-    pairs = [f"{key}={value}" for key, value in keys.items()]
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--config", "pretrain/atto", *pairs]
-    subprocess.run(command, check=True)
-    return [json.loads(line) for line in RunFolder(run).metrics.read_text().splitlines()]
+    data = {"data.name": "arrays", "data.root": folder, "data.num_workers": args.workers}
+    rarely = {"checkpoint.every_steps": args.updates, "log.every_steps": args.every}
+    subprocess.run(pretraining(run, args, data | rarely), check=True)
+    return read_lines(RunFolder(run).metrics)
 
 
 def synthetic(folder: Path, args: argparse.Namespace) -> float:

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from continuing import read_lines
 
 from fcmae.training.checkpoint import Checkpoint, read_checkpoint, step_folder
 from fcmae.training.run_folder import RunFolder
@@ -41,27 +43,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command(run: Path, args: argparse.Namespace) -> list[str]:
-    """Return the command of the pretraining."""
-    keys = {
+def pretraining(run: Path, args: argparse.Namespace, keys: Mapping[str, object]) -> list[str]:
+    """Return the command of a pretraining at the sizes of `args`, without pictures, and with more keys."""
+    common = {
         "output": run,
-        "resume": "auto",
         "model.variant": args.variant,
-        "data.name": "folder",
-        "data.root": ROOT / "docs" / "photos",
         "data.image_size": args.image_size,
         "data.batch_size": args.batch,
-        "data.num_workers": 2,
         "optim.images_per_update": args.batch,
         "optim.warmup_epochs": 0,
         "train.precision": args.precision,
         "train.max_steps": args.updates,
-        "checkpoint.every_steps": args.every,
-        "log.every_steps": 1,
         "visualize.num_images": 0,
     }
-    pairs = [f"{key}={value}" for key, value in keys.items()]
+    pairs = [f"{key}={value}" for key, value in (common | dict(keys)).items()]
     return [sys.executable, str(ROOT / "pretrain.py"), "--config", "pretrain/atto", *pairs]
+
+
+def command(run: Path, args: argparse.Namespace) -> list[str]:
+    """Return the command of the run, which also goes on with it."""
+    data = {"data.name": "folder", "data.root": ROOT / "docs" / "photos", "data.num_workers": 2}
+    often = {"checkpoint.every_steps": args.every, "log.every_steps": 1}
+    return pretraining(run, args, {"resume": "auto", **data, **often})
 
 
 def kill_after_a_checkpoint(run: Path, args: argparse.Namespace) -> None:
@@ -87,8 +90,7 @@ def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 def losses(run: Path) -> dict[int, float]:
     """Return the recorded losses by step."""
-    records = map(json.loads, RunFolder(run).metrics.read_text().splitlines())
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
+    return {line["step"]: line["loss"] for line in read_lines(RunFolder(run).metrics) if "loss" in line}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from fcmae.data.views import Part
 from fcmae.encoder.networks import is_other
 from fcmae.errors import UserError
 from fcmae.story import cores_per_process
-from fcmae.training.launch import decide_once, launched_precision
+from fcmae.training.launch import decide_once, has_bf16, launched_precision
 from fcmae.training.memory import ram_bytes
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.schedule import peak_rate
@@ -82,8 +82,7 @@ def this_machine() -> Machine:
     asked = launched_precision()
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-        bf16 = gpu.major >= 8 or torch.version.hip is not None
-        return Machine(gpu.name, True, gpu.total_memory, bf16, cores, processes, asked)
+        return Machine(gpu.name, True, gpu.total_memory, has_bf16(torch.device("cuda")), cores, processes, asked)
     instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # which not every torch can tell
     bf16 = any(getattr(torch.cpu, name, bool)() for name in instructions)
     memory = ram_bytes() or 4 * 2**30

@@ -280,7 +280,7 @@ def test_recorded_updates_of_processes_are_those_of_ddp(
         torch.load(tmp_path / f"eager-{name}.pt") for name in ("True-0", "False-0", f"False-{processes - 1}")
     )
     assert relative_error(first, eager) < 1e-4
-    assert torch.equal(first, last)
+    assert relative_error(last, first) < 1e-6
 
 
 SECTIONS = """

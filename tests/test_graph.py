@@ -259,7 +259,7 @@ def test_recorded_updates_of_several_processes_are_those_of_ddp(
     assert_alike(eager, recorded)
     for name, value in recorded.items():
         if not name.startswith("ema"):
-            torch.testing.assert_close(value, other[name], rtol=0, atol=0)
+            torch.testing.assert_close(value, other[name])
 
 
 class Suspicious(Again):

@@ -112,7 +112,7 @@ def export(
         lacks = "has no place for a head" if segments else f"holds our ConvNeXt alone, not {encoder.variant}"
         raise UserError(f"--to {to}: {lacks}; take {', '.join(formats)}")
     form = formats[to]
-    if with_preprocessing and form.check_preprocessing is None:
+    if with_preprocessing and form.prepend_preprocessing is None:
         able = ", ".join(name for name, other in FORMATS.items() if other.prepend_preprocessing)
         raise UserError(f"--with-preprocessing: not for --to {to}, only for {able}")
     if isinstance(encoder, ConvNeXt) and not form.holds(encoder):
