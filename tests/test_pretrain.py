@@ -117,6 +117,7 @@ def test_a_run_leaves_what_the_design_promises(
         "encoder",
         "metrics.jsonl",
         "reconstructions",
+        "starts.jsonl",
         "tensorboard",
     ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
