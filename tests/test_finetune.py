@@ -112,7 +112,7 @@ def test_a_run_leaves_what_the_design_promises(
     out = capsys.readouterr().out
     assert "from scratch" in out
     folder = tmp_path / "run"
-    names = ["checkpoints", "config.yaml", "metrics.jsonl", "model", "tensorboard"]
+    names = ["checkpoints", "config.yaml", "metrics.jsonl", "model", "starts.jsonl", "tensorboard"]
     assert sorted(path.name for path in folder.iterdir()) == names
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {"best", "last", "step-00000010", "step-00000012"} <= kept
