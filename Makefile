@@ -30,6 +30,7 @@ help:  ## this list
 
 quickstart: $(READY)  ## pretrain on the photographs in docs/photos, and show where the pictures are
 	@$(BIN)/python -m fcmae pretrain --config quickstart $(ARGS)
+	@command -v fcmae > /dev/null || echo "  (which this finds: source $(BIN)/activate)"
 
 minkowski: $(READY)  ## build and install MinkowskiEngine, for model.layout=minkowski
 	@$(BIN)/python -m fcmae.encoder.install_minkowski $(ARGS)
