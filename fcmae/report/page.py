@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,9 +15,10 @@ from PIL import Image
 
 from fcmae import __version__
 from fcmae.config import FinetuneConfig, PretrainConfig, to_yaml
-from fcmae.report.plots import draw_calibration, draw_curves
-from fcmae.report.run import Curve, Record, Run, curve
-from fcmae.report.verdict import Finding, keys_of
+from fcmae.report.panels import computing, learning
+from fcmae.report.plots import DARK, LIGHT, draw_calibration, draw_panel
+from fcmae.report.run import Record, Run
+from fcmae.report.verdict import Finding
 from fcmae.training.checkpoint import step_of
 from fcmae.training.progress import duration
 from fcmae.training.summary import updates_s
@@ -60,57 +61,17 @@ def gallery(folder: Path) -> list[Shot]:
     return [embed(found[steps[i]], f"after update {steps[i]:,}") for i in chosen]
 
 
-def others(folder: Path) -> list[Shot]:
-    """Return what else a run drew, such as of several mask ratios."""
-    paths = sorted(path for path in folder.glob("*.png") if step_of(path.with_suffix("")) is None)
-    return [embed(path, path.stem.replace("-", " ")) for path in paths]
+def ratios(folder: Path) -> list[Shot]:
+    """Return the pictures of fixed images at several mask ratios, which a run draws at its end."""
+    paths = sorted(folder.glob("mask-ratio-*.png"))
+    return [embed(path, f"{path.stem.removeprefix('mask-ratio-')} of the patches masked") for path in paths]
 
 
-# Curves
-
-PANELS = {
-    # figure: title, whether in per cent
-    "loss": ("training loss", False),
-    "lr": ("learning rate", False),
-    "grad_norm": ("norm of the gradient", False),
-    "memory_gb": ("memory in GB", False),
-    "images_per_s": ("images per second", False),
-    "data_wait": ("time spent waiting for images", True),
-}
-CLOCK = {"step", "time", "epoch", "seen_images"}
-
-
-def panels(run: Run) -> Iterator[Markup]:
+def draw_panels(run: Run) -> list[Markup]:
     """Draw every figure of the records: what is learnt, then how good it is, then how fast."""
-    keys = list(dict.fromkeys(key for record in run.records for key in record if key not in CLOCK))
-    reference = run.reference.records if run.reference else []
-
-    def panel(key: str) -> Iterator[Markup]:
-        title, percent = PANELS.get(key, (key, False))
-        if points := run.curve(key):
-            yield draw_curves(title, {"this run": points}, reference=compared(key), percent=percent)
-
-    def compared(key: str) -> Curve | None:
-        return curve(reference, key) if key in ("loss", "lr") else None
-
-    def together(title: str, names: Mapping[str, str], *, percent: bool = False) -> Iterator[Markup]:
-        curves = {name: points for key, name in names.items() if (points := run.curve(key))}
-        if curves:
-            yield draw_curves(title, curves, percent=percent)
-
-    yield from panel("loss")
-    yield from panel("lr")
-    yield from together("k-NN accuracy", {"knn_top1": "top-1", "knn_top5": "top-5"}, percent=True)
-    stages = {key: key.rpartition("/")[2].replace("_", " ") for key in sorted(keys_of(run, "cosine_distance/"))}
-    yield from together("cosine distance between channels", stages)
-    scored: set[str] = set()
-    for figure in run.scores.overall if run.scores else ():
-        names = {f"val_{figure.key}": "weights", f"ema_{figure.key}": "EMA"}
-        scored |= names.keys()
-        yield from together(f"{figure.title}, validation", names, percent=figure.form.endswith("%"))
-    shown = {"loss", "lr", "knn_top1", "knn_top5", "images_per_s", "data_wait", *stages, *scored}
-    for key in [*(key for key in keys if key not in shown), "images_per_s", "data_wait"]:
-        yield from panel(key)
+    panels = [*learning(run.records, run.scores, run.reference.records if run.reference else ())]
+    panels += computing(run.records, shown=frozenset().union(*(panel.keys for panel in panels)))
+    return [draw_panel(panel) for panel in panels]
 
 
 # Facts
@@ -175,13 +136,16 @@ def _day(seconds: object) -> str:
 
 
 def score_table(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of the figures of each output in evaluation.json, the lowest by the second first."""
+    """Return titles and rows of the figures of each output in evaluation.json, the worst first."""
     if run.scores is None or run.scores.outputs not in run.evaluation:
         return [], []
     table = run.evaluation[run.scores.outputs]
     figures = [figure for figure in run.scores.by_output if figure.key in table]
     names, columns = table["names"], [table[figure.key] for figure in figures]
-    order = sorted(range(len(names)), key=lambda i: columns[min(1, len(columns) - 1)][i] or 0)
+    keys = [figure.key for figure in figures]
+    best_by = run.scores.overall[0].key
+    column = columns[keys.index(best_by) if best_by in keys else min(1, len(keys) - 1)]
+    order = sorted(range(len(names)), key=lambda i: column[i] or 0)
     cells = [
         ["-" if v is None else figure.show(v) for v in column]
         for figure, column in zip(figures, columns, strict=True)
@@ -248,9 +212,13 @@ def render(run: Run, findings: Sequence[Finding]) -> str:
         what=what(run),
         headline=headline(run),
         findings=findings,
-        pictures={"reconstructions" if pretraining else "predictions": gallery(folder)},
-        others=others(folder),
-        panels=list(panels(run)),
+        galleries=[
+            ("Reconstructions" if pretraining else "Predictions", "over training time", gallery(folder)),
+            ("Mask ratios", "over mask ratio", ratios(folder)),
+        ],
+        panels=draw_panels(run),
+        light=LIGHT,
+        dark=DARK,
         reference=run.reference,
         scores=scores(run),
         commands=commands(run),
