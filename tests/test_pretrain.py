@@ -125,8 +125,9 @@ def test_a_run_leaves_what_the_design_promises(
         "step-00000012",
     ]
     pictures = sorted((folder / "reconstructions").iterdir())
-    assert [path.name for path in pictures] == ["mask-ratios.png", "step-00000000.png", "step-00000012.png"]
-    assert Image.open(pictures[1]).size == (3 * (128 + 4) + 4, 2 * (128 + 4) + 4 + 15 + 2 * 4)
+    ratios = [f"mask-ratio-{ratio}.png" for ratio in ("0.30", "0.60", "0.75", "0.90")]
+    assert [path.name for path in pictures] == [*ratios, "step-00000000.png", "step-00000012.png"]
+    assert Image.open(pictures[-1]).size == (3 * (128 + 4) + 4, 2 * (128 + 4) + 4 + 15 + 2 * 4)
     assert list(losses(folder)) == list(range(1, 13))
     assert records(folder)[-1]["seen_images"] == 96
     assert records(folder)[0]["lr"] == 0.0

@@ -21,10 +21,8 @@ def draw_log(log: Path) -> Figure:
     """Draw what says in the log of a pretraining or fine-tuning whether it learnt."""
     records = read_figures(log)
     recorded = {key for record in records for key in record}
-    scores = (task.scores for task in TASKS.values())
-    return draw_together(
-        [*learning(records, next((s for s in scores if f"val_{s.overall[0].key}" in recorded), None))]
-    )
+    found = [task.scores for task in TASKS.values() if f"val_{task.scores.overall[0].key}" in recorded]
+    return draw_together([*learning(records, next(iter(found), None))])
 
 
 def plot_of(name: str) -> Path:

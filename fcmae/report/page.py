@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -53,7 +53,7 @@ def embed(path: Path, title: str) -> Shot:
     return Shot(title, f"data:image/webp;base64,{data}", *picture.size)
 
 
-def gallery(folder: Path) -> list[Shot]:
+def over_time(folder: Path) -> list[Shot]:
     """Return the pictures of fixed images that a run drew, by step, `SHOTS` of them where there are more."""
     found = {step_of(path.with_suffix("")): path for path in folder.glob("step-*.png")}
     steps = sorted(step for step in found if step is not None)
@@ -61,10 +61,30 @@ def gallery(folder: Path) -> list[Shot]:
     return [embed(found[steps[i]], f"after update {steps[i]:,}") for i in chosen]
 
 
-def ratios(folder: Path) -> list[Shot]:
-    """Return the pictures of fixed images at several mask ratios, which a run draws at its end."""
-    paths = sorted(folder.glob("mask-ratio-*.png"))
-    return [embed(path, f"{path.stem.removeprefix('mask-ratio-')} of the patches masked") for path in paths]
+class Gallery(NamedTuple):
+    """Pictures that one goes through with a slider."""
+
+    title: str
+    over: str
+    shots: list[Shot]
+    first: int
+    """Which is shown first."""
+
+
+def galleries(run: Run) -> list[Gallery]:
+    """Return what the run drew: the same images over training time, and at its end at several mask ratios."""
+    if not isinstance(run.config, PretrainConfig):
+        shots = over_time(run.folder.predictions)
+        return [Gallery("Predictions", "over training time", shots, len(shots) - 1)]
+    shots, own = over_time(run.folder.reconstructions), run.config.model.mask_ratio
+    paths = sorted(run.folder.reconstructions.glob("mask-ratio-[01].[0-9][0-9].png"))
+    ratios = [float(path.stem.removeprefix("mask-ratio-")) for path in paths]
+    masked = [embed(path, f"{ratio:.0%} of the patches masked") for path, ratio in zip(paths, ratios, strict=True)]
+    nearest = min(range(len(ratios)), key=lambda i: abs(ratios[i] - own), default=0)
+    return [
+        Gallery("Reconstructions", "over training time", shots, len(shots) - 1),
+        Gallery("Mask ratios", "from low to high", masked, nearest),
+    ]
 
 
 def draw_panels(run: Run) -> list[Markup]:
@@ -204,18 +224,13 @@ def render(run: Run, findings: Sequence[Finding]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pretraining = isinstance(run.config, PretrainConfig)
-    folder = run.folder.reconstructions if pretraining else run.folder.predictions
     return jinja.get_template("report.html").render(
         version=__version__,
         name=run.folder.path.resolve().name,
         what=what(run),
         headline=headline(run),
         findings=findings,
-        galleries=[
-            ("Reconstructions" if pretraining else "Predictions", "over training time", gallery(folder)),
-            ("Mask ratios", "over mask ratio", ratios(folder)),
-        ],
+        galleries=galleries(run),
         panels=draw_panels(run),
         light=LIGHT,
         dark=DARK,

@@ -89,7 +89,7 @@ def draw_together(panels: Sequence[Panel]) -> Figure:
     """Draw panels, two in a row, into a figure on white."""
     with matplotlib.rc_context(settings(LIGHT)):
         rows = -(-len(panels) // 2)
-        figure = Figure(figsize=(2 * WIDTH, rows * HEIGHT), layout="constrained", dpi=110)
+        figure = Figure(figsize=(2 * WIDTH, rows * HEIGHT), layout="constrained", dpi=120)
         places = figure.subplots(rows, 2, squeeze=False).flat
         for panel, axes in zip(panels, places, strict=False):
             plot(axes, panel, LIGHT)

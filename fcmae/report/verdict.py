@@ -99,7 +99,7 @@ def _features(run: Run, *, says_knn: bool) -> list[Finding]:
     if says_knn and len((knn := run.curve(KNN)).steps) > 1:
         first, last, best = knn.values[0], knn.values[-1], knn.values.max()
         text = f"k-NN accuracy {first:.2%} at step {knn.steps[0]:,.0f}, {last:.2%} at step {knn.steps[-1]:,.0f}"
-        if best > last:
+        if best > max(first, last):
             text += f"; it was {best:.2%} at step {knn.steps[knn.values.argmax()]:,.0f}"
         found.append(Finding("good" if last > first else "note", f"{text}."))
     stages = [run.curve(key) for key in sorted(keys_of(run.records, COLLAPSE))]

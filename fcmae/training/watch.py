@@ -103,6 +103,6 @@ class Watch:
         if len(others) < SCORES or max(others) > first:
             return None
         return (
-            f"{KNN} has not risen above its first value, {first:.2%}, but was {max(others):.2%} at best: see "
-            "whether the loss falls, and whether the labels are of what the images show"
+            f"the accuracy of k-NN has not risen above its first value, {first:.2%}, but was {max(others):.2%} at "
+            "best: see whether the loss falls, and whether the labels are of what the images show"
         )
