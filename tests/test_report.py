@@ -150,7 +150,7 @@ def test_a_loss_flat_at_one_is_warned_of_once_the_warm_up_is_over(make_run: Run)
 def test_early_on_a_flat_loss_says_little(make_run: Run) -> None:
     run = make_run(changed(0, loss=0.995)[:2])
     assert "stays" not in texts(run, "warning")
-    assert "0.9950 to 0.9950, the mean of the last tenth; that says little before update 100" in texts(run, "note")
+    assert "0.9950 to 0.9950, the mean of the last tenth; that says little in fewer than 100" in texts(run, "note")
 
 
 @pytest.mark.parametrize(

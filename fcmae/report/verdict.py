@@ -62,7 +62,7 @@ def _loss(run: Run, settled: int) -> list[Finding]:
     first, last = losses.values[0], _last_part(losses, losses.steps[-1]).values.mean()
     text = f"from {first:.4f} to {last:.4f}, the mean of the last tenth"
     if losses.steps[-1] <= settled:
-        return [Finding("note", f"The loss went {text}; that says little before update {settled:,}.")]
+        return [Finding("note", f"The loss went {text}; that says little in fewer than {settled:,} updates.")]
     if last >= first:
         return [Finding("note", f"The loss went {text}.")]
     return [Finding("good", f"The loss falls: {text}.")]
