@@ -134,7 +134,7 @@ def environment(run: Run) -> dict[str, str]:
     if run.state:
         facts |= {"fcmae": run.state.fcmae, "torch": run.state.torch}
     if run.starts:
-        keys = ("python", "device", "precision", "batch")
+        keys = ("python", "device", "cores", "precision", "batch")
         facts |= {key: str(run.starts[-1][key]) for key in keys if key in run.starts[-1]}
     elif run.state:
         facts |= {"processes": str(run.state.num_processes), "precision": run.state.precision or "not noted"}
