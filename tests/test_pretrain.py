@@ -197,6 +197,7 @@ def test_a_run_ends_with_a_summary_and_commands_that_work(
     for place in ("run folder", "encoder", "reconstructions"):
         assert Path(rows[place]).is_dir()
     assert commands == [
+        f"  fcmae report {folder}",
         f"  tensorboard --logdir {folder}",
         f"  fcmae reconstruct {folder} IMAGES --output {folder}/panels",
         f"  fcmae evaluate {folder} --knn --linear --baseline data.root=LABELLED",

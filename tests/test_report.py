@@ -448,6 +448,17 @@ def test_a_damaged_evaluation_is_named_with_its_remedy(segmenter: Path, command:
     assert f"fcmae finetune --evaluate {segmenter}" in error
 
 
+def test_a_picture_that_a_disk_spoilt_is_named_with_its_remedy(make_run: Run, command: Command) -> None:
+    run = make_run()
+    picture = run / "reconstructions" / "step-00000000.png"
+    draw(picture, "red")
+    picture.write_bytes(picture.read_bytes()[:60])
+    code, _, error = command("report", run)
+    assert code == 2
+    assert error.startswith(f"error: {picture}: not a whole picture: ")
+    assert "remove it" in error
+
+
 # What a run notes
 
 

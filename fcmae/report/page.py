@@ -15,6 +15,7 @@ from PIL import Image
 
 from fcmae import __version__
 from fcmae.config import FinetuneConfig, PretrainConfig, to_yaml
+from fcmae.errors import UserError
 from fcmae.report.panels import computing, learning
 from fcmae.report.plots import DARK, LIGHT, draw_calibration, draw_panel
 from fcmae.report.run import Record, Run
@@ -43,9 +44,16 @@ class Shot:
 
 
 def embed(path: Path, title: str) -> Shot:
-    """Put a picture into a data URI, photographs compressed so that one can send them."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    """Put a picture into a data URI, photographs compressed so that one can send them.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: not a whole picture: {error}; remove it, and the report leaves it out") from error
     picture.thumbnail((WIDEST, picture.height))
     file = io.BytesIO()
     picture.save(file, format="webp", quality=QUALITY, method=4)
@@ -145,7 +153,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """Return when and after which update the run was started, and the command."""
 
     def when(start: Record) -> str:
-        after = f"resumed after update {start['step']:,}" if start.get("step") else "started"
+        step = start.get("step")
+        after = f"resumed after update {step:,}" if isinstance(step, int) and step else "started"
         return f"{after}, {_day(start.get('time'))}"
 
     return [(when(start), str(start.get("command", ""))) for start in run.starts]
