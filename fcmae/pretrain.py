@@ -15,7 +15,6 @@ from fcmae import arguments
 if __name__ == "__main__":  # before torch is imported, so that the first line, or help, comes at once
     arguments.run("pretrain")
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -60,8 +59,7 @@ from fcmae.training.run_folder import require_disk, stored_model
 from fcmae.training.schedule import Plan
 from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
-from fcmae.training.watch import Watch
-from fcmae.visualize import draw_mask_ratios, draw_reconstructions, write_picture
+from fcmae.visualize import draw_reconstructions, write_picture
 from fcmae.weights.base import Preprocessing, load_network
 from fcmae.weights.export import write_folder
 from fcmae.weights.official import decoder_of
@@ -263,13 +261,13 @@ def train(
         write_picture(path, picture)
         log.picture("reconstructions", picture, step)
         if step == plan.total_steps:
-            columns = [
-                draw_mask_ratios(model, normalize, image, SHOWN_RATIOS, bands=config.visualize.bands)
-                for image in pixels[:SHOWN_AT_RATIOS]
-            ]
-            write_picture(trainer.run.mask_ratios, np.concatenate(columns, axis=1))
-            for i, picture in enumerate(columns, 1):
-                log.picture(f"mask_ratios/image_{i}", picture, step)
+            images = pixels[:SHOWN_AT_RATIOS]
+            for ratio in SHOWN_RATIOS:
+                same = torch.Generator().manual_seed(derive_seed(config.train.seed))  # masks within masks
+                fewer = model.mask_sampler(draw_ids.grid, ratio)(len(images), same)
+                picture = draw_reconstructions(model, normalize, images, fewer, config.visualize.bands)
+                write_picture(trainer.run.mask_ratio(ratio), picture)
+                log.picture(f"mask_ratios/{ratio:.2f}", picture, step)
 
     shows = []
     if len(pixels):
@@ -304,13 +302,6 @@ def train(
         evaluate_every=trainer.plan.steps_in(config.eval.knn_every_epochs or 1),
         evaluate_first=True,
         scores=curves,
-        watch=Watch(
-            config,
-            plan,
-            accelerator.num_processes,
-            flat_loss=1.0 if config.model.target == "pixels" and config.model.norm_pix_loss else None,
-            score="knn_top1",
-        ),
     )
 
     # What remains: weights for fine-tuning, and pictures to look at

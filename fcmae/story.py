@@ -1,7 +1,6 @@
 """What pretraining and fine-tuning share: batches and rates of a run, dry run; knows no loss or arguments."""
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +22,7 @@ from fcmae.data.views import Part
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
 from fcmae.training.dry_run import rehearse
+from fcmae.training.launch import cores_per_process
 from fcmae.training.optim import layer_scales
 from fcmae.training.trainer import Trainer
 
@@ -55,12 +55,6 @@ def with_kind(config: Run, source: Source) -> Run:
 
 TRIED = 64
 """Images of each source that a dry run tries to read."""
-
-
-def cores_per_process() -> int:
-    """Return how many processor cores each process of the run has on this machine, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 LOOKED_AT, LOOKED_INTO = 8, 512

@@ -126,8 +126,9 @@ def test_a_run_leaves_what_the_design_promises(
         "step-00000012",
     ]
     pictures = sorted((folder / "reconstructions").iterdir())
-    assert [path.name for path in pictures] == ["mask-ratios.png", "step-00000000.png", "step-00000012.png"]
-    assert Image.open(pictures[1]).size == (3 * (128 + 4) + 4, 2 * (128 + 4) + 4 + 15 + 2 * 4)
+    ratios = [f"mask-ratio-{ratio}.png" for ratio in ("0.30", "0.60", "0.75", "0.90")]
+    assert [path.name for path in pictures] == [*ratios, "step-00000000.png", "step-00000012.png"]
+    assert Image.open(pictures[-1]).size == (3 * (128 + 4) + 4, 2 * (128 + 4) + 4 + 15 + 2 * 4)
     assert list(losses(folder)) == list(range(1, 13))
     assert records(folder)[-1]["seen_images"] == 96
     assert records(folder)[0]["lr"] == 0.0
@@ -197,6 +198,7 @@ def test_a_run_ends_with_a_summary_and_commands_that_work(
     for place in ("run folder", "encoder", "reconstructions"):
         assert Path(rows[place]).is_dir()
     assert commands == [
+        f"  fcmae report {folder}",
         f"  tensorboard --logdir {folder}",
         f"  fcmae reconstruct {folder} IMAGES --output {folder}/panels",
         f"  fcmae evaluate {folder} --knn --linear --baseline data.root=LABELLED",
@@ -204,7 +206,7 @@ def test_a_run_ends_with_a_summary_and_commands_that_work(
         f"output={folder}-finetuned",
     ]
     photo = str(ROOT / "docs" / "photos" / "bird.jpg")
-    for command in commands[1:3]:
+    for command in (commands[0], *commands[2:4]):
         _, *words = command.replace("IMAGES", photo).replace("=LABELLED", f"={tmp_path / 'labelled'}").split()
         assert fcmae.__main__.run([*words, *(["data.name=arrays"] if words[0] == "evaluate" else [])]) == 0
     assert (folder / "panels" / "bird.png").is_file()

@@ -19,10 +19,11 @@ import pytest
 import yaml
 from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from docs.site import layouts, reference
+from docs.site import layouts, reference, reference_plots
 from fcmae.__main__ import COMMANDS
-from fcmae.config import _keys, command_of, shipped_configs
+from fcmae.config import _keys, command_of, reference_logs, shipped_configs
 from fcmae.masking import sample_visible_ids
 from fcmae.recipe import Images, Machine, choose
 
@@ -84,13 +85,26 @@ def test_the_schemas_know_every_key_of_the_shipped_configurations(name: str) -> 
     assert [*known_to(schema, top, values)] == []
 
 
-def test_the_figure_of_the_layouts_is_what_the_code_draws() -> None:
-    canvas = FigureCanvasAgg(layouts.draw_layouts())
+def assert_committed(figure: Figure, picture: Path, script: str) -> None:
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     drawn = np.asarray(canvas.buffer_rgba())[..., :3] / 255
-    committed = matplotlib.image.imread(layouts.PICTURE)[..., :3]
-    assert drawn.shape == committed.shape
-    assert np.abs(drawn - committed).mean() < 0.01, "python docs/site/layouts.py draws it anew"
+    anew = f"python docs/site/{script} draws it anew"
+    assert picture.is_file(), anew
+    committed = matplotlib.image.imread(picture)[..., :3]
+    assert drawn.shape == committed.shape, anew
+    assert np.abs(drawn - committed).mean() < 0.01, anew
+
+
+def test_the_figure_of_the_layouts_is_what_the_code_draws() -> None:
+    assert_committed(layouts.draw_layouts(), layouts.PICTURE, "layouts.py")
+
+
+@pytest.mark.parametrize("name", reference_logs())
+def test_each_reference_log_has_its_plot_on_the_page_of_results(name: str) -> None:
+    plot = reference_plots.plot_of(name)
+    assert f"]({plot.relative_to(DOCS)})" in (DOCS / "results.md").read_text()
+    assert_committed(reference_plots.draw_log(reference_logs()[name]), plot, "reference_plots.py")
 
 
 def said_by_the_code() -> str:

@@ -2,11 +2,11 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,9 +15,11 @@ from PIL import Image
 
 from fcmae import __version__
 from fcmae.config import FinetuneConfig, PretrainConfig, to_yaml
-from fcmae.report.plots import draw_calibration, draw_curves
-from fcmae.report.run import Curve, Record, Run, curve
-from fcmae.report.verdict import Finding, keys_of
+from fcmae.errors import UserError
+from fcmae.report.panels import computing, learning
+from fcmae.report.plots import DARK, LIGHT, draw_calibration, draw_panel
+from fcmae.report.run import Record, Run
+from fcmae.report.verdict import Finding
 from fcmae.training.checkpoint import step_of
 from fcmae.training.progress import duration
 from fcmae.training.summary import updates_s
@@ -42,9 +44,16 @@ class Shot:
 
 
 def embed(path: Path, title: str) -> Shot:
-    """Put a picture into a data URI, photographs compressed so that one can send them."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    """Put a picture into a data URI, photographs compressed so that one can send them.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: not a whole picture: {error}; remove it, and the report leaves it out") from error
     picture.thumbnail((WIDEST, picture.height))
     file = io.BytesIO()
     picture.save(file, format="webp", quality=QUALITY, method=4)
@@ -52,7 +61,7 @@ def embed(path: Path, title: str) -> Shot:
     return Shot(title, f"data:image/webp;base64,{data}", *picture.size)
 
 
-def gallery(folder: Path) -> list[Shot]:
+def over_time(folder: Path) -> list[Shot]:
     """Return the pictures of fixed images that a run drew, by step, `SHOTS` of them where there are more."""
     found = {step_of(path.with_suffix("")): path for path in folder.glob("step-*.png")}
     steps = sorted(step for step in found if step is not None)
@@ -60,57 +69,37 @@ def gallery(folder: Path) -> list[Shot]:
     return [embed(found[steps[i]], f"after update {steps[i]:,}") for i in chosen]
 
 
-def others(folder: Path) -> list[Shot]:
-    """Return what else a run drew, such as of several mask ratios."""
-    paths = sorted(path for path in folder.glob("*.png") if step_of(path.with_suffix("")) is None)
-    return [embed(path, path.stem.replace("-", " ")) for path in paths]
+class Gallery(NamedTuple):
+    """Pictures that one goes through with a slider."""
+
+    title: str
+    over: str
+    shots: list[Shot]
+    first: int
+    """Which is shown first."""
 
 
-# Curves
+def galleries(run: Run) -> list[Gallery]:
+    """Return what the run drew: the same images over training time, and at its end at several mask ratios."""
+    if not isinstance(run.config, PretrainConfig):
+        shots = over_time(run.folder.predictions)
+        return [Gallery("Predictions", "over training time", shots, len(shots) - 1)]
+    shots, own = over_time(run.folder.reconstructions), run.config.model.mask_ratio
+    paths = sorted(run.folder.reconstructions.glob("mask-ratio-[01].[0-9][0-9].png"))
+    ratios = [float(path.stem.removeprefix("mask-ratio-")) for path in paths]
+    masked = [embed(path, f"{ratio:.0%} of the patches masked") for path, ratio in zip(paths, ratios, strict=True)]
+    nearest = min(range(len(ratios)), key=lambda i: abs(ratios[i] - own), default=0)
+    return [
+        Gallery("Reconstructions", "over training time", shots, len(shots) - 1),
+        Gallery("Mask ratios", "from low to high", masked, nearest),
+    ]
 
-PANELS = {
-    # figure: title, whether in per cent
-    "loss": ("training loss", False),
-    "lr": ("learning rate", False),
-    "grad_norm": ("norm of the gradient", False),
-    "memory_gb": ("memory in GB", False),
-    "images_per_s": ("images per second", False),
-    "data_wait": ("time spent waiting for images", True),
-}
-CLOCK = {"step", "time", "epoch", "seen_images"}
 
-
-def panels(run: Run) -> Iterator[Markup]:
+def draw_panels(run: Run) -> list[Markup]:
     """Draw every figure of the records: what is learnt, then how good it is, then how fast."""
-    keys = list(dict.fromkeys(key for record in run.records for key in record if key not in CLOCK))
-    reference = run.reference.records if run.reference else []
-
-    def panel(key: str) -> Iterator[Markup]:
-        title, percent = PANELS.get(key, (key, False))
-        if points := run.curve(key):
-            yield draw_curves(title, {"this run": points}, reference=compared(key), percent=percent)
-
-    def compared(key: str) -> Curve | None:
-        return curve(reference, key) if key in ("loss", "lr") else None
-
-    def together(title: str, names: Mapping[str, str], *, percent: bool = False) -> Iterator[Markup]:
-        curves = {name: points for key, name in names.items() if (points := run.curve(key))}
-        if curves:
-            yield draw_curves(title, curves, percent=percent)
-
-    yield from panel("loss")
-    yield from panel("lr")
-    yield from together("k-NN accuracy", {"knn_top1": "top-1", "knn_top5": "top-5"}, percent=True)
-    stages = {key: key.rpartition("/")[2].replace("_", " ") for key in sorted(keys_of(run, "cosine_distance/"))}
-    yield from together("cosine distance between channels", stages)
-    scored: set[str] = set()
-    for figure in run.scores.overall if run.scores else ():
-        names = {f"val_{figure.key}": "weights", f"ema_{figure.key}": "EMA"}
-        scored |= names.keys()
-        yield from together(f"{figure.title}, validation", names, percent=figure.form.endswith("%"))
-    shown = {"loss", "lr", "knn_top1", "knn_top5", "images_per_s", "data_wait", *stages, *scored}
-    for key in [*(key for key in keys if key not in shown), "images_per_s", "data_wait"]:
-        yield from panel(key)
+    panels = [*learning(run.records, run.scores, run.reference.records if run.reference else ())]
+    panels += computing(run.records, shown=frozenset().union(*(panel.keys for panel in panels)))
+    return [draw_panel(panel) for panel in panels]
 
 
 # Facts
@@ -153,7 +142,7 @@ def environment(run: Run) -> dict[str, str]:
     if run.state:
         facts |= {"fcmae": run.state.fcmae, "torch": run.state.torch}
     if run.starts:
-        keys = ("python", "device", "precision", "batch")
+        keys = ("python", "device", "cores", "precision", "batch")
         facts |= {key: str(run.starts[-1][key]) for key in keys if key in run.starts[-1]}
     elif run.state:
         facts |= {"processes": str(run.state.num_processes), "precision": run.state.precision or "not noted"}
@@ -164,7 +153,8 @@ def commands(run: Run) -> list[tuple[str, str]]:
     """Return when and after which update the run was started, and the command."""
 
     def when(start: Record) -> str:
-        after = f"resumed after update {start['step']:,}" if start.get("step") else "started"
+        step = start.get("step")
+        after = f"resumed after update {step:,}" if isinstance(step, int) and step else "started"
         return f"{after}, {_day(start.get('time'))}"
 
     return [(when(start), str(start.get("command", ""))) for start in run.starts]
@@ -175,13 +165,16 @@ def _day(seconds: object) -> str:
 
 
 def score_table(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Return titles and rows of the figures of each output in evaluation.json, the lowest by the second first."""
+    """Return titles and rows of the figures of each output in evaluation.json, the worst first."""
     if run.scores is None or run.scores.outputs not in run.evaluation:
         return [], []
     table = run.evaluation[run.scores.outputs]
     figures = [figure for figure in run.scores.by_output if figure.key in table]
     names, columns = table["names"], [table[figure.key] for figure in figures]
-    order = sorted(range(len(names)), key=lambda i: columns[min(1, len(columns) - 1)][i] or 0)
+    keys = [figure.key for figure in figures]
+    best_by = run.scores.overall[0].key
+    column = columns[keys.index(best_by) if best_by in keys else min(1, len(keys) - 1)]
+    order = sorted(range(len(names)), key=lambda i: column[i] or 0)
     cells = [
         ["-" if v is None else figure.show(v) for v in column]
         for figure, column in zip(figures, columns, strict=True)
@@ -240,17 +233,16 @@ def render(run: Run, findings: Sequence[Finding]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pretraining = isinstance(run.config, PretrainConfig)
-    folder = run.folder.reconstructions if pretraining else run.folder.predictions
     return jinja.get_template("report.html").render(
         version=__version__,
         name=run.folder.path.resolve().name,
         what=what(run),
         headline=headline(run),
         findings=findings,
-        pictures={"reconstructions" if pretraining else "predictions": gallery(folder)},
-        others=others(folder),
-        panels=list(panels(run)),
+        galleries=galleries(run),
+        panels=draw_panels(run),
+        light=LIGHT,
+        dark=DARK,
         reference=run.reference,
         scores=scores(run),
         commands=commands(run),

@@ -17,6 +17,7 @@ from fcmae.tasks.known import TASKS
 from fcmae.training.checkpoint import State
 from fcmae.training.run_folder import RunFolder, changed_keys, newest_state, read_records
 from fcmae.training.schedule import Plan
+from fcmae.training.watch import Watch
 
 Config = PretrainConfig | FinetuneConfig
 Record = Mapping[str, Any]
@@ -36,15 +37,11 @@ class Curve(NamedTuple):
         return np.interp(steps, self.steps, self.values)
 
 
-def curve(records: Sequence[Record], key: str) -> Curve:
+def curve(records: Sequence[Mapping[str, float]], key: str) -> Curve:
     """Return a figure of records by step."""
-    points = {record["step"]: record[key] for record in records if _is_number(record.get(key))}
+    points = {record["step"]: record[key] for record in records if key in record}
     steps = sorted(points)
     return Curve(np.array(steps, float), np.array([points[step] for step in steps], float))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Reference:
     """The log of a shipped configuration, as measured."""
 
     name: str
-    records: list[Record]
+    records: list[Mapping[str, float]]
     differences: list[str]
     """What of the run's settings are others; none where the curves should be alike."""
 
@@ -63,7 +60,7 @@ class Run:
 
     folder: RunFolder
     config: Config
-    records: list[Record]
+    records: list[Mapping[str, float]]
     starts: list[Record]
     """By which commands, and on what; the first first. None before fcmae 0.2."""
     state: State | None
@@ -85,11 +82,26 @@ class Run:
     @property
     def plan(self) -> Plan | None:
         """What was planned; None before the first record, when the number of images is not known."""
-        last = next((record for record in reversed(self.records) if record.get("epoch")), None)
-        if last is None:
+        timed = [record for record in self.records if {"epoch", "seen_images"} <= record.keys() and record["step"]]
+        if not timed:
             return None
-        processes = self.state.num_processes if self.state else 1
-        return Plan.of(self.config, round(last["seen_images"] / last["epoch"]), processes)
+        config, last = self.config, timed[-1]
+        images = config.data.batch_size * config.optim.accumulate
+        processes = self.state.num_processes if self.state else round(last["seen_images"] / last["step"] / images)
+        return Plan.of(config, round(last["seen_images"] / last["epoch"]), max(1, processes))
+
+    @property
+    def watch(self) -> Watch | None:
+        """What the run itself found in its records; None where `plan` is."""
+        if self.plan is None:
+            return None
+        noted = self.starts[-1].get("cores") if self.starts else None
+        used = self.config.data.num_workers  # all that is known of runs from before 0.2
+        cores = noted if isinstance(noted, int) else used
+        watch = Watch(self.config, self.plan, cores=cores)
+        for record in self.records:
+            watch.see(record)
+        return watch
 
     def curve(self, key: str) -> Curve:
         return curve(self.records, key)
@@ -109,11 +121,10 @@ def read_run(path: Path) -> Run:
         state = newest_state(folder)
     except UserError:  # damaged checkpoints do not keep the rest from being shown
         state = None
-    records = _read_lines(folder.metrics)
     return Run(
         folder=folder,
         config=config,
-        records=[record for record in records if _is_number(record.get("step"))],
+        records=read_figures(folder.metrics),
         starts=_read_lines(folder.starts),
         state=state,
         evaluation=_read_evaluation(folder),
@@ -136,6 +147,15 @@ def _read_lines(path: Path) -> list[Record]:
         return []
     lines = read_records(path.read_text(encoding="utf-8", errors="replace"))
     return [line for line in lines if isinstance(line, dict)]
+
+
+def read_figures(path: Path) -> list[Mapping[str, float]]:
+    """Read the records of a metrics.jsonl as far as they are finite numbers; none of a file that is not there."""
+    figures: list[Mapping[str, float]] = [
+        {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
+        for line in _read_lines(path)
+    ]
+    return [record for record in figures if "step" in record]
 
 
 def _read_evaluation(folder: RunFolder) -> Record:
@@ -166,7 +186,7 @@ def find_reference(config: Config) -> Reference | None:
         if not _same_root(shipped.data.root, config.data.root):
             differences.append(f"data.root: {shipped.data.root} -> {config.data.root}")
         if not any(difference.startswith(SAME) for difference in differences):
-            found.append(Reference(name, _read_lines(path), differences))
+            found.append(Reference(name, read_figures(path), differences))
     return min(found, key=lambda reference: len(reference.differences), default=None)
 
 

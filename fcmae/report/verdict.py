@@ -2,15 +2,12 @@
 
 from typing import Literal, NamedTuple
 
-from fcmae.config import PretrainConfig
+from fcmae.report.panels import COLLAPSE, keys_of
 from fcmae.report.run import Curve, Run, curve
+from fcmae.training.watch import KNN, MOST_WAIT
 
-FLAT = 0.98
-"""Of a loss of normalised patches, whose variance is 1: above it nothing but their mean was predicted."""
 ALIKE = 0.1
 """By which share losses of the same settings differ for other reasons: another seed, processor or version."""
-MUCH_WAITING = 0.2
-"""Share of the time spent waiting for images."""
 PART = 0.1
 """Of the way so far, over which the last losses are averaged."""
 
@@ -23,8 +20,20 @@ class Finding(NamedTuple):
 
 
 def judge(run: Run) -> list[Finding]:
-    """Return what is to be said of a run, what wants something done first."""
-    found = [*_progress(run), *_loss(run), *_reference(run), *_features(run), *_scores(run), *_data(run)]
+    """Return what is to be said of a run, what wants something done first: what the run itself said, and more."""
+    watch = run.watch
+    wrong = watch.found if watch else {}
+    concerns = run.plan.concerns(run.config) if run.plan else []
+    found = [Finding("warning", f"{text[:1].upper()}{text[1:]}.") for text in (*concerns, *wrong.values())]
+    found += _progress(run)
+    if "loss" not in wrong:
+        found += _loss(run, watch.settled if watch else 0)
+    found += _reference(run)
+    found += _features(run, says_knn=KNN not in wrong)
+    found += _scores(run)
+    if "data_wait" not in wrong:
+        found += _waiting(run)
+    found += _bad_images(run)
     return sorted(found, key=lambda finding: ["warning", "good", "note"].index(finding.level))
 
 
@@ -46,23 +55,17 @@ def _progress(run: Run) -> list[Finding]:
     return [Finding("note", text)]
 
 
-def _loss(run: Run) -> list[Finding]:
+def _loss(run: Run, settled: int) -> list[Finding]:
     losses = run.curve("loss")
     if len(losses.steps) < 2:
         return []
     first, last = losses.values[0], _last_part(losses, losses.steps[-1]).values.mean()
-    warmed_up = run.plan is None or losses.steps[-1] > run.plan.warmup_steps
-    config = run.config
-    pretraining = isinstance(config, PretrainConfig)
-    if pretraining and config.model.norm_pix_loss and config.model.target == "pixels" and last > FLAT:
-        text = f"The loss is flat at {last:.3f}: nothing but the mean of a patch is predicted."
-        if warmed_up:
-            return [Finding("warning", f"{text} Try optim.base_lr three times lower, and three times higher.")]
-        return [Finding("note", f"{text} The warm-up is not over, so that says little.")]
+    text = f"from {first:.4f} to {last:.4f}, the mean of the last tenth"
+    if losses.steps[-1] <= settled:
+        return [Finding("note", f"The loss went {text}; that says little in fewer than {settled:,} updates.")]
     if last >= first:
-        text = f"The loss has not fallen: {first:.4f} to {last:.4f}. Try a lower optim.base_lr."
-        return [Finding("warning", text)]
-    return [Finding("good", f"The loss falls: {first:.4f} to {last:.4f}, the mean of the last tenth.")]
+        return [Finding("note", f"The loss went {text}.")]
+    return [Finding("good", f"The loss falls: {text}.")]
 
 
 def _reference(run: Run) -> list[Finding]:
@@ -91,26 +94,19 @@ def _reference(run: Run) -> list[Finding]:
     return [Finding("good", f"{what}: normal.")]
 
 
-def _features(run: Run) -> list[Finding]:
+def _features(run: Run, *, says_knn: bool) -> list[Finding]:
     found = []
-    if len((knn := run.curve("knn_top1")).steps) > 1:
+    if says_knn and len((knn := run.curve(KNN)).steps) > 1:
         first, last, best = knn.values[0], knn.values[-1], knn.values.max()
-        text = f"k-NN accuracy {first:.2%} before training, {last:.2%} at step {knn.steps[-1]:,.0f}"
-        if last > first:
-            higher = f"; it was {best:.2%} at step {knn.steps[knn.values.argmax()]:,.0f}" if best > last else ""
-            found.append(Finding("good", f"{text}: the features are better than random ones{higher}."))
-        else:
-            found.append(Finding("warning", f"{text}: the features are no better than random ones."))
-    stages = {name: run.curve(name) for name in sorted(keys_of(run, "cosine_distance/"))}
-    if ends := [f"{points.values[0]:.2f} to {points.values[-1]:.2f}" for points in stages.values() if points]:
+        text = f"k-NN accuracy {first:.2%} at step {knn.steps[0]:,.0f}, {last:.2%} at step {knn.steps[-1]:,.0f}"
+        if best > max(first, last):
+            text += f"; it was {best:.2%} at step {knn.steps[knn.values.argmax()]:,.0f}"
+        found.append(Finding("good" if last > first else "note", f"{text}."))
+    stages = [run.curve(key) for key in sorted(keys_of(run.records, COLLAPSE))]
+    if ends := [f"{stage.values[0]:.2f} to {stage.values[-1]:.2f}" for stage in stages]:
         text = f"Cosine distance between channels, by stage: {', '.join(ends)}. Towards 0 is feature collapse."
         found.append(Finding("note", text))
     return found
-
-
-def keys_of(run: Run, prefix: str) -> set[str]:
-    """Return the names of figures that begin so."""
-    return {key for record in run.records for key in record if key.startswith(prefix)}
 
 
 def _scores(run: Run) -> list[Finding]:
@@ -125,23 +121,21 @@ def _scores(run: Run) -> list[Finding]:
             text = f"{figure.title}{whose}: {figure.show(scores.values[-1])} at step {scores.steps[-1]:,.0f}"
             if scores.values[best] > scores.values[-1]:
                 text += f", best {figure.show(scores.values[best])} at step {scores.steps[best]:,.0f}"
-            rises = len(scores.values) < 2 or scores.values[best] > scores.values[0]
-            found.append(Finding("good", f"{text}.") if rises else Finding("warning", f"{text}: as at first."))
+            rises = scores.values[best] > scores.values[0]
+            found.append(Finding("good" if rises else "note", f"{text}."))
     return found
 
 
-def _data(run: Run) -> list[Finding]:
-    found = []
-    if waits := run.curve("data_wait"):
-        share = waits.values.mean()
-        text = f"{share:.0%} of the time was spent waiting for images"
-        if share > MUCH_WAITING:
-            remedy = "raise data.num_workers, or decode them once with fcmae prepare"
-            found.append(Finding("warning", f"{text}: {remedy}."))
-        else:
-            found.append(Finding("good", f"{text}: loading keeps up."))
-    if run.state and run.state.bad_images:
-        names = ", ".join(name for _, name, _ in run.state.bad_images[:3])
-        more = ", ..." if len(run.state.bad_images) > 3 else ""
-        found.append(Finding("note", f"{len(run.state.bad_images)} images did not decode: {names}{more}."))
-    return found
+def _waiting(run: Run) -> list[Finding]:
+    if not (waits := run.curve("data_wait")):
+        return []
+    share = waits.values.mean()
+    text = f"{share:.0%} of the time was spent waiting for images"
+    return [Finding("good", f"{text}: loading keeps up.") if share <= MOST_WAIT else Finding("note", f"{text}.")]
+
+
+def _bad_images(run: Run) -> list[Finding]:
+    if run.state is None or not run.state.bad_images:
+        return []
+    names = [name for _, name, _ in run.state.bad_images[:3]] + ["..."] * (len(run.state.bad_images) > 3)
+    return [Finding("note", f"{len(run.state.bad_images)} images did not decode: {', '.join(names)}.")]

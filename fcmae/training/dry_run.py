@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fcmae.config import RunConfig
+from fcmae.training.launch import cores_per_process
 from fcmae.training.progress import duration
 from fcmae.training.run_folder import checkpoint_bytes
 from fcmae.training.trainer import TrainBatch, Trainer
@@ -49,13 +50,13 @@ def loading_rate(batches: Iterator[TrainBatch], num_workers: int, in_queues: int
     return images / (time.perf_counter() - started)
 
 
-def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, num_processes: int) -> str:
-    """Say whether the step or the data will hold the run up, and what helps; rates are of all processes."""
+def name_bottleneck(step_rate: float, data_rate: float, config: RunConfig, cores: int) -> str:
+    """Say whether the step or the data will hold the run up, and what helps; cores are of each process."""
     data = config.data
     if data_rate > step_rate:
         return f"the step; the data come {data_rate / step_rate:.1f} times as fast"
     slow = f"the data; the step could take {step_rate / data_rate:.1f} times as many"
-    return f"{slow}: {faster_data(data, num_processes)}"
+    return f"{slow}: {faster_data(data, cores)}"
 
 
 def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int) -> str:
@@ -129,7 +130,7 @@ def rehearse(trainer: Trainer, load: Callable[..., Iterator[Any]], *, queue: int
             + (f", from one of its {micro_batches} micro-batches" if micro_batches > 1 else "")
             + (", compilation of kernels included" if slow else ""),
             f"data alone     {data_rate:.0f} images/s with data.num_workers={num_workers}",
-            f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, accelerator.num_processes)}",
+            f"bottleneck     {name_bottleneck(step_rate, data_rate, trainer.config, cores_per_process())}",
             f"whole run      about {duration(update_s * plan.total_steps)}, "
             "without evaluation, pictures and checkpoints",
             *([f"peak memory    {memory} per process"] if memory else []),

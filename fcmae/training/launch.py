@@ -115,6 +115,12 @@ def command_line() -> str:
     return shlex.join(["python", *words])
 
 
+def cores_per_process() -> int:
+    """Return how many processor cores each process of the run has on this machine, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def describe_device(accelerator: Accelerator) -> str:
     """Say what a run computes on, such as "8 x NVIDIA H200 of 151 GB"."""
     device, processes = accelerator.device, accelerator.num_processes

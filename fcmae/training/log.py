@@ -58,7 +58,7 @@ Charts = Mapping[str, Mapping[str, Sequence[str]]]
 """By page and title, regular expressions of the names of values that share a chart."""
 
 
-def record_start(run: RunFolder, step: int, facts: Mapping[str, str]) -> None:
+def record_start(run: RunFolder, step: int, facts: Mapping[str, object]) -> None:
     """Add a line to `RUN/starts.jsonl`: when, after which step, by what command and on what a run was started.
 
     Raises:

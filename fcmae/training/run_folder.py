@@ -92,10 +92,9 @@ class RunFolder:
     def reconstruction(self, step: int) -> Path:
         return self.reconstructions / f"step-{step:08d}.png"
 
-    @property
-    def mask_ratios(self) -> Path:
-        """What a pretrained network makes of images at several mask ratios."""
-        return self.reconstructions / "mask-ratios.png"
+    def mask_ratio(self, ratio: float) -> Path:
+        """What a pretrained network makes of images at another mask ratio."""
+        return self.reconstructions / f"mask-ratio-{ratio:.2f}.png"
 
     def prediction(self, step: int) -> Path:
         return self.predictions / f"step-{step:08d}.png"

@@ -38,7 +38,7 @@ def summarize(
     Args:
         scores: name to show -> name in metrics.jsonl of scores of which more is better.
         places: name -> what lies where.
-        commands: to type next, after TensorBoard's.
+        commands: to type next, after what shows the run.
         form: how scores are written.
     """
     run, plan = trainer.run, trainer.plan
@@ -67,6 +67,6 @@ def summarize(
     rows["records"] = ", ".join([str(run.metrics), *loggers])
     lines = [f"{name:{WIDTH}}{value}" for name, value in rows.items()]
     lines += [f"{'warning':{WIDTH}}{text}" for text in trainer.found.values()]
-    if "tensorboard" in loggers:
-        commands = [f"tensorboard --logdir {shlex.quote(str(run.path))}", *commands]
-    return "\n".join(["", *lines, "", "next:", *(f"  {command}" for command in commands)])
+    path = shlex.quote(str(run.path))
+    shown = [f"fcmae report {path}"] + ([f"tensorboard --logdir {path}"] if "tensorboard" in loggers else [])
+    return "\n".join(["", *lines, "", "next:", *(f"  {command}" for command in (*shown, *commands))])

@@ -37,7 +37,7 @@ from fcmae.training.checkpoint import (
 )
 from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
-from fcmae.training.launch import command_line, describe_device, describe_precision
+from fcmae.training.launch import command_line, cores_per_process, describe_device, describe_precision
 from fcmae.training.lock import Lock
 from fcmae.training.log import Charts, MetricsLog, record_start
 from fcmae.training.memory import taken_bytes
@@ -523,7 +523,6 @@ class Trainer:
         evaluate_every: int = 1,
         evaluate_first: bool = False,
         scores: Mapping[str, Sequence[str]] | None = None,
-        watch: Watch | None = None,
     ) -> None:
         """Train to the end of the plan, recording, saving and showing on the way, unless asked to stop before.
 
@@ -536,7 +535,6 @@ class Trainer:
             evaluate_first: evaluate before the first step, too.
             scores: by title, the names of what is recorded besides and shown beside the loss; the first of them are
                 compared between runs.
-            watch: what is looked for in the records; data that come too slowly alone, if None.
 
         Raises:
             UserError: for a non-finite loss, too many unreadable images, a full disk, or a lost lock.
@@ -566,10 +564,10 @@ class Trainer:
                 for place in self.run.folders:
                     remove_leftovers(place)
                 write_text(self.run.config, to_yaml(self.config))
-                log = stack.enter_context(self._open_log(scores or {}, watch))
+                log = stack.enter_context(self._open_log(scores or {}))
                 if self.step < total:
-                    facts = {"command": command_line(), **self.first_lines, "python": platform.python_version()}
-                    record_start(self.run, self.step, facts)
+                    machine = {"python": platform.python_version(), "cores": cores_per_process()}
+                    record_start(self.run, self.step, {"command": command_line(), **self.first_lines, **machine})
             stack.enter_context(progress)
             if log and self.step == 0:
                 for show in shows:
@@ -618,8 +616,8 @@ class Trainer:
                 log.conclude(self.step, ["loss", *next(iter((scores or {}).values()), ())])
         self.accelerator.wait_for_everyone()  # for the main process, which writes
 
-    def _open_log(self, scores: Mapping[str, Sequence[str]], watch: Watch | None) -> MetricsLog:
-        watch = watch or Watch(self.config, self.plan, self.accelerator.num_processes)
+    def _open_log(self, scores: Mapping[str, Sequence[str]]) -> MetricsLog:
+        watch = Watch(self.config, self.plan, cores=cores_per_process())
         self.found = watch.found
         return MetricsLog(
             self.run,
