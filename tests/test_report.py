@@ -28,6 +28,7 @@ from fcmae.report.panels import Panel
 from fcmae.report.plots import draw_panel
 from fcmae.report.run import curve, read_run
 from fcmae.report.verdict import Finding, judge
+from fcmae.training.launch import command_line
 from fcmae.training.log import MetricsLog
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.watch import Watch
@@ -440,8 +441,9 @@ def test_a_file_that_is_there_stays_unless_overwrite_is_said(
     assert file.read_text().startswith("<!doctype html>")
 
 
-def test_a_damaged_evaluation_is_named_with_its_remedy(segmenter: Path, command: Command) -> None:
-    (segmenter / "evaluation.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", '{"classes": []}', '{"classes": {"names": ["a"], "iou": "much"}}'])
+def test_a_damaged_evaluation_is_named_with_its_remedy(segmenter: Path, command: Command, content: str) -> None:
+    (segmenter / "evaluation.json").write_text(content)
     code, _, error = command("report", segmenter)
     assert code == 2
     assert "evaluation.json: damaged" in error
@@ -469,7 +471,7 @@ def test_a_run_notes_the_command_of_each_start(tmp_path: Path) -> None:
     small_run(small_config(stopped))  # finished already, so not started
     starts = read_run(stopped).starts
     assert [start["step"] for start in starts] == [0, 4]
-    assert all(start["command"].startswith("python -m pytest") or "pytest" in start["command"] for start in starts)
+    assert [start["command"] for start in starts] == [command_line()] * 2
     assert {"time", "device", "precision", "batch", "python"} <= starts[0].keys()
 
 

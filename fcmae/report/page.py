@@ -15,10 +15,10 @@ from PIL import Image
 
 from fcmae import __version__
 from fcmae.config import FinetuneConfig, PretrainConfig, to_yaml
-from fcmae.errors import UserError
+from fcmae.errors import UserError, brief
 from fcmae.report.panels import computing, learning
 from fcmae.report.plots import DARK, LIGHT, draw_calibration, draw_panel
-from fcmae.report.run import Record, Run
+from fcmae.report.run import Record, Run, damaged
 from fcmae.report.verdict import Finding
 from fcmae.training.checkpoint import step_of
 from fcmae.training.progress import duration
@@ -205,7 +205,18 @@ def missing(run: Run) -> list[str]:
 
 
 def scores(run: Run) -> dict[str, Any]:
-    """Return what `fcmae finetune --evaluate` left: its figures, its table, its picture."""
+    """Return what `fcmae finetune --evaluate` left: its figures, its table, its picture.
+
+    Raises:
+        UserError: if it is not what is left there.
+    """
+    try:
+        return _scores(run)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(damaged(run.folder, f"{type(error).__name__}: {brief(error)}")) from error
+
+
+def _scores(run: Run) -> dict[str, Any]:
     titles, rows = score_table(run)
     figures = run.scores.overall if run.scores and run.evaluation else ()
     pictures = {run.scores.picture[0]: run.folder.picture(run.scores.picture[1])} if figures and run.scores else {}

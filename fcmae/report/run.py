@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fcmae.config import FinetuneConfig, PretrainConfig, find_shipped, load_config, reference_logs
+from fcmae.config import (
+    FinetuneConfig,
+    FinetuneRecipe,
+    PretrainConfig,
+    PretrainRecipe,
+    find_shipped,
+    load_config,
+    reference_logs,
+)
 from fcmae.errors import UserError
 from fcmae.plain_yaml import read_yaml
 from fcmae.tasks.base import Scores
@@ -158,15 +166,18 @@ def read_figures(path: Path) -> list[Mapping[str, float]]:
     return [record for record in figures if "step" in record]
 
 
+def damaged(folder: RunFolder, reason: object) -> str:
+    """Say that evaluation.json is damaged, and what writes it anew."""
+    return f"{folder.evaluation}: damaged: {reason}; write it anew: fcmae finetune --evaluate {folder.path}"
+
+
 def _read_evaluation(folder: RunFolder) -> Record:
     try:
         found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
-        raise UserError(
-            f"{folder.evaluation}: damaged: {error}; write it anew: fcmae finetune --evaluate {folder.path}"
-        ) from error
+        raise UserError(damaged(folder, error)) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -176,11 +187,20 @@ SAME = ("model.", "data.image_size", "data.batch_size", "optim.accumulate")
 
 def find_reference(config: Config) -> Reference | None:
     """Return the log of the shipped configuration that is most like a run's, of those that have `SAME`."""
+    kind = PretrainRecipe if isinstance(config, PretrainConfig) else FinetuneRecipe
+    own = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    }
     found: list[Reference] = []
     for name, path in reference_logs().items():
-        try:
-            shipped = load_config(type(config), find_shipped(name, config.command))
-        except UserError:  # of another command, or one in which `auto` waits for images
+        try:  # what is `auto` there is what the run has
+            shipped = load_config(kind, find_shipped(name, config.command)).resolve(own, name)
+        except UserError:  # of another command
+            continue
+        if type(shipped) is not type(config):  # of another task
             continue
         differences = [*changed_keys(shipped, config)]
         if not _same_root(shipped.data.root, config.data.root):
