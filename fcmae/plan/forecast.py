@@ -15,25 +15,22 @@ and gathers two `units` with their gradients. Evaluation, pictures, checkpoints 
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fcmae.config import PretrainConfig, PretrainRecipe
 from fcmae.errors import UserError
-from fcmae.plan.machines import Machines
+from fcmae.plan.machines import GRADIENT_BYTES, Machines
 from fcmae.plan.work import Work
 from fcmae.training.batch import Footprint, Room, with_batch
 from fcmae.training.schedule import Plan
 
-GRADIENT_BYTES = 4
-"""Of a parameter, as DDP exchanges it."""
 BUCKET = 25 * 2**20
 """Bytes that DDP sends in one message."""
 BACKWARD_SHARE = 2 / 3
 """Of a micro-batch's time."""
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """How memory is saved."""
 
     checkpointing: bool
@@ -53,8 +50,7 @@ class Way:
         return footprint._replace(fixed=footprint.fixed - work.state_bytes + state)
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """What a pretraining takes on so many processes."""
 
     processes: int
@@ -97,20 +93,25 @@ def exchange(machines: Machines, processes: int, sent: float) -> float:
 
 
 def divided(
-    config: PretrainConfig, recipe: PretrainRecipe, machines: Machines, footprint: Footprint, processes: int
+    config: PretrainConfig,
+    recipe: PretrainRecipe,
+    footprint: Footprint,
+    memory: float,
+    *,
+    on_gpu: bool,
+    processes: int,
 ) -> PretrainConfig:
-    """Return the configuration with the sizes of batches that a run would choose on so many processes.
+    """Return the configuration with the sizes of batches that a run chooses on processes of so much memory.
 
     Raises:
         UserError: if an update cannot be divided among them.
     """
-    room = Room(machines.memory, machines.memory)
     return with_batch(
         config,
         recipe,
         lambda: footprint,
-        room=lambda: room,
-        on_gpu=machines.on_gpu,
+        room=lambda: Room(memory, memory),
+        on_gpu=on_gpu,
         processes=processes,
         state=None,
     )[0]
@@ -134,9 +135,10 @@ def forecast(
     footprint = way.footprint(work, processes)
     if footprint is None:
         return None
-    config = divided(config, recipe, machines, footprint, processes)
+    memory = machines.memory_of(processes)
+    config = divided(config, recipe, footprint, memory, on_gpu=machines.on_gpu, processes=processes)
     batch, accumulate = config.data.batch_size, config.optim.accumulate
-    if footprint.of(batch) > machines.memory:
+    if footprint.of(batch) > memory:
         return None
     plan = Plan.of(config, images, processes)
     share = batch * accumulate
@@ -210,15 +212,17 @@ def require_forecast(
         return found
     footprint = own.footprint(work, processes)
     assert footprint is not None  # as the network was built so
-    batch = divided(config, recipe, machines, footprint, processes).data.batch_size
+    memory = machines.memory_of(processes)
+    chosen = divided(config, recipe, footprint, memory, on_gpu=machines.on_gpu, processes=processes)
+    batch = chosen.data.batch_size
     remedies = [str(way) for way in WAYS if way != own and look(way) is not None]
-    largest = math.floor((machines.memory - footprint.fixed) / footprint.image)
+    largest = math.floor((memory - footprint.fixed) / footprint.image)
     if 1 <= largest < batch:
         remedies.insert(0, f"data.batch_size={largest}")
     raise UserError(
         f"--config: {config.model.variant} with {batch} images at once takes about "
         f"{footprint.of(batch) / 1e9:.1f} GB for each process, and {machines.name} has "
-        f"{machines.memory / 1e9:.0f}; "
+        f"{memory / 1e9:.0f}; "
         + (f"what would fit: {', '.join(remedies)}" if remedies else "no way to save memory would make it fit")
     )
 

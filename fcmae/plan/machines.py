@@ -28,18 +28,22 @@ ADAMW_BYTES = 28
 RECOMPUTED = 4 / 3
 """Of a step with gradient checkpointing: the forward pass, a third of it, comes twice."""
 
+GRADIENT_BYTES = 4
+"""Of a parameter, as gradients are exchanged."""
 LINK_SHARE = 0.8
 """Of a link's speed, that an all-reduce of many megabytes reaches."""
+PCIE_GB = 16.0
+"""GB/s between GPUs without NVLink: half of PCIe 4.0 x16, as it goes through the host's memory."""
 MESSAGE_S = 20e-6
 """Seconds that each message of an exchange takes besides, for every doubling of the number of GPUs."""
 
 CORE_RATES = {"folder": 600.0, "arrays": 3_800.0}
 """Images/s that a core loads, by data.name: measured (docs/data.md) from JPEGs of about 525 x 350 pixels, and from
-`fcmae prepare`'s arrays where the GPU resizes. What is not here is taken for JPEGs. A hyperthread is half a core."""
+arrays of `fcmae prepare` where the GPU resizes. What is not here is taken for JPEGs. A hyperthread is half a core."""
 
 
 class GPU(NamedTuple):
-    """A GPU by its manufacturer's data sheet: dense arithmetic, one direction of links."""
+    """A GPU by its manufacturer's data sheet, arithmetic without sparsity."""
 
     memory_gb: float
     bandwidth_tb: float
@@ -49,7 +53,7 @@ class GPU(NamedTuple):
     float32_tflops: float
     """Without TF32, which runs turn off."""
     link_gb: float
-    """GB/s to others of the machine: NVLink, or else half of PCIe 4.0 x16, as it goes through host memory."""
+    """GB/s to others of the machine, in one direction: by NVLink, else `PCIE_GB`."""
     nvlink: bool
 
 
@@ -58,11 +62,11 @@ GPUS = {
     "h100": GPU(80, 3.35, 989, 67, 450, True),
     "a100-80": GPU(80, 2.039, 312, 19.5, 300, True),
     "a100-40": GPU(40, 1.555, 312, 19.5, 300, True),
-    "l40s": GPU(48, 0.864, 362, 91.6, 16, False),
-    "a10": GPU(24, 0.6, 125, 31.2, 16, False),
-    "l4": GPU(24, 0.3, 121, 30.3, 16, False),
-    "rtx4090": GPU(24, 1.008, 165, 82.6, 16, False),
-    "rtx3090": GPU(24, 0.936, 71, 35.6, 16, False),
+    "l40s": GPU(48, 0.864, 362, 91.6, PCIE_GB, False),
+    "a10": GPU(24, 0.6, 125, 31.2, PCIE_GB, False),
+    "l4": GPU(24, 0.3, 121, 30.3, PCIE_GB, False),
+    "rtx4090": GPU(24, 1.008, 165, 82.6, PCIE_GB, False),
+    "rtx3090": GPU(24, 0.936, 71, 35.6, PCIE_GB, False),
 }
 """SXM modules of H200, H100 and A100, whose machines have eight."""
 
@@ -70,10 +74,8 @@ GPUS = {
 class Pace(NamedTuple):
     """How long a process computes, in seconds."""
 
-    arithmetic: float
-    """Of an image."""
-    passes: float
-    """Of an image: over maps in memory."""
+    image: dict[str, float]
+    """Of an image, by what they go by for."""
     kernels: float
     """Of a micro-batch, whatever its size."""
     issue: float
@@ -87,8 +89,10 @@ class Pace(NamedTuple):
         peak = 1e12 * (gpu.float32_tflops if precision == "no" else gpu.half_tflops)
         bandwidth = 1e12 * gpu.bandwidth_tb
         return cls(
-            arithmetic=work.flop / (MATMUL_SHARE * peak),
-            passes=work.footprint.image * MOVED / bandwidth,
+            image={
+                "arithmetic": work.flop / (MATMUL_SHARE * peak),
+                "memory bandwidth": work.footprint.image * MOVED / bandwidth,
+            },
             kernels=work.tensors * KERNELS_S,
             issue=work.tensors * ISSUE_S,
             optimizer=work.parameters * ADAMW_BYTES / bandwidth,
@@ -97,11 +101,8 @@ class Pace(NamedTuple):
     def micro_batch(self, images: int, *, recorded: bool, recomputed: bool) -> dict[str, float]:
         """Return the seconds of a micro-batch, by what they go by for."""
         times = RECOMPUTED if recomputed else 1.0
-        parts = {
-            "arithmetic": times * images * self.arithmetic,
-            "memory bandwidth": times * images * self.passes,
-            "small kernels": times * self.kernels,
-        }
+        parts = {name: times * images * seconds for name, seconds in self.image.items()}
+        parts["small kernels"] = times * self.kernels
         issue = times * self.issue
         return parts if recorded or issue <= sum(parts.values()) else {"starting kernels": issue}
 
@@ -113,7 +114,7 @@ class Machines(NamedTuple):
     source: str
     """Where its figures come from."""
     memory: float
-    """Bytes of each process."""
+    """Bytes of each GPU, or of the computer."""
     pace: Pace
     link: float
     """Bytes/s that a process sends to the others of its machine."""
@@ -122,7 +123,7 @@ class Machines(NamedTuple):
     """Bytes/s that a machine sends to the others."""
     per_machine: int
     records: bool
-    """Whether processes of one machine record their steps as CUDA graphs, and then exchange gradients after them."""
+    """Whether processes of one machine record steps as CUDA graphs, and then exchange gradients after them."""
     overlaps: bool
     """Whether gradients are exchanged while others are computed, where steps are not recorded."""
     load_rate: float
@@ -133,6 +134,10 @@ class Machines(NamedTuple):
     """That all processes share, each computing with `threads`; infinity where each has those that it needs."""
     threads: int
     on_gpu: bool
+
+    def memory_of(self, processes: int) -> float:
+        """Return the bytes that each of so many processes has."""
+        return self.memory if self.on_gpu else self.memory / processes
 
 
 def modelled(

@@ -36,7 +36,7 @@ def build(config: PretrainConfig) -> tuple[FCMAE, MaskSampler]:
 
 
 def units(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield what a sharded training gathers one after the other: the blocks, members of lists that hold no lists."""
+    """Yield what FSDP gathers one after the other: blocks, which are members of lists and hold no lists."""
     lists = (nn.Sequential, nn.ModuleList)
     for group in model.modules():
         for member in group.children() if isinstance(group, lists) else ():
