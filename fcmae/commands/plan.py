@@ -26,8 +26,8 @@ MOST = {"images": 1e12, "epochs": 1e9, "price": 1e6, "network": 1e6, "image_kb":
 ASSUMED = "h200"
 CPU = "cpu"
 NOT_COUNTED = (
-    "Models of a step, its exchange and its loading (docs/planning.md): what comes from data sheets is right to about\n"
-    "30 %; evaluation, pictures, checkpoints and failures are not counted."
+    "Models of a step, its exchange and its loading (docs/planning.md); what comes from data sheets is right to\n"
+    "about 30 %. Evaluation, pictures, checkpoints and failures are not counted."
 )
 REMEDIES = {
     "computing": "the processor or GPU itself, which waits for nothing",

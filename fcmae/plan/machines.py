@@ -38,8 +38,8 @@ MESSAGE_S = 20e-6
 """Seconds that each message of an exchange takes besides, for every doubling of the number of GPUs."""
 
 CORE_RATES = {"folder": 600.0, "arrays": 3_800.0}
-"""Images/s that a core loads, by data.name: measured (docs/data.md) from JPEGs of about 525 x 350 pixels, and from
-arrays of `fcmae prepare` where the GPU resizes. What is not here is taken for JPEGs. A hyperthread is half a core."""
+"""Images/s that a core loads, by data.name, measured (docs/data.md): JPEGs of about 525 x 350 pixels, and arrays of
+`fcmae prepare`, which the GPU resizes. What is not here is taken for JPEGs. A hyperthread is half a core."""
 
 
 class GPU(NamedTuple):

@@ -48,7 +48,8 @@ def draw_time(title: str, curves: Mapping[str, Sequence[Forecast]], asked: int, 
     axes.set(xscale="log", yscale="log", xlabel="processes", ylabel="days", title=title)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "125" else "")
     axes.margins(x=0.14)
     axes.grid(axis="y", which="both", color="#eeeeee", lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
