@@ -4,9 +4,9 @@
 
 Run from the root of the repository. Each round measures this machine as `fcmae plan --measure` does, in one
 process, plans runs of 1, 2 and 4 processes from that, and trains so for some updates: the same update of 32
-photographs, divided among them, each process loading its own. Two clocks are read: that on the wall, by which other programs on
-the same cores slow everything down, and that of the processors, core-seconds, which knows only what ours compute.
-Medians over rounds count.
+photographs, divided among them, each process loading its own. Two clocks are read: that on the wall, by which other
+programs on the same cores slow everything down, and that of the processors, core-seconds, which knows only what
+ours compute. Medians over rounds count.
 """
 
 import argparse
