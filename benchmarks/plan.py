@@ -57,13 +57,12 @@ WARM_UP = 5
 """Updates that are not counted."""
 
 
-def plan(clock: str, send: Any) -> None:
-    """Send the seconds of an update that a plan has for each number of processes, measured here by a clock."""
+def plan(send: Any) -> None:
+    """Send the seconds of an update that a plan has for each number of processes, measured here in core-seconds."""
     for module in (measure, dry_run):
-        module.time = SimpleNamespace(perf_counter=CLOCKS[clock])  # pyright: ignore[reportAttributeAccessIssue]
-    if clock == "core":  # which counts both of the threads that exchange
-        time_gloo = measure.time_gloo
-        measure.time_gloo = lambda sent: time_gloo(sent) / 2
+        module.time = SimpleNamespace(perf_counter=time.process_time)  # pyright: ignore[reportAttributeAccessIssue]
+    time_gloo = measure.time_gloo
+    measure.time_gloo = lambda sent: time_gloo(sent) / 2  # as that clock counts both of the threads that exchange
     recipe = load_config(PretrainRecipe, "quickstart", KEYS)
     config: PretrainConfig = resolve_recipe(recipe)[0]
     machines, work = measure.measured(config, recipe, 1, per_machine=1, network=1)
@@ -77,7 +76,8 @@ def plan(clock: str, send: Any) -> None:
 def train(run: Path, rank: int, processes: int, port: int, send: Any) -> None:
     """Be one of the processes of a run, joined as torchrun joins them; send the median seconds of its updates."""
     if processes > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        place |= {"MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     times: list[list[float]] = []
     update = Trainer.update
@@ -113,26 +113,25 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_round(context: Any, run: Path) -> Iterator[dict[str, Any]]:
+def run_round(context: Any, run: Path) -> Iterator[dict[str, float]]:
     """Yield planned and measured milliseconds of an update for each number of processes.
 
-    Core-milliseconds are those of all processes together, as a plan has them where they share cores.
+    Core-milliseconds are those of all processes together: on a machine where nothing else runs, as many as the
+    milliseconds of an update times the cores that they keep busy.
     """
-    plans = {}
-    for clock in CLOCKS:
-        receive, send = context.Pipe(duplex=False)
-        together(context, (plan, (clock, send)))
-        plans[clock] = receive.recv()
+    receive, send = context.Pipe(duplex=False)
+    together(context, (plan, (send,)))
+    planned = receive.recv()
     for processes in PROCESSES:
         shutil.rmtree(run, ignore_errors=True)
         port, (receive, send) = free_port(), context.Pipe(duplex=False)
         together(context, *((train, (run, rank, processes, port, send)) for rank in range(processes)))
         wall, core = zip(*(receive.recv() for _ in range(processes)), strict=True)
-        cores = min(processes, os.cpu_count() or 1)
         yield {
             "processes": processes,
-            "wall": {"planned_ms": 1e3 * plans["wall"][processes], "measured_ms": 1e3 * max(wall)},
-            "core": {"planned_ms": 1e3 * plans["core"][processes] * cores, "measured_ms": 1e3 * sum(core)},
+            "planned_core_ms": 1e3 * planned[processes] * min(processes, os.cpu_count() or 1),
+            "measured_core_ms": 1e3 * sum(core),
+            "measured_wall_ms": 1e3 * max(wall),
         }
 
 
@@ -144,7 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "fcmae.pretrain"])
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, float]] = []
     started, others = time.perf_counter(), cpu_seconds_of_others()
     for number in range(args.rounds):
         for row in run_round(context, args.runs):
@@ -153,16 +152,11 @@ def main() -> None:
     busy = (cpu_seconds_of_others() - others) / (time.perf_counter() - started)
     table: list[dict[str, Any]] = []
     for processes in PROCESSES:
-        line: dict[str, Any] = {"processes": processes}
-        for clock in CLOCKS:
-            times = [row[clock] for row in rows if row["processes"] == processes]
-            for name in ("planned_ms", "measured_ms"):
-                line[f"{clock}_{name}"] = statistics.median(one[name] for one in times)
-            ratios = [one["measured_ms"] / one["planned_ms"] for one in times]
-            line[f"{clock}_ratio"] = statistics.median(ratios)
-            line[f"{clock}_ratio_min_max"] = [min(ratios), max(ratios)]
-        table.append(line)
-        print(line)
+        mine = [row for row in rows if row["processes"] == processes]
+        ratios = [row["measured_core_ms"] / row["planned_core_ms"] for row in mine]
+        line = {name: statistics.median(row[name] for row in mine) for name in mine[0] if name != "round"}
+        table.append({**line, "ratio": statistics.median(ratios), "ratio_min_max": [min(ratios), max(ratios)]})
+        print(table[-1])
     if args.json:
         found = {
             "command": shlex.join(["python", *sys.argv]),
@@ -170,7 +164,7 @@ def main() -> None:
             "device": f"cpu: {device_name('cpu')}, {os.cpu_count()} cores, one thread a process",
             "torch": torch.__version__,
             "update": "32 photographs, cropped to 64 px; median of 15 updates in each round",
-            "load": f"{busy:.2f} of {os.cpu_count()} cores busy, load average {os.getloadavg()[2]:.0f}",
+            "machine": f"{busy:.2f} of {os.cpu_count()} cores busy meanwhile, load average {os.getloadavg()[2]:.0f}",
             "rounds": args.rounds,
             "keys": KEYS,
             "table": table,

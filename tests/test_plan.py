@@ -209,14 +209,13 @@ def test_gradient_checkpointing_computes_a_third_more() -> None:
 
 
 def test_processes_on_a_cpu_share_its_cores_and_its_memory() -> None:
-    one, two, four = (look(CPU, n, workers=0, update=64) for n in (1, 2, 4))
-    assert one.limit == "arithmetic"
+    one, two, four = (look(CPU, n, workers=0, update=256) for n in (1, 2, 4))
     for few in (one, two):  # a core for each
         assert few.update_s == pytest.approx(sum(few.parts.values()) + few.loading_s)
     assert four.limit == "cores"
     assert four.update_s == pytest.approx(4 / 2 * (sum(four.parts.values()) + four.loading_s))
     assert [CPU.memory_of(n) for n in (1, 4)] == [80e9, 20e9]
-    assert look(CPU, 2, update=64).limit == "cores"  # with a loader beside each
+    assert look(CPU, 2, update=256).limit == "cores"  # with a loader beside each
 
 
 def test_no_gpu_of_the_table_is_slower_with_half_the_bits() -> None:
@@ -238,7 +237,7 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     with pytest.raises(UserError) as refused:
         require_forecast(config, asked, WORK, small, images=10**6, processes=16)
     assert str(refused.value) == (
-        "--config: base with 1 images at once takes about 0.9 GB for each process, and a GPU has 0.5; what would "
+        "--config: base with 1 image at once takes about 0.9 GB for each process, and a GPU has 0.5; what would "
         "fit: FSDP, FSDP with gradient checkpointing"
     )
     with pytest.raises(UserError, match="no way to save memory would make it fit"):

@@ -220,9 +220,9 @@ def require_forecast(
     if 1 <= largest < batch:
         remedies.insert(0, f"data.batch_size={largest}")
     raise UserError(
-        f"--config: {config.model.variant} with {batch} images at once takes about "
+        f"--config: {config.model.variant} with {batch} image{'s' * (batch > 1)} at once takes about "
         f"{footprint.of(batch) / 1e9:.1f} GB for each process, and {machines.name} has "
-        f"{memory / 1e9:.0f}; "
+        f"{memory / 1e9:.3g}; "
         + (f"what would fit: {', '.join(remedies)}" if remedies else "no way to save memory would make it fit")
     )
 
