@@ -164,7 +164,7 @@ def main() -> None:
             "device": f"cpu: {device_name('cpu')}, {os.cpu_count()} cores, one thread a process",
             "torch": torch.__version__,
             "update": "32 photographs, cropped to 64 px; median of 15 updates in each round",
-            "machine": f"{busy:.2f} of {os.cpu_count()} cores busy meanwhile, load average {os.getloadavg()[2]:.0f}",
+            "machine": f"{busy:.2f} of {os.cpu_count()} cores busy, load average {os.getloadavg()[2]:.0f}",
             "rounds": args.rounds,
             "keys": KEYS,
             "table": table,
