@@ -82,9 +82,9 @@ def train(run: Path, rank: int, processes: int, port: int, send: Any) -> None:
     times: list[list[float]] = []
     update = Trainer.update
 
-    def timed(trainer: Trainer, batches: Iterator[Any]) -> None:
+    def timed(self: Trainer, batches: Iterator[Any]) -> None:
         started = [clock() for clock in CLOCKS.values()]
-        update(trainer, batches)
+        update(self, batches)
         times.append([clock() - start for clock, start in zip(CLOCKS.values(), started, strict=True)])
 
     Trainer.update = timed

@@ -190,7 +190,7 @@ def find_machines(
 
 
 def counts(asked: int) -> list[int]:
-    """Return powers of two up to eight times the asked number, and the asked number with its halves and doubles."""
+    """Return powers of two up to four times the asked number, and the asked number with its halves and doubles."""
     twos = {2**power for power in range(math.ceil(math.log2(asked)) + 3)}
     return sorted(twos | {asked, 2 * asked} | ({asked // 2} if asked > 1 else set()))
 

@@ -41,8 +41,8 @@ from fcmae.training.optim import build_adamw
 from fcmae.training.schedule import Plan
 from fcmae.training.trainer import Trainer
 
-TIMED = 7
-"""Micro-batches of each size, and updates, of which the median counts."""
+TIMED, TIMED_S = 5, 5.0
+"""Calls of each kind, at least, of which the median counts, and seconds of all kinds together."""
 MOST_PROCESSES = 10**9
 """Of one computer: all."""
 MOST_SENT = 2**26
@@ -89,14 +89,17 @@ def build_updates(config: PretrainConfig, images: int) -> tuple[Callable[[], Non
 
 
 def time_pace(config: PretrainConfig, device: torch.device, images: int) -> Pace:
-    """Time micro-batches of so many images and of half as many, between which the time is a line, and updates.
+    """Time micro-batches of so many images and of a quarter as many, with a line between them, and updates.
 
     They take turns, so that a busy machine disturbs them alike.
     """
     alone = config.model_copy(update={"optim": config.optim.model_copy(update={"accumulate": 1})})
-    many, few = max(images, 2), max(images, 2) // 2
+    many = max(images, 2)
+    few = max(many // 4, 1)
     calls = [*build_updates(alone, many), build_updates(alone, few)[0]]
-    rounds = [[seconds_of(call, device) for call in calls] for _ in range(TIMED)]
+    rounds = list[list[float]]()
+    while len(rounds) < TIMED or sum(map(sum, rounds)) < TIMED_S:
+        rounds.append([seconds_of(call, device) for call in calls])
     many_s, update_s, few_s = map(statistics.median, zip(*rounds, strict=True))
     each = (many_s - few_s) / (many - few)
     if not 0 < each * many < many_s:  # less than the noise of this machine
