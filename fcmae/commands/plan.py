@@ -225,16 +225,23 @@ def days(seconds: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows, numbers to the right, the last column to the left."""
+    """Lay out rows, each column to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-def table(planned: Planned, unit: str) -> str:
+def table(planned: Planned) -> str:
     """Return a table of the asked number of processes, half as many and twice as many."""
     asked = planned.asked.processes
-    head = [unit, "time", "images/s", "at once", "GB each", "limited by"]
+    head = [
+        "GPUs" if planned.machines.on_gpu else "processes",
+        "time",
+        "images/s",
+        "at once",
+        "GB each",
+        "limited by",
+    ]
     head += [] if planned.price is None else ["cost"]
     rows = [head]
     for one in planned.curve:
@@ -248,7 +255,7 @@ def table(planned: Planned, unit: str) -> str:
     return columns(rows)
 
 
-def explain(planned: Planned, config: PretrainConfig, stored: tuple[float, str], unit: str) -> Iterator[str]:
+def explain(planned: Planned, config: PretrainConfig, stored: tuple[float, str]) -> Iterator[str]:
     """Yield lines on the asked number of processes: of what an update is made, and what would help."""
     one, machines = planned.asked, planned.machines
     step_s = sum(one.parts.values())
@@ -293,6 +300,20 @@ def as_json(value: Any) -> Any:
     return None if value == math.inf else value
 
 
+def as_text(found: Sequence[Planned], config: PretrainConfig, images: int, stored: tuple[float, str]) -> str:
+    """Return tables and words on each kind of machine."""
+    one, work = found[0].asked, found[0].work
+    lines = [
+        f"{config.model.variant}: {images:,} images x {config.train.epochs:g} epochs = {one.updates:,} updates of "
+        f"{one.batch * one.accumulate * one.processes:,}; {work.parameters / 1e6:.1f} M parameters, "
+        f"{work.flop / 1e9:.3g} GFLOP an image"
+    ]
+    for planned in found:
+        lines += ["", f"{planned.machines.name}, {planned.machines.source}", table(planned), ""]
+        lines += [f"  {line}" for line in explain(planned, config, stored)]
+    return "\n".join([*lines, "", NOT_COUNTED])
+
+
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
     check_options(options)
@@ -300,43 +321,27 @@ def main(argv: list[str]) -> int:
     from fcmae.plan.storage import image_bytes
 
     stored = (1e3 * options.image_kb, "as given") if options.image_kb else image_bytes(config.data)
-    images, found = round(options.images), list[Planned]()
+    images, prices = round(options.images), options.price or [None]
+    found = list[Planned]()
     for number, (machines, work) in enumerate(find_machines(options, config, recipe)):
-        prices = options.price or [None]
-        one, curve, ways = plan(config, recipe, machines, work, images, options.gpus)
-        planned = Planned(machines, work, one, curve, ways, prices[number % len(prices)])
-        found.append(planned)
-        if options.json:
-            continue
-        if number == 0:
-            print(
-                f"{config.model.variant}: {images:,} images x {config.train.epochs:g} epochs = {one.updates:,} "
-                f"updates of {one.batch * one.accumulate * one.processes:,}; {work.parameters / 1e6:.1f} M "
-                f"parameters, {work.flop / 1e9:.3g} GFLOP an image"
-            )
-        unit = "GPUs" if machines.on_gpu else "processes"
-        print(f"\n{machines.name}, {machines.source}\n{table(planned, unit)}\n")
-        print("\n".join(f"  {line}" for line in explain(planned, config, stored, unit)), flush=True)
+        forecasts = plan(config, recipe, machines, work, images, options.gpus)
+        found.append(Planned(machines, work, *forecasts, prices[number % len(prices)]))
     if options.json:
-        print(
-            json.dumps(
-                as_json(
-                    {
-                        "config": options.config,
-                        "images": images,
-                        "epochs": config.train.epochs,
-                        "image_bytes": stored[0],
-                        "plans": [{**one._asdict(), "cost": one.cost(one.asked)} for one in found],
-                    }
-                ),
-                indent=1,
-            )
-        )
+        values = {
+            "config": options.config,
+            "images": images,
+            "epochs": config.train.epochs,
+            "image_bytes": stored[0],
+            "plans": [{**one._asdict(), "cost": one.cost(one.asked)} for one in found],
+        }
+        print(json.dumps(as_json(values), indent=1))
     else:
-        print(f"\n{NOT_COUNTED}")
+        print(as_text(found, config, images, stored))
     if options.plot is not None:
         from fcmae.plan.picture import draw_time
 
         title = f"{config.model.variant}: {images:,} images x {config.train.epochs:g} epochs"
-        draw_time(title, {one.machines.name: one.curve for one in found}, options.gpus, options.plot)
+        curves = {one.machines.name: one.curve for one in found}
+        unit = "GPUs" if all(one.machines.on_gpu for one in found) else "processes"
+        draw_time(title, curves, options.gpus, unit, options.plot)
     return 0
