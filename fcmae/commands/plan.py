@@ -224,6 +224,11 @@ def days(seconds: float) -> str:
     return f"{hours // 24:,} d {hours % 24:02} h"
 
 
+def ms(seconds: float) -> str:
+    """Write milliseconds in three digits."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows, each column to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -259,13 +264,13 @@ def explain(planned: Planned, config: PretrainConfig, stored: tuple[float, str])
     """Yield lines on the asked number of processes: of what an update is made, and what would help."""
     one, machines = planned.asked, planned.machines
     step_s = sum(one.parts.values())
-    parts = [f"{name} {1e3 * s:.3g}" for name, s in one.parts.items() if 1e3 * s >= 0.005]
-    yield f"update     {1e3 * one.update_s:.3g} ms; of computing, in ms: {', '.join(parts)}"
+    parts = [f"{name} {ms(s)}" for name, s in one.parts.items() if s >= 5e-6]
+    yield f"update     {ms(one.update_s)} ms; of computing, in ms: {', '.join(parts)}"
     if one.processes > 1:
         hidden = one.exchange_s - one.parts["exchange"]
         yield (
             f"exchange   {one.exchange_bytes / 1e9:.3g} GB sent by each process in an update, "
-            f"{1e3 * one.exchange_s:.3g} ms, of which {1e3 * hidden:.3g} while it computes"
+            f"{ms(one.exchange_s)} ms, of which {ms(hidden)} while it computes"
         )
     share = one.batch * one.accumulate
     loaders = max(config.data.num_workers, 1)
@@ -316,6 +321,8 @@ def as_text(found: Sequence[Planned], config: PretrainConfig, images: int, store
 
 def main(argv: list[str]) -> int:
     options = make_parser().parse_intermixed_args(argv)
+    options.words += [name for name in options.gpu if "=" in name]  # which argparse takes for one more kind
+    options.gpu = [name for name in options.gpu if "=" not in name]
     check_options(options)
     config, recipe = read_config(options)
     from fcmae.plan.storage import image_bytes
