@@ -18,7 +18,7 @@ from fcmae.data import save_arrays
 from fcmae.errors import UserError
 from fcmae.plan import measure
 from fcmae.plan.forecast import BUCKET, WAYS, Forecast, Way, exchange, forecast, require_forecast
-from fcmae.plan.machines import GPUS, MESSAGE_S, Machines, Pace, modelled
+from fcmae.plan.machines import GPUS, MESSAGE_S, Machines, Pace, known_gpu, modelled
 from fcmae.plan.storage import image_bytes
 from fcmae.plan.work import Work
 from fcmae.training.batch import Footprint
@@ -134,6 +134,39 @@ def test_fsdp_divides_the_state_and_gathers_two_blocks() -> None:
     assert sharded.footprint(WORK, 1) == WORK.footprint
 
 
+def test_gradients_that_wait_for_further_micro_batches_are_whole_under_fsdp() -> None:
+    way = Way(False, sharded=True)
+    for processes, waiting in ((8, 0), (4, 0.75 * 4 * PARAMETERS)):
+        found, footprint = look(MACHINES, processes, way=way), way.footprint(WORK, processes)
+        assert footprint is not None
+        assert (found.accumulate > 1) == (waiting > 0)
+        assert found.memory == pytest.approx(footprint.of(found.batch) + waiting)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce GTX 1080 Ti", None),
+    ],
+)
+def test_a_gpu_is_known_by_the_name_that_its_driver_gives(name: str, kind: str | None) -> None:
+    assert known_gpu(name) == (kind and GPUS[kind])
+
+
+def test_a_pcie_card_has_no_nvlink() -> None:
+    card = known_gpu("NVIDIA H100 PCIe")
+    assert card
+    assert not card.nvlink
+    assert card.link_gb < GPUS["h100"].link_gb
+
+
 def test_a_network_that_cannot_be_computed_twice_is_not_planned_with_checkpointing() -> None:
     work = WORK._replace(checkpointed=None)
     assert [way.footprint(work, 8) is None for way in WAYS] == [way.checkpointing for way in WAYS]
@@ -169,9 +202,8 @@ def test_each_process_sends_twice_its_share_of_the_gradients() -> None:
     for processes in (1, 2, 8, 64):
         sent = 2 * (processes - 1) / processes * 4 * PARAMETERS
         assert look(MACHINES, processes).exchange_bytes == pytest.approx(sent)
-        assert look(MACHINES, processes, way=Way(False, True)).exchange_bytes == pytest.approx(
-            1.5 * sent * look(MACHINES, processes).accumulate
-        )
+        sharded = look(MACHINES, processes, way=Way(False, True))  # gathers weights twice for each micro-batch
+        assert sharded.exchange_bytes == pytest.approx(sent * (sharded.accumulate + 0.5))
 
 
 def test_the_slowest_link_of_the_ring_counts() -> None:
@@ -233,11 +265,11 @@ def test_no_gpu_of_the_table_is_slower_with_half_the_bits() -> None:
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     asked = recipe()
     config: PretrainConfig = asked.resolve({}, "a test")
-    small = MACHINES._replace(memory=0.5e9)
+    small = MACHINES._replace(memory=0.8e9)
     with pytest.raises(UserError) as refused:
         require_forecast(config, asked, WORK, small, images=10**6, processes=16)
     assert str(refused.value) == (
-        "--config: base with 1 image at once takes about 0.9 GB for each process, and a GPU has 0.5; what would "
+        "--config: base with 1 image at once takes about 0.9 GB for each process, and a GPU has 0.8; what would "
         "fit: FSDP, FSDP with gradient checkpointing"
     )
     with pytest.raises(UserError, match="no way to save memory would make it fit"):

@@ -9,9 +9,10 @@ these cores. **Exchange.** A ring all-reduce sends 2 (n - 1) / n of the gradient
 process; the slowest link of the ring counts, which between machines is the network of a machine; every message of
 `BUCKET` bytes takes `message_s` for each doubling of n. DDP exchanges while the backward pass of the last
 micro-batch, two thirds of it, goes on, but for the last message; recorded steps exchange after it. FSDP sends
-3 (n - 1) / n of the weights' bytes for each micro-batch (weights gathered forward and backward, gradients
-scattered), meanwhile computing the rest. **Memory** is `Work`'s; FSDP divides weights, gradients and moments by n,
-and gathers two `units` with their gradients. Evaluation, pictures, checkpoints and failures are left out.
+2 (n - 1) / n of the weights' bytes for each micro-batch (they are gathered forward and backward), and half of that
+of gradients for each update, meanwhile computing the rest. **Memory** is `Work`'s; FSDP divides weights, gradients
+and moments by n, and gathers two `units` with their gradients; between micro-batches gradients are whole.
+Evaluation, pictures, checkpoints and failures are left out.
 """
 
 import math
@@ -138,7 +139,9 @@ def forecast(
     memory = machines.memory_of(processes)
     config = divided(config, recipe, footprint, memory, on_gpu=machines.on_gpu, processes=processes)
     batch, accumulate = config.data.batch_size, config.optim.accumulate
-    if footprint.of(batch) > memory:
+    around = (processes - 1) / processes * GRADIENT_BYTES * work.parameters
+    taken = footprint.of(batch) + (around if way.sharded and accumulate > 1 else 0)
+    if taken > memory:
         return None
     plan = Plan.of(config, images, processes)
     share = batch * accumulate
@@ -146,8 +149,7 @@ def forecast(
     micro = machines.pace.micro_batch(batch, recorded=recorded, recomputed=way.checkpointing)
     micro_s = sum(micro.values())
 
-    around = (processes - 1) / processes * GRADIENT_BYTES * work.parameters
-    sent = 3 * accumulate * around if way.sharded else 2 * around
+    sent = (2 * accumulate + 1) * around if way.sharded else 2 * around
     exchange_s = exchange(machines, processes, sent)
     hidden_s = 0.0
     if machines.overlaps and not recorded:
@@ -171,7 +173,7 @@ def forecast(
         batch=batch,
         accumulate=accumulate,
         updates=plan.total_steps,
-        memory=footprint.of(batch),
+        memory=taken,
         parts=parts,
         exchange_bytes=sent,
         exchange_s=exchange_s,

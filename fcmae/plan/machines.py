@@ -71,6 +71,16 @@ GPUS = {
 """SXM modules of H200, H100 and A100, whose machines have eight."""
 
 
+def known_gpu(name: str) -> GPU | None:
+    """Return the row of `GPUS` for what a driver calls a GPU, such as "NVIDIA A100-SXM4-80GB"; None for others.
+
+    Of kinds with several memories any has the same links.
+    """
+    plain = name.lower().replace(" ", "")
+    found = next((gpu for key, gpu in GPUS.items() if key.partition("-")[0] in plain), None)
+    return found._replace(link_gb=PCIE_GB, nvlink=False) if found and "pcie" in plain else found
+
+
 class Pace(NamedTuple):
     """How long a process computes, in seconds."""
 

@@ -31,7 +31,7 @@ from fcmae.data import (
 )
 from fcmae.data.batches import PREFETCH_FACTOR
 from fcmae.plan.forecast import divided
-from fcmae.plan.machines import GPUS, GRADIENT_BYTES, LINK_SHARE, MESSAGE_S, PCIE_GB, Machines, Pace
+from fcmae.plan.machines import GRADIENT_BYTES, LINK_SHARE, MESSAGE_S, PCIE_GB, Machines, Pace, known_gpu
 from fcmae.plan.work import Work, build
 from fcmae.story import cores_per_process
 from fcmae.training.dry_run import loading_rate
@@ -195,8 +195,7 @@ def measured(
     )
     if on_gpu:
         name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-        plain = name.lower().replace(" ", "")
-        known = next((gpu for key, gpu in GPUS.items() if key.partition("-")[0] in plain), None)
+        known = known_gpu(name)
         return machines._replace(
             name=name,
             link=LINK_SHARE * 1e9 * (known.link_gb if known else PCIE_GB),
