@@ -217,10 +217,11 @@ def require_forecast(
     memory = machines.memory_of(processes)
     chosen = divided(config, recipe, footprint, memory, on_gpu=machines.on_gpu, processes=processes)
     batch = chosen.data.batch_size
+    share = batch * chosen.optim.accumulate
     remedies = [str(way) for way in WAYS if way != own and look(way) is not None]
-    largest = math.floor((memory - footprint.fixed) / footprint.image)
-    if 1 <= largest < batch:
-        remedies.insert(0, f"data.batch_size={largest}")
+    smaller = [n for n in range(1, batch) if share % n == 0 and footprint.of(n) <= memory]
+    if smaller:
+        remedies.insert(0, f"data.batch_size={smaller[-1]} optim.accumulate={share // smaller[-1]}")
     raise UserError(
         f"--config: {config.model.variant} with {batch} image{'s' * (batch > 1)} at once takes about "
         f"{footprint.of(batch) / 1e9:.1f} GB for each process, and {machines.name} has "
