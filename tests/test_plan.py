@@ -379,5 +379,16 @@ def test_this_machine_is_measured_and_nothing_is_left(
     assert "nowhere" in err
 
 
+def test_a_pace_measured_with_checkpointing_is_planned_with_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "TIMED_S", 0.0)
+    monkeypatch.setattr(measure, "build_updates", lambda config, images: (images, images))
+    monkeypatch.setattr(measure, "seconds_of", lambda images, device: 3.0 + images)  # for a call, its images
+    for again in (False, True):
+        config: PretrainConfig = recipe(train={"gradient_checkpointing": again}).resolve({}, "a test")
+        pace = measure.time_pace(config, torch.device("cpu"), 16)
+        parts = pace.micro_batch(16, recorded=False, recomputed=again)
+        assert parts == {"computing": pytest.approx(16), "small kernels": pytest.approx(3)}
+
+
 def test_an_exchange_of_two_threads_sums_what_both_have() -> None:
     assert measure.time_gloo(4) > 0

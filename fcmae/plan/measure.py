@@ -30,8 +30,19 @@ from fcmae.data import (
     open_source,
 )
 from fcmae.data.batches import PREFETCH_FACTOR
-from fcmae.plan.forecast import divided
-from fcmae.plan.machines import GRADIENT_BYTES, LINK_SHARE, MESSAGE_S, PCIE_GB, Machines, Pace, known_gpu
+from fcmae.errors import UserError
+from fcmae.plan.forecast import require_forecast
+from fcmae.plan.machines import (
+    GRADIENT_BYTES,
+    ISSUE_S,
+    LINK_SHARE,
+    MESSAGE_S,
+    PCIE_GB,
+    RECOMPUTED,
+    Machines,
+    Pace,
+    known_gpu,
+)
 from fcmae.plan.work import Work, build
 from fcmae.story import cores_per_process
 from fcmae.training.dry_run import loading_rate
@@ -104,9 +115,10 @@ def time_pace(config: PretrainConfig, device: torch.device, images: int) -> Pace
     each = (many_s - few_s) / (many - few)
     if not 0 < each * many < many_s:  # less than the noise of this machine
         each = many_s / many
+    times = RECOMPUTED if config.train.gradient_checkpointing else 1.0  # which a plan multiplies by
     return Pace(
-        image={"computing": each},
-        kernels=many_s - many * each,
+        image={"computing": each / times},
+        kernels=(many_s - many * each) / times,
         issue=0.0,
         optimizer=max(0.0, update_s - many_s),
     )
@@ -137,7 +149,11 @@ def time_loading(config: PretrainConfig, *, on_gpu: bool) -> float:
 
 
 def time_gloo(sent: int) -> float:
-    """Return the seconds in which two threads sum float32 of so many bytes, as processes do on a CPU."""
+    """Return the seconds in which two threads sum float32 of so many bytes, as processes do on a CPU.
+
+    Raises:
+        UserError: if they cannot.
+    """
     store, found = dist.HashStore(), list[float]()  # pyright: ignore[reportPrivateImportUsage]
 
     def take_part(rank: int) -> None:
@@ -151,6 +167,10 @@ def time_gloo(sent: int) -> float:
         thread.start()
     for thread in threads:
         thread.join()
+    if len(found) < 2:  # what is wrong a thread has printed
+        raise UserError(
+            "--measure: gloo cannot exchange on this machine; GLOO_SOCKET_IFNAME=lo names a network card"
+        )
     return max(found)
 
 
@@ -164,46 +184,51 @@ def measured(
         network: bytes/s of each machine.
 
     Raises:
-        UserError: if this device cannot compute in train.precision, data.root cannot be opened, or an update cannot
-            be divided among the processes.
+        UserError: if this device cannot compute in train.precision, data.root cannot be opened, or as
+            `require_forecast`.
     """
     accelerator = start_accelerator(config.train.precision)
     device = accelerator.device
     on_gpu = device.type != "cpu"
-    memory = free_and_total(device)[1]
     work = Work.count(config, device, accelerator.mixed_precision)
-    each = memory if on_gpu else memory / processes
-    config = divided(config, recipe, work.footprint, each, on_gpu=on_gpu, processes=processes)
-    load_rate = time_loading(config, on_gpu=on_gpu)
     cores = cores_per_process()
-    machines = Machines(
+    here = Machines(
         name="cpu",
         source="measured here",
-        memory=memory,
-        pace=time_pace(config, device, config.data.batch_size),
+        memory=free_and_total(device)[1],
+        pace=Pace(image={}, kernels=1.0, issue=0.0, optimizer=0.0),
         link=math.inf,
         message_s=0.0,
         network=math.inf,
-        per_machine=per_machine if on_gpu else MOST_PROCESSES,
+        per_machine=MOST_PROCESSES,
         records=False,
         overlaps=on_gpu,
-        load_rate=load_rate,
-        core_rate=load_rate / min(max(config.data.num_workers, 1), cores),
+        load_rate=math.inf,
+        core_rate=math.inf,
         cores=math.inf if on_gpu else cores,
         threads=torch.get_num_threads(),
         on_gpu=on_gpu,
     )
+    batch = require_forecast(config, recipe, work, here, images=1, processes=processes).batch
+    config = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch})})
+    load_rate = time_loading(config, on_gpu=on_gpu)
+    pace = time_pace(config, device, batch)
+    core_rate = load_rate / min(max(config.data.num_workers, 1), cores)
+    here = here._replace(load_rate=load_rate, core_rate=core_rate, pace=pace)
     if on_gpu:
         name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
         known = known_gpu(name)
-        return machines._replace(
+        return here._replace(
             name=name,
+            pace=pace._replace(
+                issue=work.tensors * ISSUE_S
+            ),  # of steps that are not recorded, as this one's may be
             link=LINK_SHARE * 1e9 * (known.link_gb if known else PCIE_GB),
             message_s=MESSAGE_S,
             network=LINK_SHARE * network,
+            per_machine=per_machine,
             records=known is not None and known.nvlink,
         ), work
     sent = min(GRADIENT_BYTES * work.parameters, MOST_SENT)
     message_s = time_gloo(4)
-    link = sent / max(time_gloo(sent) - message_s, 1e-9)
-    return machines._replace(link=link, message_s=message_s), work
+    return here._replace(link=sent / max(time_gloo(sent) - message_s, 1e-9), message_s=message_s), work
