@@ -11,6 +11,7 @@ COMMANDS = {
     "stats": "what images are like: sizes, mean and std, histograms, broken files, doubles",
     "prepare": "decode and shrink images once, for data.name=arrays",
     "pretrain": "pretrain FCMAE on images without labels",
+    "plan": "time, memory, traffic and cost of a pretraining on any GPUs, before it is paid for",
     "evaluate": "k-NN and linear probe accuracy of an encoder's frozen features",
     "diagnose": "feature collapse, layer by layer: cosine distance, dead and duplicate channels",
     "finetune": "fine-tune a classifier on labelled images, or evaluate one",

@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(place)
 
 
-def _move(model: nn.Module, device: torch.device) -> None:
+def move(model: nn.Module, device: torch.device) -> None:
     """Give a network uninitialised tensors on a device."""
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -85,7 +85,7 @@ def step_bytes(outline: nn.Module, step: Step, images: int, device: torch.device
     model = copy.deepcopy(outline)
     try:
         with FakeTensorMode():
-            _move(model, device)
+            move(model, device)
             with LiveBytes() as counted:
                 if dtype is not None:  # by hand: torch.autocast does nothing for a device that is not there
                     torch.set_autocast_dtype(kind, dtype)
