@@ -14,7 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from torch import nn
 
 from fcmae.config import RunConfig
@@ -67,8 +73,10 @@ def has_bf16(device: torch.device) -> bool:
     return device.type in kinds and kinds[device.type].is_bf16_supported(including_emulation=False)
 
 
-def start_accelerator(precision: str) -> Accelerator:
+def start_accelerator(precision: str, *, bf16_exchange: bool = False) -> Accelerator:
     """Return the Accelerator of this process, computing in `precision` ("auto": as launched, else as suits it).
+
+    With `bf16_exchange` DDP sends gradients as bf16.
 
     Raises:
         UserError: if this device cannot compute so.
@@ -88,7 +96,14 @@ def start_accelerator(precision: str) -> Accelerator:
         accelerator = Accelerator(
             cpu=without_gpu(),
             mixed_precision=chosen,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,  # no second copy of them
+                    comm_hook=DDPCommunicationHookType.BF16 if bf16_exchange else DDPCommunicationHookType.NO,
+                )
+            ],
+            # the trainer's own, whatever was launched: accelerate would divide losses by its number once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.precision={precision}: {error}") from error
@@ -232,7 +247,7 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
         UserError: as `require_trackers`, `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
     """
     require_trackers(config.log.loggers)
-    accelerator = start_accelerator(config.train.precision)
+    accelerator = start_accelerator(config.train.precision, bf16_exchange=config.train.bf16_exchange)
     with ExitStack() as stack:
         checkpoint, locks = None, []
 

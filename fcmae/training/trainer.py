@@ -491,7 +491,8 @@ class Trainer:
     def _exchange(self) -> None:
         if self.without_ddp:
             gradients = (parameter.grad for parameter in self.bare_model.parameters())
-            average(gradient for gradient in gradients if gradient is not None)
+            dtype = torch.bfloat16 if self.config.train.bf16_exchange else None
+            average((gradient for gradient in gradients if gradient is not None), dtype)
             share(self.bare_model.buffers())
 
     def _step(self) -> Tensor:
