@@ -45,6 +45,7 @@ def updated(
         compute_loss=loss,
         plan=Plan.of(config, 8, number),
         config=config,
+        ema_decay=config.train.ema_decay,
     )
 
     def given() -> Iterator[Numbers]:

@@ -17,19 +17,22 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DDPCommunicationHookType,
     DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     broadcast_object_list,
     parse_flag_from_env,
 )
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from fcmae.config import RunConfig
-from fcmae.errors import UserError
+from fcmae.config import RunConfig, TrainSection
+from fcmae.errors import UserError, blame
 from fcmae.training.batch import Footprint, Room, Run, Step, with_batch
 from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
 from fcmae.training.lock import Lock, held
 from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
+from fcmae.training.sharding import FSDP, Sharding
 from fcmae.training.stop import Stopped
 from fcmae.training.trackers import require_trackers
 
@@ -120,6 +123,40 @@ def start_accelerator(precision: str, *, bf16_exchange: bool = False) -> Acceler
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+UNITS = ("Block",)
+"""Names of the classes of modules that FSDP divides each by itself, unless accelerate's configuration has others."""
+
+
+def asked_sharding(train: TrainSection) -> Sharding | None:
+    """Return how parameters are divided among processes, if accelerate was launched with FSDP; None for not.
+
+    Raises:
+        UserError: for what of it cannot be done.
+    """
+    if not (parse_flag_from_env(FSDP) and torch.distributed.is_initialized()):
+        return None
+    with blame("FSDP, as accelerate was asked for it"):
+        plugin: Any = FullyShardedDataParallelPlugin()
+    refused = {
+        "of version 1: set fsdp_version: 2 in accelerate's configuration": plugin.fsdp_version != 2,
+        "with parameters on the CPU: set fsdp_offload_params: false": isinstance(
+            plugin.cpu_offload, CPUOffloadPolicy
+        ),
+        "with its own checkpointing of activations: set train.gradient_checkpointing=true, and "
+        "fsdp_activation_checkpointing: false": plugin.activation_checkpointing,
+        "with train.compile=true: leave that out": train.compile,
+        "with train.precision=fp16: take bf16": train.precision == "fp16",
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UserError(f"FSDP {what}")
+    return Sharding(
+        units=tuple(plugin.transformer_cls_names_to_wrap or UNITS),
+        reshard_after_forward=plugin.reshard_after_forward,
+        bf16_exchange=train.bf16_exchange,
+    )
 
 
 def command_line() -> str:
