@@ -67,7 +67,9 @@ def images_of(indices: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def pretraining_loss(model: nn.Module, batch: Numbers) -> Tensor:
-    ids = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(int(i)))[:1] for i in batch.values])
+    ids = torch.stack(
+        [torch.randperm(4, generator=torch.Generator().manual_seed(int(i)))[:1] for i in batch.values]
+    )
     return model(images_of(batch.values), ids).loss
 
 
@@ -118,11 +120,15 @@ DIVIDED: dict[str, Any] = {"data": {"batch_size": 2}, "optim": {"accumulate": 2,
 def count_buckets(sent: Sent) -> Callable[[Trainer], None]:
     """Have DDP note what it sends by a communication hook."""
 
-    def hook(_: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
         sent.append((bucket.buffer().dtype, bucket.buffer().numel()))
-        return default_hooks.allreduce_hook(torch.distributed.group.WORLD, bucket)
+        return default_hooks.allreduce_hook(torch.distributed.distributed_c10d._get_default_group(), bucket)
 
-    return lambda trainer: trainer.model.register_comm_hook(None, hook)  # pyright: ignore[reportCallIssue]
+    def register(trainer: Trainer) -> None:
+        assert isinstance(trainer.model, nn.parallel.DistributedDataParallel)
+        trainer.model.register_comm_hook(None, hook)
+
+    return register
 
 
 def train_as_one_of_two(folder: Path) -> None:
@@ -151,7 +157,7 @@ def train_as_one_of_two(folder: Path) -> None:
     train("ddp in bf16", reduced, bf16=True)
     trainer_module.why_eager = lambda *_, **__: ""
     trainer_module.CudaGraphs = lambda _: None
-    Trainer.record_steps = lambda *_: None
+    Trainer.record_steps = lambda self, graphs: None
     train("calls", reduced)
     train("calls in bf16", reduced, bf16=True)
     torch.save(results, folder / f"{os.environ['RANK']}.pt")

@@ -15,6 +15,7 @@ from test_exchange import DIVIDED, UPDATES, fcmae, images_of, pretraining_loss, 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fcmae.model import FCMAE
 from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, read_checkpoint
 from fcmae.training.launch import start_accelerator
 from fcmae.training.trainer import Trainer
@@ -22,7 +23,6 @@ from fcmae.training.trainer import Trainer
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 """What `accelerate launch` tells processes by an FSDP configuration."""
 FILES = MODEL, OPTIMIZER, EMA
-IMAGES = torch.arange(4)
 
 
 def saved(trainer: Trainer) -> Path:
@@ -34,18 +34,25 @@ def saved(trainer: Trainer) -> Path:
     return trainer.run.checkpoints / "last"
 
 
+def encoded(network: nn.Module) -> torch.Tensor:
+    assert isinstance(network, FCMAE)
+    return network.encoder(images_of(torch.arange(4)))
+
+
 def train_divided(folder: Path, whole: Path) -> None:
     """In each of two processes: train with divided parameters, save, and take up what one process saved."""
     os.environ |= ASKED
     trainer = updated(start_accelerator("no"), folder / "two", fcmae(), pretraining_loss, **DIVIDED)
-    local = [parameter.to_local() for parameter in trainer.bare_model.parameters() if isinstance(parameter, DTensor)]
+    local = [
+        parameter.to_local() for parameter in trainer.bare_model.parameters() if isinstance(parameter, DTensor)
+    ]
     assert len(local) == len(list(fcmae().parameters()))
     assert sum(map(torch.numel, local)) < 0.6 * sum(map(torch.numel, fcmae().parameters()))
     with trainer.whole():
         assert trainer.ema is not None
         if os.environ["RANK"] == "1":  # alone, as the process that draws is
             with torch.no_grad():
-                shown = [network.encoder(images_of(IMAGES)) for network in (trainer.bare_model, trainer.ema.module)]
+                shown = [encoded(network) for network in (trainer.bare_model, trainer.ema.module)]
             torch.save((shown, trainer.window.grad_norm_sum.item()), folder / "shown.pt")
     saved(trainer)
     trainer.restore(read_checkpoint(whole))
@@ -102,5 +109,5 @@ def test_divided_networks_are_evaluated_whole_by_one_process_alone(runs: tuple[P
     shown, norms = torch.load(folder / "shown.pt")
     for found, network in zip(shown, (one.bare_model, one.ema.module), strict=True):
         with torch.no_grad():
-            torch.testing.assert_close(found, network.encoder(images_of(IMAGES)), rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(found, encoded(network), rtol=1e-8, atol=1e-9)
     assert norms == pytest.approx(one.window.grad_norm_sum.item(), rel=1e-9)

@@ -38,9 +38,7 @@ def average(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None
 
 
 @torch.no_grad()
-def _send(
-    tensors: Iterable[Tensor], begin: Callable[[Tensor], Any], dtype: torch.dtype | None = None
-) -> None:
+def _send(tensors: Iterable[Tensor], begin: Callable[[Tensor], Any], dtype: torch.dtype | None = None) -> None:
     sent: list[tuple[list[Tensor], Tensor, Any]] = []
     for part in _parts(tensors):
         flat = torch.cat([tensor.flatten() for tensor in part]).to(dtype or part[0].dtype)

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +25,12 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from fcmae import __version__
 from fcmae.config import RunConfig, TrainSection
 from fcmae.errors import UserError, blame
+from fcmae.training.agree import agree, in_all
 from fcmae.training.batch import Footprint, Room, Run, Step, with_batch
-from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
+from fcmae.training.checkpoint import SUMS, Best, Checkpoint, read_checkpoint, read_sums
 from fcmae.training.lock import Lock, held
 from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
@@ -266,11 +268,37 @@ def claim_checkpoint(config: RunConfig) -> Checkpoint | None:
         return checkpoint and (checkpoint.path, checkpoint.state.best)
 
     decided = decide_once(claim)
-    if claimed or decided is None:
-        return claimed[0] if claimed else None
+    if decided is None:
+        return None
     path, best = decided
-    checkpoint = read_checkpoint(path)
+    checkpoint = in_all(lambda: (claimed and claimed[0]) or read_checkpoint(path))
+    facts = {f"{path}: its step": checkpoint.state.step, f"{path}: its {SUMS}": read_sums(path)}
+    agree(facts, "all processes must see the same output folder")
     return checkpoint._replace(state=checkpoint.state.model_copy(update={"best": best}))
+
+
+FREE = ("data.num_workers",)
+"""Keys that may differ between processes."""
+
+
+def require_same_settings(config: RunConfig, *, dry_run: bool) -> None:
+    """Make sure that all processes were started alike, before they do anything together.
+
+    Raises:
+        UserError: if not, in all of them.
+    """
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            elif f"{prefix}{name}" not in FREE:
+                yield f"{prefix}{name}", value
+
+    packages = {"the version of fcmae": __version__, "the version of torch": torch.__version__}
+    agree(packages, "install the same on all machines")
+    facts = {"the kind of run": type(config).__name__, "--dry-run": dry_run, **dict(flat(config.model_dump()))}
+    agree(facts, "start all processes by the same command, with the same configuration")
 
 
 @contextmanager
@@ -283,7 +311,9 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
     Raises:
         UserError: as `require_trackers`, `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
     """
-    require_trackers(config.log.loggers)
+    PartialState(cpu=without_gpu())  # from here on processes can talk
+    require_same_settings(config, dry_run=dry_run)
+    in_all(lambda: require_trackers(config.log.loggers))
     accelerator = start_accelerator(config.train.precision, bf16_exchange=config.train.bf16_exchange)
     with ExitStack() as stack:
         checkpoint, locks = None, []

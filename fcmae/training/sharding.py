@@ -124,4 +124,4 @@ class Rows(NamedTuple):
             mine = torch.distributed.get_rank() == 0
             return cls(tensor.detach() if mine else tensor.detach().new_empty(0), 0, shape)
         each = -(-shape[0] // tensor.device_mesh.size())  # as torch.chunk divides
-        return cls(tensor.detach().to_local(), min(tensor.device_mesh.get_rank() * each, shape[0]), shape)
+        return cls(tensor.to_local().detach(), min(tensor.device_mesh.get_rank() * each, shape[0]), shape)

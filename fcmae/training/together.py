@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: Mapping[str, Rows]) -> None:
             own = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
             row_bytes = torch.Size(shape[1:]).numel() * tensor.element_size()
             file.seek(8 + length + header[name]["data_offsets"][0] + start * row_bytes)
-            file.write(memoryview(own.numpy()))
+            file.write(own.numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -241,7 +241,7 @@ class Trainer:
             if self.ema is not None:
                 share(self.ema.module.parameters())
                 self.sharding.divide(self.ema.module)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
         self.writer = CheckpointWriter(self.run.checkpoints, Together() if self.sharding else None)
         self.window = Window.new(accelerator.device)
         self.work: Work = Eager(self._accumulate, self._exchange, self._step)
@@ -528,10 +528,11 @@ class Trainer:
 
     def _step(self) -> Tensor:
         most = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
-        norm = norm_of_all(self.accelerator.clip_grad_norm_(self.model.parameters(), most))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), most)
+        assert norm is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm_of_all(norm)
 
     def update(self, batches: Iterator[Any]) -> None:
         """Make one update of `accumulate` micro-batches."""
