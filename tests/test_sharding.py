@@ -1,7 +1,6 @@
 """FSDP2: parameters divided among processes train as whole ones do, and are saved as one process would."""
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from processes import Processes
+from processes import FSDP, Processes
 from safetensors.torch import load_file
 from test_exchange import DIVIDED, UPDATES, fcmae, images_of, pretraining_loss, updated
 from torch import nn
@@ -20,8 +19,6 @@ from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, read_checkpoint
 from fcmae.training.launch import start_accelerator
 from fcmae.training.trainer import Trainer
 
-ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
-"""What `accelerate launch` tells processes by an FSDP configuration."""
 FILES = MODEL, OPTIMIZER, EMA
 
 
@@ -41,7 +38,7 @@ def encoded(network: nn.Module) -> torch.Tensor:
 
 def train_divided(folder: Path, whole: Path) -> None:
     """In each of two processes: train with divided parameters, save, and take up what one process saved."""
-    os.environ |= ASKED
+    os.environ |= FSDP
     trainer = updated(start_accelerator("no"), folder / "two", fcmae(), pretraining_loss, **DIVIDED)
     local = [
         parameter.to_local() for parameter in trainer.bare_model.parameters() if isinstance(parameter, DTensor)

@@ -271,7 +271,7 @@ def claim_checkpoint(config: RunConfig) -> Checkpoint | None:
     if decided is None:
         return None
     path, best = decided
-    checkpoint = in_all(lambda: (claimed and claimed[0]) or read_checkpoint(path))
+    checkpoint = in_all(lambda: next(filter(None, claimed), None) or read_checkpoint(path))
     facts = {f"{path}: its step": checkpoint.state.step, f"{path}: its {SUMS}": read_sums(path)}
     agree(facts, "all processes must see the same output folder")
     return checkpoint._replace(state=checkpoint.state.model_copy(update={"best": best}))
