@@ -1,4 +1,4 @@
-"""What several processes make of a batch together: micro-batches, gradients sent once an update, as bf16 by choice."""
+"""What several processes make of a batch together: micro-batches, gradients sent once an update or as bf16."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -132,7 +132,7 @@ def count_buckets(sent: Sent) -> Callable[[Trainer], None]:
 
 
 def train_as_one_of_two(folder: Path) -> None:
-    """In each of two processes: the same updates, by DDP and by calls after the backward pass, in full and as bf16."""
+    """In each of two processes: the same updates, by DDP and by calls after it, in full and as bf16."""
     reduced: Sent = []
     reduce = torch.distributed.all_reduce
 

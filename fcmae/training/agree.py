@@ -1,4 +1,4 @@
-"""Processes that disagree end, all of them, with a line that says in what; knows no configuration, data or files."""
+"""Processes that disagree end, all of them, with a line that says in what; knows no configuration or data."""
 
 import hashlib
 import json

@@ -128,7 +128,7 @@ def start_accelerator(precision: str, *, bf16_exchange: bool = False) -> Acceler
 
 
 UNITS = ("Block",)
-"""Names of the classes of modules that FSDP divides each by itself, unless accelerate's configuration has others."""
+"""Names of the classes of modules that FSDP divides each by itself, unless accelerate was told of others."""
 
 
 def asked_sharding(train: TrainSection) -> Sharding | None:

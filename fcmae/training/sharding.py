@@ -55,8 +55,8 @@ class Sharding(NamedTuple):
         units = [module for module in model.modules() if type(module).__name__ in self.units]
         if not units:
             raise UserError(
-                f"FSDP: this network has no {' or '.join(self.units)}; name the class of its blocks in accelerate's "
-                "configuration: fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_transformer_layer_cls_to_wrap: NAME"
+                f"FSDP: this network has no {' or '.join(self.units)}; name the class of its blocks in "
+                "accelerate's file: fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_transformer_layer_cls_to_wrap: NAME"
             )
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)
@@ -118,7 +118,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Rows":
-        """Return a process's own rows; of a tensor that is not divided, all in the first process, none in others."""
+        """Return a process's own rows: of a tensor that is not divided, all in the first process alone."""
         shape = tuple(tensor.shape)
         if not isinstance(tensor, DTensor):
             mine = torch.distributed.get_rank() == 0

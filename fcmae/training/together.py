@@ -1,7 +1,7 @@
 """One safetensors file written by several processes, each its own rows, from threads of theirs; knows no state.
 
-Of a file of tensors the rows are ranges of bytes, so it is the file that one process would write, and nobody gathers
-a tensor. torch.distributed.checkpoint's own files are not written: its index is a pickle, and a process alone could
+Rows of a tensor are a range of the file's bytes, so it is the file that one process would write, and no process
+gathers a tensor. torch.distributed.checkpoint's own files are not written: its index is a pickle, and a process alone could
 not read them without it.
 """
 
