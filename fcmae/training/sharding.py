@@ -55,8 +55,8 @@ class Sharding(NamedTuple):
         units = [module for module in model.modules() if type(module).__name__ in self.units]
         if not units:
             raise UserError(
-                f"FSDP: this network has no {' or '.join(self.units)}; name the class of its blocks in "
-                "accelerate's file: fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_transformer_layer_cls_to_wrap: NAME"
+                f"FSDP: this network has no {' or '.join(self.units)}; name its blocks' class where accelerate is "
+                "configured: fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_transformer_layer_cls_to_wrap"
             )
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard_after_forward)

@@ -1,8 +1,8 @@
 """One safetensors file written by several processes, each its own rows, from threads of theirs; knows no state.
 
 Rows of a tensor are a range of the file's bytes, so it is the file that one process would write, and no process
-gathers a tensor. torch.distributed.checkpoint's own files are not written: its index is a pickle, and a process alone could
-not read them without it.
+gathers a tensor. The files of torch.distributed.checkpoint are not written: its index is a pickle, which nobody who
+only reads should have to trust.
 """
 
 import json
