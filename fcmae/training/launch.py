@@ -78,6 +78,20 @@ def has_bf16(device: torch.device) -> bool:
     return device.type in kinds and kinds[device.type].is_bf16_supported(including_emulation=False)
 
 
+def start_processes() -> None:
+    """Let the processes of a run talk to each other, where there are several.
+
+    Raises:
+        UserError: for an engine that is none of ours.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed: its engine makes the update and writes pickles; FSDP2 divides weights as ZeRO-3 does, and "
+            "DDP is enough up to Base: launch with one of configs/accelerate, or without --use_deepspeed"
+        )
+    PartialState(cpu=without_gpu())
+
+
 def start_accelerator(precision: str, *, bf16_exchange: bool = False) -> Accelerator:
     """Return the Accelerator of this process, computing in `precision` ("auto": as launched, else as suits it).
 
@@ -92,6 +106,7 @@ def start_accelerator(precision: str, *, bf16_exchange: bool = False) -> Acceler
             "accelerate launch starts a single process on CPU, whatever --num_processes says; for N processes: "
             "torchrun --nproc_per_node N SCRIPT --config FILE key=value ..."
         )
+    start_processes()
     # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
@@ -311,7 +326,7 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
     Raises:
         UserError: as `require_trackers`, `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
     """
-    PartialState(cpu=without_gpu())  # from here on processes can talk
+    start_processes()
     require_same_settings(config, dry_run=dry_run)
     in_all(lambda: require_trackers(config.log.loggers))
     accelerator = start_accelerator(config.train.precision, bf16_exchange=config.train.bf16_exchange)
