@@ -45,6 +45,8 @@ class Sharding(NamedTuple):
         Raises:
             UserError: if it has what cannot be divided.
         """
+        if not hasattr(FSDPModule, "reset_iter_state"):
+            raise UserError(f"FSDP: needs a newer PyTorch than {torch.__version__}; update it, or train with DDP")
         if any(buffer.is_floating_point() for buffer in model.buffers()):
             raise UserError(
                 "FSDP: this network has running statistics, such as batch norm's, which nobody divides; train it "
@@ -73,21 +75,26 @@ class Sharding(NamedTuple):
         for group in optimizer.param_groups:
             group["params"] = [new[names[parameter]] for parameter in group["params"]]
 
+    @contextmanager
+    def whole(self, *models: nn.Module) -> Iterator[None]:
+        """Inside, each process has the whole of divided networks; begun by all, they may be computed by any.
 
-@contextmanager
-def whole(*models: nn.Module) -> Iterator[None]:
-    """Inside, each process has the whole of networks, which is begun by all of them and may be computed by any."""
-    units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
-    before = {}
-    for unit in units:
-        (group,) = fully_shard.state(unit)._fsdp_param_groups  # pyright: ignore[reportFunctionMemberAccess]
-        before[unit] = group._reshard_after_forward
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    yield
-    for unit in units:
-        unit.reshard()
-        unit.set_reshard_after_forward(before[unit], recurse=False)
+        No gradient may be left from before, and none is computed inside.
+        """
+        roots = [model for model in models if isinstance(model, FSDPModule)]
+        units = [unit for root in roots for unit in root.modules() if isinstance(unit, FSDPModule)]
+        for unit in units:
+            if unit not in roots:
+                unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for root in roots:
+                root.reset_iter_state()  # or what one process alone computed would count as its next forward pass
+            for unit in units:
+                if unit not in roots:
+                    unit.set_reshard_after_forward(self.reshard_after_forward, recurse=False)
 
 
 def divided(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

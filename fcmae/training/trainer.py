@@ -45,7 +45,7 @@ from fcmae.training.memory import taken_bytes
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan, is_due
-from fcmae.training.sharding import divided, norm_of_all, whole
+from fcmae.training.sharding import divided, norm_of_all
 from fcmae.training.stop import Stopped, StopRequests, describe
 from fcmae.training.together import Together
 from fcmae.training.watch import Watch
@@ -423,7 +423,9 @@ class Trainer:
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, each process has whole networks to evaluate; begun by all of them."""
-        return whole(self.bare_model, *([self.ema.module] if self.ema is not None else []))
+        if self.sharding is None:
+            return nullcontext()
+        return self.sharding.whole(self.bare_model, *([self.ema.module] if self.ema is not None else []))
 
     def _show(self, show: Show, log: MetricsLog | None) -> None:
         with self.whole():
