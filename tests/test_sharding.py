@@ -28,6 +28,8 @@ from fcmae.training.launch import start_accelerator
 from fcmae.training.run_folder import RunFolder
 from fcmae.training.trainer import Trainer
 
+UNITS = 6
+"""Of `fcmae()`: five blocks, and what is outside of them."""
 FILES = MODEL, OPTIMIZER, EMA
 
 
@@ -51,7 +53,20 @@ def encoded(network: nn.Module) -> torch.Tensor:
 def train_divided(folder: Path, whole: Path) -> None:
     """In each of two processes: train with divided parameters, save, and take up what one process saved."""
     os.environ |= FSDP
+    sent: list[str] = []
+    scatter = torch.distributed.reduce_scatter_single
+
+    def noted(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(str(output.dtype))
+        return scatter(output, *args, **kwargs)
+
+    torch.distributed.reduce_scatter_single = noted
+    in_bf16: dict[str, Any] = DIVIDED | {"train": {"bf16_exchange": True}}
+    norms = updated(start_accelerator("no"), folder, fcmae(), pretraining_loss, **in_bf16).window.grad_norm_sum
+    (folder / "sent.json").write_text(json.dumps([sent.copy(), norms.item()]))
+    sent.clear()
     trainer = updated(start_accelerator("no"), folder / "two", fcmae(), pretraining_loss, **DIVIDED)
+    assert sent == ["torch.float64"] * UNITS * UPDATES, "whatever is accumulated"
     local = [
         parameter.to_local() for parameter in trainer.bare_model.parameters() if isinstance(parameter, DTensor)
     ]
@@ -176,3 +191,11 @@ def test_divided_networks_are_evaluated_whole_by_one_process_alone(runs: tuple[P
         with torch.no_grad():
             torch.testing.assert_close(found, encoded(network), rtol=1e-8, atol=1e-9)
     assert norms == pytest.approx(one.window.grad_norm_sum.item(), rel=1e-9)
+
+
+def test_gradients_of_each_unit_are_sent_once_an_update_as_bf16_by_choice(runs: tuple[Path, Trainer]) -> None:
+    folder, one = runs
+    sent, norms = json.loads((folder / "sent.json").read_text())
+    assert sent == ["torch.bfloat16"] * UNITS * UPDATES
+    assert norms != one.window.grad_norm_sum.item()
+    assert norms == pytest.approx(one.window.grad_norm_sum.item(), rel=2**-8)
