@@ -120,7 +120,10 @@ DIVIDED: dict[str, Any] = {"data": {"batch_size": 2}, "optim": {"accumulate": 2,
 def count_buckets(sent: Sent) -> Callable[[Trainer], None]:
     """Have DDP note what it sends by a communication hook."""
 
-    def hook(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    def hook(
+        _: object,
+        bucket: torch.distributed.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[Tensor]:
         sent.append((bucket.buffer().dtype, bucket.buffer().numel()))
         return default_hooks.allreduce_hook(torch.distributed.distributed_c10d._get_default_group(), bucket)
 
