@@ -77,12 +77,12 @@ def classification_loss(model: nn.Module, batch: Numbers) -> Tensor:
     return nn.functional.cross_entropy(model(images_of(batch.values)), batch.values % 5)
 
 
-def fcmae() -> nn.Module:
+def fcmae() -> FCMAE:
     torch.manual_seed(0)
     return FCMAE(((1, 1, 1, 1), (8, 16, 24, 32)), decoder_dim=16, stem_stride=1).double()
 
 
-def classifier() -> nn.Module:
+def classifier() -> ConvNeXt:
     torch.manual_seed(0)
     return ConvNeXt(((1, 1, 1, 1), (8, 16, 24, 32)), num_classes=5, stem_stride=1).double()
 

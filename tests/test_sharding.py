@@ -16,7 +16,16 @@ from accelerate import Accelerator
 from processes import FSDP, Processes
 from safetensors.torch import load_file
 from small_runs import Numbers
-from test_exchange import DIVIDED, UPDATES, fcmae, images_of, pretraining_loss, updated
+from test_exchange import (
+    DIVIDED,
+    UPDATES,
+    classification_loss,
+    classifier,
+    fcmae,
+    images_of,
+    pretraining_loss,
+    updated,
+)
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -45,6 +54,13 @@ def saved(trainer: Trainer, run: Path, *, meanwhile: Callable[[], object] = lamb
     return trainer.run.checkpoints / "last"
 
 
+def probe() -> nn.Module:
+    """A network of which the classifier alone is trained."""
+    network = classifier()
+    network.freeze()
+    return network
+
+
 def encoded(network: nn.Module) -> torch.Tensor:
     assert isinstance(network, FCMAE)
     return network.encoder(images_of(torch.arange(4)))
@@ -62,8 +78,13 @@ def train_divided(folder: Path, whole: Path) -> None:
 
     torch.distributed.reduce_scatter_single = noted
     in_bf16: dict[str, Any] = DIVIDED | {"train": {"bf16_exchange": True}}
-    norms = updated(start_accelerator("no"), folder, fcmae(), pretraining_loss, **in_bf16).window.grad_norm_sum
+    network = fcmae()
+    network.encoder.gradient_checkpointing = True
+    norms = updated(start_accelerator("no"), folder, network, pretraining_loss, **in_bf16).window.grad_norm_sum
     (folder / "sent.json").write_text(json.dumps([sent.copy(), norms.item()]))
+    saved(
+        updated(start_accelerator("no"), folder, probe(), classification_loss, **DIVIDED), folder / "probe of two"
+    )
     sent.clear()
     trainer = updated(start_accelerator("no"), folder / "two", fcmae(), pretraining_loss, **DIVIDED)
     assert sent == ["torch.float64"] * UNITS * UPDATES, "whatever is accumulated"
@@ -126,6 +147,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
     whole: dict[str, Any] = {"data": {"batch_size": 8}, "optim": DIVIDED["optim"] | {"accumulate": 1}}
     one = updated(Accelerator(cpu=True), folder / "one", fcmae(), pretraining_loss, **whole)
     path = saved(one, folder / "one")
+    saved(updated(Accelerator(cpu=True), folder, probe(), classification_loss, **whole), folder / "probe")
     processes = Processes(partial(train_divided, folder, path), ["test"], folder, number=2)
     assert processes.wait() == [0, 0], processes.written("errors")
     return folder, one
@@ -175,6 +197,13 @@ def test_what_one_process_cannot_save_no_process_saves_and_all_say_so(
     assert not list((folder / run).glob("checkpoints/*")), "nothing is left"
 
 
+def test_a_network_of_which_a_part_is_trained_is_divided_too(runs: tuple[Path, Trainer]) -> None:
+    folder, _ = runs
+    for file in FILES:
+        one, two = tensors(folder / "probe", file), tensors(folder / "probe of two", file)
+        torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-11)
+
+
 def test_one_process_takes_up_what_two_saved(runs: tuple[Path, Trainer]) -> None:
     folder, one = runs
     before = {name: value.clone() for name, value in one.bare_model.state_dict().items()}
@@ -195,6 +224,7 @@ def test_divided_networks_are_evaluated_whole_by_one_process_alone(runs: tuple[P
 
 def test_gradients_of_each_unit_are_sent_once_an_update_as_bf16_by_choice(runs: tuple[Path, Trainer]) -> None:
     folder, one = runs
+    """With blocks that are computed twice, too."""
     sent, norms = json.loads((folder / "sent.json").read_text())
     assert sent == ["torch.bfloat16"] * UNITS * UPDATES
     assert norms != one.window.grad_norm_sum.item()
