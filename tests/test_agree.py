@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from processes import Processes
 from small_runs import small_config, small_run
 from test_finetune import write_folders
 
-from fcmae import data
+from fcmae import arguments, data
 from fcmae.errors import UserError
 from fcmae.story import open_in_all
 from fcmae.training import launch
@@ -124,6 +125,21 @@ def test_processes_that_disagree_all_end_in_a_line_that_names_the_difference(
     case: str, line: str, said: dict[str, str | None]
 ) -> None:
     assert line in (said[case] or "")
+
+
+def start_otherwise(*words: str) -> None:
+    """As a user who starts each process by another command."""
+    sys.argv = ["pretrain.py", *words, f"optim.base_lr={1 + int(os.environ['RANK'])}e-3"]
+    arguments.run("pretrain")
+
+
+def test_a_run_whose_processes_disagree_ends_in_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    words = "--config", "atto", "data.root=nowhere", f"output={tmp_path / 'run'}"
+    processes = Processes(partial(start_otherwise, *words), ["pretrain.py"], tmp_path, number=2)
+    assert processes.wait() == [2, 2], processes.written("errors")
+    line = "error: processes disagree: optim.base_lr is 0.001 in process 0, but 0.002 in process 1; start all"
+    assert processes.written("errors").count(line) == processes.written("errors").count("error") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_has_nobody_to_disagree_with() -> None:
