@@ -3,8 +3,17 @@
 Two hosts are two network namespaces with a cable between them, which needs root on Linux.
 """
 
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,9 +21,13 @@ import torch
 from conftest import records
 from processes import Processes
 from small_runs import stop_after
+from torch.distributed import run as torchrun
+from torch.distributed.launcher import elastic_launch
 
 from fcmae import arguments
 from fcmae.data import save_arrays
+from fcmae.training import heartbeat
+from fcmae.training.trainer import Trainer
 
 UPDATES = 6
 IMAGES_PER_UPDATE = 8
@@ -87,3 +100,118 @@ def test_the_losses_are_the_same_in_1_2_and_4_processes_and_after_resuming_in_an
     for folder in ("2", "4", "4 to 1", "1 to 4"):
         print(folder, losses(tmp_path / folder))
         assert losses(tmp_path / folder) == pytest.approx(expected, rel=1e-9), folder
+
+
+# Two hosts
+
+
+class Host(NamedTuple):
+    """A network namespace, with a host name of its own."""
+
+    name: str
+    address: str
+
+    def enter(self) -> None:
+        """Move this process there."""
+        libc, new_network, new_name = ctypes.CDLL(None, use_errno=True), 0x40000000, 0x04000000
+        with open(f"/run/netns/{self.name}") as file:
+            assert libc.setns(file.fileno(), new_network) == 0, os.strerror(ctypes.get_errno())
+        assert libc.unshare(new_name) == 0, os.strerror(ctypes.get_errno())
+        socket.sethostname(self.address)  # a name that resolves without a file of names
+        os.environ["GLOO_SOCKET_IFNAME"] = "cable"
+
+    def start(self, program: Callable[[], None], argv: list[str], place: Path) -> Processes:
+        place.mkdir(exist_ok=True)
+        return Processes(partial(self.run, program), argv, place)
+
+    def run(self, program: Callable[[], None]) -> None:
+        self.enter()
+        program()
+
+
+def ip(words: str) -> None:
+    done = subprocess.run(["ip", *words.split()], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"two hosts are network namespaces: ip {words}: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    if not Path("/proc/self/ns/net").exists() or os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("two hosts are network namespaces, which need Linux, root and the command ip")
+    found = [Host(f"fcmae-{os.getpid()}-{i}", f"10.99.0.{i}") for i in (1, 2)]
+    try:
+        for host in found:
+            ip(f"netns add {host.name}")
+        ip(f"link add cable netns {found[0].name} type veth peer name cable netns {found[1].name}")
+        for host in found:
+            ip(f"-n {host.name} address add {host.address}/24 dev cable")
+            ip(f"-n {host.name} link set cable up")
+            ip(f"-n {host.name} link set lo up")
+        yield found
+    finally:
+        for host in found:
+            subprocess.run(["ip", "netns", "delete", host.name], capture_output=True, check=False)
+
+
+def disturb(step: int, disturbance: Callable[[], None]) -> None:
+    """Let something happen before the update that follows a step."""
+    update = Trainer.update
+
+    def disturbed(self: Trainer, batches: Any) -> None:
+        if self.step == step:
+            disturbance()
+        update(self, batches)
+
+    Trainer.update = disturbed
+
+
+def die() -> None:
+    """End all processes of this host at once, the launcher included."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def launch_here(how: list[str], story: str, dies_at: int | None) -> None:
+    """Do what torchrun does, but that what it starts is forked, and dies with its host at a step."""
+    if dies_at is not None:
+        disturb(dies_at, die)
+
+    def work() -> None:
+        try:
+            in_float64(story)
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    config, *_ = torchrun.config_from_args(torchrun.parse_args([*how, f"{story}.py"]))
+    config.start_method = "fork"
+    elastic_launch(config, work)()
+
+
+def test_a_host_that_dies_and_comes_back_is_taken_up_again_and_the_run_ends_as_if_nothing_had_happened(
+    hosts: list[Host], data: Path, tmp_path: Path
+) -> None:
+    train("pretrain", settings("pretrain", data, tmp_path / "alone"), tmp_path / "alone says", number=1)
+    folder = tmp_path / "two"
+    argv = ["pretrain.py", *settings("pretrain", data, folder), "resume=auto"]
+
+    def start(host: Host, place: str, dies_at: int | None = None) -> Processes:
+        how = ["--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "3", "--rdzv_id", "run"]
+        how += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{hosts[0].address}:29400"]
+        how += ["--local_addr", host.address, "--rdzv_conf", "keep_alive_interval=1,keep_alive_max_attempt=5"]
+        return host.start(partial(launch_here, how, "pretrain", dies_at), argv, tmp_path / place)
+
+    running = []
+    try:
+        running += [start(hosts[0], "first"), start(hosts[1], "second", dies_at=4)]
+        assert running[1].wait() == [-signal.SIGKILL], running[1].written("errors")
+        running.append(start(hosts[1], "second again"))
+        ended = [running[i].wait() for i in (0, 2)]
+    finally:
+        for processes in running:
+            processes.kill()
+    first, _, again = (processes.written("errors") for processes in running)
+    print(first, running[0].written("output"), again, running[2].written("output"))
+    assert ended == [[0], [0]], first + again
+    assert first.count("error: ") == first.count("start the same command again with resume=auto") == 1
+    assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), rel=1e-9)

@@ -21,6 +21,7 @@ from fcmae.config import RunConfig
 from fcmae.errors import UserError
 from fcmae.training.batch import Footprint, Room, Run, Step, with_batch
 from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
+from fcmae.training.heartbeat import heartbeat
 from fcmae.training.lock import Lock, held
 from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
@@ -234,6 +235,7 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
     require_trackers(config.log.loggers)
     accelerator = start_accelerator(config.train.precision)
     with ExitStack() as stack:
+        stack.enter_context(heartbeat(accelerator.process_index, accelerator.num_processes))
         checkpoint, locks = None, []
 
         def take() -> None:
