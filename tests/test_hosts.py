@@ -185,6 +185,7 @@ def launch_here(how: list[str], story: str, dies_at: int | None) -> None:
 
     config, *_ = torchrun.config_from_args(torchrun.parse_args([*how, f"{story}.py"]))
     config.start_method = "fork"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as docs/many-gpus.md says
     elastic_launch(config, work)()
 
 
