@@ -216,3 +216,38 @@ def test_a_host_that_dies_and_comes_back_is_taken_up_again_and_the_run_ends_as_i
     assert ended == [[0], [0]], first + again
     assert first.count("error: ") == first.count("start the same command again with resume=auto") == 1
     assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), rel=1e-9)
+
+
+def take_part(rank: int, main: str) -> None:
+    """Be one of two processes, each on a host, whose cable the second one pulls out."""
+    heartbeat.BEAT_S, heartbeat.SILENT_BEATS = 1.0, 8
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": main, "MASTER_PORT": "29400"}
+    if rank == 1:
+        disturb(4, lambda: ip("link set cable down"))
+    in_float64("pretrain")
+
+
+def test_processes_whose_cable_is_pulled_out_end_in_one_line_each_and_the_run_goes_on_from_there(
+    hosts: list[Host], data: Path, tmp_path: Path
+) -> None:
+    words = settings("pretrain", data, tmp_path / "alone")
+    train("pretrain", words, tmp_path / "alone says", number=1)
+    argv = ["pretrain.py", *words, f"output={tmp_path / 'two'}", "resume=auto"]
+    running = []
+    try:
+        for rank, host in enumerate(hosts):
+            running.append(host.start(partial(take_part, rank, hosts[0].address), argv, tmp_path / f"rank {rank}"))
+        assert [processes.wait() for processes in running] == [[2], [2]]
+        lines = [[line for line in p.written("errors").splitlines() if "error" in line] for p in running]
+        goes_on = "see to that machine, then start the same command again with resume=auto"
+        assert [len(found) for found in lines] == [1, 1], lines
+        assert lines[0][0].startswith(f"error: process 1 ({hosts[1].address}, beat ")
+        assert lines[1][0].startswith(f"error in process 1: {hosts[0].address}, at which all meet, has not been")
+        assert all(line.endswith(goes_on) for (line,) in lines)
+        running.append(hosts[0].start(partial(in_float64, "pretrain"), argv, tmp_path / "again"))
+        assert running[-1].wait() == [0], running[-1].written("errors")
+    finally:
+        for processes in running:
+            processes.kill()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-9)
