@@ -1,4 +1,4 @@
-"""Runs of several processes, on one host and on two: the same losses, saved and resumed by any number, hosts that die.
+"""Runs of several processes, on one host and on two: the same losses, resumed by any number, hosts that die.
 
 Two hosts are two network namespaces with a cable between them, which needs root on Linux.
 """
@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

@@ -1,17 +1,17 @@
 """Whether the other processes of a run still live, heard through their store; knows nothing of what they compute.
 
-A process that is killed closes its connections, and those that talk with it end at once. One whose machine or network
-is gone does not: the others would wait for it as long as a collective may take, half an hour.
+A process that is killed closes its connections, and those that talk with it end at once. One whose machine or
+network is gone does not: others would wait for it as long as a collective may take, half an hour.
 """
 
 import os
-import platform
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from itertools import count
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import TCPStore
 
 from fcmae.errors import UserError, report
 
@@ -21,11 +21,7 @@ BEAT_S = 5.0
 SILENT_BEATS = 24
 """So many of its own beats a process waits for one of another: two minutes, or more if it is stopped itself."""
 
-ENDED = b"ended"
-
-
-def key(rank: int) -> str:
-    return f"fcmae/heartbeat/{rank}"
+ENDED = "ended"
 
 
 def end(error: UserError) -> None:
@@ -33,55 +29,70 @@ def end(error: UserError) -> None:
     os._exit(report(error))
 
 
-@contextmanager
-def heartbeat(rank: int, num_processes: int, *, lost: Callable[[UserError], None] = end) -> Iterator[None]:
-    """Let others know that this process lives, and watch the next one, as long as the block lasts.
+class Heartbeat:
+    """Tells others that this process lives, and listens to the next one, in two threads, as one may wait for ever.
 
     Args:
-        lost: called, in another thread, when nothing more is heard of it.
+        lost: called, in a thread, when nothing more is heard.
     """
+
+    def __init__(self, rank: int, num_processes: int, lost: Callable[[UserError], None]) -> None:
+        self.rank, self.next_rank = rank, (rank + 1) % num_processes
+        self.lost = lost
+        self.heard = 0, ""
+        """Number of this process's last beat, and what the next one said then."""
+        self.over, self.ended_well = threading.Event(), False
+        self.threads = [
+            threading.Thread(target=work, name="heartbeat", daemon=True) for work in (self._talk, self._watch)
+        ]
+
+    def _talk(self) -> None:
+        with suppress(RuntimeError):  # then nothing more is heard
+            # a connection of its own, as that of the process group may be waiting
+            store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
+            own, other = (f"fcmae/heartbeat/{rank}" for rank in (self.rank, self.next_rank))
+            for number in count(1):
+                store.set(own, f"{socket.gethostname()}, beat {number}")
+                self.heard = number, store.get(other).decode()
+                if self.over.wait(BEAT_S):
+                    break
+            if self.ended_well:  # else others that wait on are to miss this process
+                store.set(own, ENDED)
+
+    def _watch(self) -> None:
+        news, silent = self.heard, 0
+        while silent < SILENT_BEATS:
+            if self.over.wait(BEAT_S):
+                return
+            silent += 1
+            if (now := self.heard)[1] != news[1] or now[1] == ENDED:
+                news, silent = now, 0
+        answers = self.heard[0] - news[0]
+        who = f"process {self.next_rank} ({news[1]})"
+        if answers < SILENT_BEATS / 2:
+            who = f"{os.environ['MASTER_ADDR']}, at which all processes meet,"
+        self.lost(
+            UserError(
+                f"{who} has not been heard of for {SILENT_BEATS * BEAT_S:.0f} s: it hangs, or its machine or "
+                "network is gone; see to that machine, then start the same command again with resume=auto",
+                everywhere=False,
+            )
+        )
+
+
+@contextmanager
+def heartbeat(rank: int, num_processes: int, *, lost: Callable[[UserError], None] = end) -> Iterator[None]:
+    """Let others know that this process lives, and end it if the next one does not, as long as the block lasts."""
     if num_processes == 1:
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_beat, args=(rank, num_processes, over, lost), name="heartbeat", daemon=True)
-    thread.start()
+    beats = Heartbeat(rank, num_processes, lost)
+    for thread in beats.threads:
+        thread.start()
     try:
         yield
+        beats.ended_well = True
     finally:
-        over.set()
-        thread.join(2 * BEAT_S)
-    with suppress(RuntimeError):  # the process that has the store may have ended already
-        _store().set(key(rank), ENDED)  # not after an error: others that wait on are to miss this process
-
-
-def _store() -> Store:
-    """Connect to what all processes of the run met at; raises a RuntimeError if it does not answer."""
-    place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(place, port, is_master=False, timeout=timedelta(seconds=BEAT_S), wait_for_workers=False)
-
-
-def _beat(rank: int, num_processes: int, over: threading.Event, lost: Callable[[UserError], None]) -> None:
-    next_rank, store, last, silent = (rank + 1) % num_processes, None, b"", 0
-    for number in range(2**63):
-        said = last
-        try:
-            store = store or _store()
-            store.set(key(rank), f"{platform.node()}, beat {number}")
-            said = store.get(key(next_rank))
-        except RuntimeError:
-            store = None  # a late answer would be taken for that to the next question
-        silent = silent + 1 if said == last != ENDED else 0
-        last = said
-        if silent == SILENT_BEATS:
-            missed = f"process {next_rank} ({last.decode()})" if store else f"{os.environ['MASTER_ADDR']}, at which all meet,"
-            lost(
-                UserError(
-                    f"{missed} has not been heard of for {SILENT_BEATS * BEAT_S:.0f} s: it hangs, or its machine or "
-                    "network is gone; see to that machine, then start the same command again with resume=auto",
-                    everywhere=False,
-                )
-            )
-            return
-        if over.wait(BEAT_S):
-            return
+        beats.over.set()
+        for thread in beats.threads:
+            thread.join(2 * BEAT_S)
