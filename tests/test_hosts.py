@@ -9,7 +9,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +22,9 @@ import torch
 from conftest import records
 from processes import Processes
 from small_runs import stop_after
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed import run as torchrun
-from torch.distributed.launcher import elastic_launch
+from torch.distributed.launcher.api import elastic_launch
 
 from fcmae import arguments
 from fcmae.data import save_arrays
@@ -108,8 +111,57 @@ def test_the_losses_are_the_same_in_1_2_and_4_processes_and_after_resuming_in_an
         folder = stop_after(source, 3, tmp_path / f"{source.name} to {number}")
         words = [*settings(story, data, folder), "resume=auto"]
         said = train(story, words, tmp_path / f"{folder.name} say", number=number)
-        print(said)
+        assert "not the same run any more: optim.accumulate: " in said
         assert losses(folder) == pytest.approx(expected, rel=1e-9)
+
+
+# Processes that are lost
+
+
+@pytest.mark.parametrize("well", [True, False], ids=["well", "in an error"])
+def test_a_process_that_has_ended_is_missed_unless_it_ended_well(
+    well: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
+    missed: list[str] = []
+    with heartbeat.heartbeat(0, 2, lost=lambda error: missed.append(str(error))):
+        with suppress(ZeroDivisionError), heartbeat.heartbeat(1, 2, lost=lambda _: None):
+            for _ in range(2):  # once both are known to beat
+                store.wait(["fcmae/heartbeat/1"])
+                said = store.get("fcmae/heartbeat/1")
+                while store.get("fcmae/heartbeat/1") == said:
+                    time.sleep(0.01)
+            assert well or 1 / 0
+        if well:
+            assert store.get("fcmae/heartbeat/1") == b"ended"
+        deadline = time.monotonic() + (3 if well else 100)
+        while not missed and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [line.partition(" (")[0] for line in missed] == ([] if well else ["process 1"])
+
+
+def fall_silent() -> None:
+    """Run as one of two processes, of which the second one is halted in the middle, all its threads."""
+    heartbeat.BEAT_S, heartbeat.SILENT_BEATS = 0.5, 8
+    if os.environ["RANK"] == "1":
+        disturb(4, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    in_float64("pretrain")
+
+
+def test_a_process_that_is_not_heard_of_ends_the_others_in_one_line(data: Path, tmp_path: Path) -> None:
+    words = settings("pretrain", data, tmp_path / "run")
+    processes = Processes(fall_silent, ["pretrain.py", *words], tmp_path, number=2)
+    try:
+        processes.processes[0].join(250)
+        assert processes.processes[0].exitcode == 2
+    finally:
+        processes.kill()
+    (line,) = (line for line in processes.written("errors").splitlines() if line.startswith("error"))
+    assert line.startswith(f"error: process 1 ({socket.gethostname()}, beat ")
+    assert line.endswith("then start the same command again with resume=auto")
 
 
 # Two hosts

@@ -169,7 +169,7 @@ def test_accelerate_takes_every_key_and_the_command_in_the_header(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    found = load_config_from_file(str(path))  # which refuses unknown keys, but not in sections
+    found: Any = load_config_from_file(str(path))  # which refuses unknown keys, but not in sections
     for section, prefix in ((found.fsdp_config, "fsdp_"), (found.deepspeed_config, "")):
         for key, value in section.items():
             assert key.startswith(prefix)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from fcmae.errors import UserError, report
 
@@ -65,7 +65,8 @@ class Heartbeat:
             if self.over.wait(BEAT_S):
                 return
             silent += 1
-            if (now := self.heard)[1] != news[1] or now[1] == ENDED:
+            now = self.heard
+            if now[1] != news[1] or now[1] in (ENDED, ""):  # without a store to meet at nobody is missed
                 news, silent = now, 0
         answers = self.heard[0] - news[0]
         who = f"process {self.next_rank} ({news[1]})"
