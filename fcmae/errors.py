@@ -81,10 +81,6 @@ FREE_MEMORY = (
     "out of memory: lower data.batch_size and raise optim.accumulate by the same factor, lower data.num_workers, "
     "or end other programs"
 )
-ENDED = (
-    "another process of this run has ended: its own line says why; if it has none it was killed, as for memory, or "
-    "with its machine: start the same command again with resume=auto"
-)
 REMEDIES = {
     errno.ENOSPC: "free some space, or name another place",
     errno.EDQUOT: "free some space, or name another place",
@@ -96,8 +92,8 @@ REMEDIES = {
     errno.ENAMETOOLONG: "give shorter names",
     errno.ELOOP: "its links lead in a circle; name the place itself",
     errno.EIO: "the disk, or the connection to it, fails; copy what is there, then start the same command again",
-    errno.EPIPE: ENDED,
-    errno.ECONNRESET: ENDED,
+    errno.EPIPE: "another process has ended: its own line says why",
+    errno.ECONNRESET: "another process has ended: its own line says why",
     errno.ESTALE: "the network file system has lost it; start the same command again",
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
@@ -117,7 +113,10 @@ KNOWN = {
     ),
     r"PytorchStreamWriter failed|No space left on device": "a file was not written: free some space",
     r"ancdata|(?i:too many open files)": f"too many open files: {REMEDIES[errno.EMFILE]}",
-    r"(?i)connection (was )?(closed|reset)|remote process exited|broken pipe": ENDED,
+    r"(?i)connection (was )?(closed|reset)|remote process exited|broken pipe": (
+        "another process of this run has ended: its own line says why; if it has none it was killed, as for memory, "
+        "or with its machine: start the same command again with resume=auto"
+    ),
 }
 """Patterns in messages of RuntimeErrors of other libraries, and what we say; a GPU's before the computer's."""
 
