@@ -117,6 +117,10 @@ KNOWN = {
         "another process of this run has ended: its own line says why; if it has none it was killed, as for memory, "
         "or with its machine: start the same command again with resume=auto"
     ),
+    r"(?i)timed out waiting \d+ ?ms|wait timeout after \d+": (
+        "another process of this run does not answer: end all of them, then start the same command again with "
+        "resume=auto"
+    ),
 }
 """Patterns in messages of RuntimeErrors of other libraries, and what we say; a GPU's before the computer's."""
 
