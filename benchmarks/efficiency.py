@@ -1,12 +1,15 @@
 """Efficiency of several processes: images/s of N of them against N times those of one, and what the exchange takes.
 
-    python benchmarks/processes.py
-    python benchmarks/processes.py --processes 1 2 4 8 --variants base --batch 128 --json processes.json
+    python benchmarks/efficiency.py
+    python benchmarks/efficiency.py --processes 1 2 4 8 --variants base --batch 128 --json efficiency.json
 
 Each process makes updates of FCMAE on `--batch` images of noise, so an update of N processes is of N times as many;
 nothing is loaded or saved. torchrun starts 1, 2, 4 of them in turn, `--rounds` times; on a CPU each has one thread.
 In every round updates with and without the exchange of gradients alternate: their difference is what it takes, less
 what goes on beside the backward pass. Processes beyond the cores share them: "of cores" counts no more than those.
+
+Other programs leave several processes more of the cores than one, so measure when nothing else runs; processor time
+for an image depends less on them.
 """
 
 import argparse
@@ -59,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Be one of the processes: make updates, and print the seconds that they took, by way."""
+    """Be one of the processes: make updates, print the seconds one took, by way, and processor time of all."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if args.device == "cuda" else "no")
     values = {
@@ -81,19 +84,23 @@ def work(args: argparse.Namespace) -> None:
         config=config,
     )
     batches = noise(args)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in (*WAYS, "cpu")}
     for r in range(4):  # the first to warm up
         for way in WAYS[:: 1 - 2 * (r % 2)]:
             accelerator.wait_for_everyone()
             synchronize()
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             with nullcontext() if way == "exchanging" else accelerator.no_sync(trainer.model):
                 for _ in range(args.updates):
                     trainer.update(batches)
+            worked = torch.tensor([time.process_time() - worked], device=accelerator.device)
             accelerator.wait_for_everyone()
             synchronize()
             if r:
                 seconds[way].append((time.perf_counter() - started) / args.updates)
+                if way == "exchanging":
+                    of_all: Any = accelerator.gather(worked)
+                    seconds["cpu"].append(of_all.sum().item() / args.updates)
     accelerator.print(json.dumps({way: statistics.median(values) for way, values in seconds.items()}))
     accelerator.end_training()
 
@@ -141,6 +148,9 @@ def measure(variant: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "efficiency": statistics.median(gained) / number,
                 "efficiency_of_cores": statistics.median(gained) / min(number, places),
                 "exchange_s": statistics.median(exchange),
+                "cpu_s_per_image": statistics.median(found[number]["cpu"] for found in rounds)
+                / number
+                / args.batch,
                 "update_s_rounds": seconds,
                 "apart_s_rounds": [found[number]["apart"] for found in rounds],
             }
@@ -175,13 +185,16 @@ def main(argv: list[str] | None = None) -> None:
     for variant in args.variants:
         networks[variant] = rows = measure(variant, args)
         print(f"\n{variant}\n")
-        print("| processes | images/s | times one (min–max) | efficiency | of cores | exchange, ms |")
-        print("|---:|---:|---:|---:|---:|---:|")
+        print(
+            "| processes | images/s | times one (min–max) | efficiency | of cores | exchange, ms | CPU ms/image |"
+        )
+        print("|---:|---:|---:|---:|---:|---:|---:|")
         for row in rows:
             print(
                 f"| {row['processes']} | {row['images_per_s']:.1f} | {row['times_one']:.2f} "
                 f"({row['times_one_min']:.2f}–{row['times_one_max']:.2f}) | {row['efficiency']:.0%} | "
-                f"{row['efficiency_of_cores']:.0%} | {1e3 * row['exchange_s']:.0f} |",
+                f"{row['efficiency_of_cores']:.0%} | {1e3 * row['exchange_s']:.0f} | "
+                f"{1e3 * row['cpu_s_per_image']:.1f} |",
                 flush=True,
             )
     busy = (seconds_of_others() - others) / (time.perf_counter() - started)
