@@ -394,6 +394,8 @@ class TrainSection(Section):
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast; `no` is float32, without TF32; `auto` is bf16 or fp16 if accelerate was launched with that, else
     bf16 on GPUs that have it, else float32."""
+    bf16_exchange: bool = False
+    """Send gradients between processes as bf16: half the traffic, and 8 of float32's 24 bits."""
     compile: bool = False
     """Whether the step goes through torch.compile."""
     gradient_checkpointing: bool = False

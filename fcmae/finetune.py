@@ -33,7 +33,7 @@ from fcmae.find_lr import RateSweep, find_lr
 from fcmae.load import describe_training, known_of, load_weights, resolve_recipe
 from fcmae.patches import grid_shape
 from fcmae.seeding import seeded
-from fcmae.story import layer_rates, training_batches, try_run, with_kind
+from fcmae.story import layer_rates, open_in_all, training_batches, try_run, with_kind
 from fcmae.tasks.base import Evaluation, Scores, Task, score_images
 from fcmae.tasks.known import TASKS
 from fcmae.training.checkpoint import Checkpoint
@@ -195,12 +195,21 @@ def train(
     """
     # The task and its images: labelled, and augmented by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
-    task, dataset = TASKS[config.task].open(config, checkpoint.state if checkpoint else None)
+    data, kind = config.data, TASKS[config.task]
+    task, dataset = open_in_all(
+        f"data.root={data.root}",
+        functools.partial(kind.open, config, checkpoint.state if checkpoint else None),
+        lambda opened: opened[1].images,
+    )
     config = with_kind(config, dataset.images)
     task = replace(task, config=config)
     validation = None
     if config.data.val_split is not None:
-        validation = task.validation_set(config.model.in_chans, training=dataset)
+        validation = open_in_all(
+            f"data.val_split={data.val_split}",
+            functools.partial(task.validation_set, config.model.in_chans, training=dataset),
+            lambda opened: opened.images,
+        )
     normalize = PixelNormalizer(config.data.mean, config.data.std, config.data.clip).to(accelerator.device)
 
     # The network: a dense ConvNeXt, pretrained, with a new head

@@ -48,7 +48,7 @@ from fcmae.load import (
 from fcmae.model import FCMAE
 from fcmae.patches import grid_shape
 from fcmae.seeding import derive_seed, seeded
-from fcmae.story import layer_rates, training_batches, try_run, with_kind
+from fcmae.story import layer_rates, open_in_all, training_batches, try_run, with_kind
 from fcmae.tensors import misfits
 from fcmae.training.checkpoint import Checkpoint
 from fcmae.training.launch import choose_batch, start_run
@@ -62,7 +62,7 @@ from fcmae.training.summary import summarize
 from fcmae.training.trainer import Show, Trainer
 from fcmae.training.watch import Watch
 from fcmae.visualize import draw_mask_ratios, draw_reconstructions, write_picture
-from fcmae.weights.base import Preprocessing, load_network
+from fcmae.weights.base import Preprocessing, build_encoder, load_network
 from fcmae.weights.export import write_folder
 from fcmae.weights.official import decoder_of
 
@@ -167,12 +167,13 @@ def train(
 
     # The images: cropped, flipped and masked by (seed, epoch, index)
     accelerator.print(f"opening          {config.data.root}", flush=True)
-    source = open_source(
-        config.data.name,
-        config.data.root,
-        config.data.split,
-        config.model.in_chans,
-        reading=Reading.of(config.data),
+    data = config.data
+    source = open_in_all(
+        f"data.root={data.root}",
+        lambda: open_source(
+            data.name, data.root, data.split, config.model.in_chans, reading=Reading.of(config.data)
+        ),
+        lambda source: source,
     )
     config = with_kind(config, source)
     splits = None
@@ -316,10 +317,9 @@ def train(
     # What remains: weights for fine-tuning, and pictures to look at
     if accelerator.is_main_process:
         folder = trainer.run
+        encoder = build_encoder(load_weights(folder.path, last=True))  # as the last checkpoint has it, whole
         preprocessing = Preprocessing.of(dict(config.data))
-        write_folder(
-            model.encoder, preprocessing, folder.encoder, trained=describe_training(folder.path, last=True)
-        )
+        write_folder(encoder, preprocessing, folder.encoder, trained=describe_training(folder.path, last=True))
         places = {"run folder": folder.path, "encoder": folder.encoder}
         if len(pixels):
             places["reconstructions"] = folder.reconstructions

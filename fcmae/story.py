@@ -22,6 +22,7 @@ from fcmae.data.segments import SegmentationDataset
 from fcmae.data.views import Part
 from fcmae.encoder.base import Network
 from fcmae.errors import UserError
+from fcmae.training.agree import agree, in_all
 from fcmae.training.dry_run import rehearse
 from fcmae.training.optim import layer_scales
 from fcmae.training.trainer import Trainer
@@ -45,12 +46,38 @@ def layer_rates(network: Network, optim: OptimSection) -> dict[str, float]:
 
 
 Run = TypeVar("Run", bound=RunConfig)
+Opened = TypeVar("Opened")
 
 
 def with_kind(config: Run, source: Source) -> Run:
     """Put the kind of pixels that the images turned out to have into the configuration, which outlives them."""
     data = config.data.model_copy(update={"dtype": kind_name(source.dtype)})
     return config.model_copy(update={"data": data})
+
+
+COMPARED = 1000
+"""Images, spread over a source, whose names and labels are compared between processes."""
+
+
+def open_in_all(what: str, open_images: Callable[[], Opened], source_of: Callable[[Opened], Source]) -> Opened:
+    """Open images in all processes of a run, and make sure that these are the same in all.
+
+    Args:
+        what: they are called in messages: the key that names them.
+        open_images: opens them, or raises as `open_source`.
+        source_of: what it returns -> the images.
+
+    Raises:
+        UserError: in all processes, if they cannot be opened in one, or differ.
+    """
+    opened = in_all(open_images)
+    source = source_of(opened)
+    facts: dict[str, object] = {f"the number of images of {what}": len(source)}
+    for index in spread(len(source), COMPARED):
+        label = None if source.labels is None else source.labels[index].tolist()
+        facts[f"image {index:,} of {what}"] = [source.describe(index), *([] if label is None else [label])]
+    agree(facts, f"give all processes the same {what}")
+    return opened
 
 
 TRIED = 64

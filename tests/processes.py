@@ -33,6 +33,9 @@ PRELOADED = (
     *("torch._dynamo", "einops._torch_specific"),
 )
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+"""What `accelerate launch` tells processes by an FSDP configuration."""
+
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 Image.init()  # all that a loader worker would import, once

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import ROOT, error_line, records, run_main
 from PIL import Image
-from processes import run_story
+from processes import FSDP, run_story
 from safetensors.torch import load_file, save_file
 
 import fcmae.__main__
@@ -372,7 +372,12 @@ def test_images_that_do_not_decode_are_left_out_of_the_count_and_named(
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["classes"]["images"] == [5, 4]
 
 
-def test_two_processes_count_and_train_as_one(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_two_processes_count_and_train_as_one(
+    how: dict[str, str], arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in how.items():
+        monkeypatch.setenv(name, value)
     still = ["data.mixup=0", "data.cutmix=0", "model.drop_path=0", "train.max_steps=6"]
     assert run(*arguments, *still, f"output={tmp_path / 'one'}") == 0
     done = run_story("finetune", *arguments, *still, f"output={tmp_path / 'two'}", "data.batch_size=8", number=2)

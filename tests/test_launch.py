@@ -11,21 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import launch as environments
 from conftest import ROOT
+from processes import FSDP
 from small_runs import batches, small_config, small_trainer
+from torch import nn
 from torch.distributed import run as torchrun
 
 from fcmae import arguments
-from fcmae.config import shipped_configs
+from fcmae.config import TrainSection, shipped_configs
 from fcmae.errors import UserError
-from fcmae.training import launch
+from fcmae.training import launch, sharding
 from fcmae.training.checkpoint import Checkpoint, read_checkpoint
-from fcmae.training.launch import describe_precision, has_bf16, start_accelerator
+from fcmae.training.launch import asked_sharding, describe_precision, has_bf16, start_accelerator
+from fcmae.training.memory import training_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +113,81 @@ def test_the_first_lines_say_the_precision_and_why(
     assert describe_precision(accelerator, asked) == said
 
 
+def test_deepspeed_is_refused_in_a_line_that_names_what_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"^DeepSpeed: .* FSDP2 divides weights as ZeRO-3 does"):
+        start_accelerator("no")
+
+
+def test_fsdp_divides_nothing_where_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert asked_sharding(TrainSection()) is None
+
+
+@pytest.fixture
+def fsdp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What a process of several finds that was launched with FSDP."""
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    return monkeypatch
+
+
+def test_fsdp_is_what_accelerate_was_asked_for(fsdp: pytest.MonkeyPatch) -> None:
+    assert asked_sharding(TrainSection()) == (("Block",), True, False)
+    fsdp.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    fsdp.setenv("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    fsdp.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "Bottleneck,BasicBlock")
+    asked = asked_sharding(TrainSection(bf16_exchange=True))
+    assert asked == (("Bottleneck", "BasicBlock"), False, True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "keys", "line"),
+    [
+        ("FSDP_VERSION", "1", {}, "FSDP of version 1: set fsdp_version: 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", {}, "FSDP with parameters on the CPU: set fsdp_offload_params: false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", {}, "set train.gradient_checkpointing=true, and fsdp_activation"),
+        ("FSDP_VERSION", "2", {"compile": True}, "FSDP with train.compile=true: leave that out"),
+        ("FSDP_VERSION", "2", {"precision": "fp16"}, "FSDP with train.precision=fp16: take bf16"),
+        ("FSDP_STATE_DICT_TYPE", "LOCAL_STATE_DICT", {}, "FSDP, as accelerate was asked for it: "),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_refused_with_the_key_to_change(
+    variable: str, value: str, keys: dict[str, Any], line: str, fsdp: pytest.MonkeyPatch
+) -> None:
+    fsdp.setenv(variable, value)
+    if value == "1":
+        fsdp.setenv("FSDP_RESHARD_AFTER_FORWARD", "FULL_SHARD")
+    with pytest.raises(UserError, match=re.escape(line)):
+        asked_sharding(TrainSection(**keys))
+
+
+@pytest.mark.parametrize(
+    ("network", "line"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "running statistics, such as batch norm's"),
+        (nn.Linear(2, 2), "this network has no Block; name its blocks' class where accelerate is configured"),
+    ],
+)
+def test_a_network_that_cannot_be_divided_is_refused(
+    network: nn.Module, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match=re.escape(line)):
+        sharding.Sharding(("Block",), reshard_after_forward=True, bf16_exchange=False).divide(network)
+
+
+def test_of_divided_weights_each_process_takes_its_share_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, network = small_config(Path("run")), nn.Linear(100, 100)
+    whole = training_bytes(config, network)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert training_bytes(config, network) == whole
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert training_bytes(config, network) == whole // 4
+
+
 def resume(checkpoint: Checkpoint, path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     small_trainer(small_config(path)).restore(checkpoint)
@@ -170,33 +249,32 @@ def test_accelerate_takes_every_key_and_the_command_in_the_header(
 ) -> None:
     monkeypatch.chdir(ROOT)
     found: Any = load_config_from_file(str(path))  # which refuses unknown keys, but not in sections
-    for section, prefix in ((found.fsdp_config, "fsdp_"), (found.deepspeed_config, "")):
-        for key, value in section.items():
-            assert key.startswith(prefix)
-            given = [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
-            launch_command_parser().parse_args([*given, "pretrain.py"])
+    for key, value in found.fsdp_config.items():
+        assert key.startswith("fsdp_")
+        given = [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+        launch_command_parser().parse_args([*given, "pretrain.py"])
     options = launched(path)
     assert options.config_file == str(path.relative_to(ROOT))
     require_good([options.training_script, *options.training_script_args], capsys)
 
 
-def test_the_configurations_launch_what_their_names_say() -> None:
+def test_the_configurations_launch_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {path.stem: launched(path) for path in LAUNCHES}
-    processes = {"cpu": 1, "one-gpu": 1, "eight-gpus": 8, "two-by-eight": 16, "fsdp": 8, "deepspeed": 8}
+    processes = {"cpu": 1, "one-gpu": 1, "eight-gpus": 8, "two-by-eight": 16, "fsdp": 8}
     assert {name: options.num_processes for name, options in found.items()} == processes
     assert found["cpu"].use_cpu
     assert {name for name, options in found.items() if options.multi_gpu} == {"eight-gpus", "two-by-eight"}
     assert (found["two-by-eight"].num_machines, found["two-by-eight"].machine_rank) == (2, 0)
-    assert [name for name, options in found.items() if options.use_deepspeed] == ["deepspeed"]
-    assert found["deepspeed"].zero_stage == 2
     environment = environments.prepare_multi_gpu_env(found["fsdp"])
-    wanted = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
-    assert wanted.items() <= environment.items()
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no", "or train.precision=auto would be what was launched"
+    for name in ("ACCELERATE_USE_FSDP", *(name for name in environment if name.startswith("FSDP_"))):
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert asked_sharding(TrainSection()) == (("Block",), True, False)
 
 
 def test_configurations_of_accelerate_are_no_recipes() -> None:
-    assert len(LAUNCHES) == 6
+    assert LAUNCHES
     assert not {*shipped_configs().values()} & {*LAUNCHES}
 
 

@@ -26,7 +26,7 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from conftest import ROOT, error_line, records, run_main
 from PIL import Image
-from processes import run_story
+from processes import FSDP, run_story
 from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
@@ -295,9 +295,12 @@ def test_accumulated_micro_batches_equal_one_batch(arguments: list[str], tmp_pat
     assert records(tmp_path / "four")[-1]["seen_images"] == records(tmp_path / "one")[-1]["seen_images"]
 
 
+@pytest.mark.parametrize("how", [{}, FSDP], ids=["ddp", "fsdp"])
 def test_two_processes_see_and_evaluate_together_what_one_does(
-    arguments: list[str], labelled: list[str], tmp_path: Path
+    how: dict[str, str], arguments: list[str], labelled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in how.items():
+        monkeypatch.setenv(name, value)
     settings = [*arguments, *labelled, "model.drop_path=0", "train.max_steps=6", "optim.accumulate=2"]
     settings += ["eval.knn_every_epochs=100", "eval.num_images=39", "eval.collapse_every_epochs=100"]
     assert run(*settings, f"output={tmp_path / 'one'}", "data.batch_size=4") == 0

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fcmae.encoder.convnext import Block, ConvNeXt, set_fused
 from fcmae.errors import UserError
@@ -219,7 +220,10 @@ def block_taps(network: nn.Module, tap: str) -> dict[str, Tap]:
     """Return what `tap` names in each block of `network`, by the block's name; empty if none is of `FAMILIES`."""
     found: dict[str, Tap] = {}
     for name, block in network.named_modules():
-        place, kind = type(block).__module__, type(block).__name__
+        own = type(block)
+        if issubclass(own, FSDPModule):  # FSDP's class for it, whose last base is its own
+            own = own.__bases__[-1]
+        place, kind = own.__module__, own.__name__
         family = FAMILIES.get(
             f"{place}.{kind}" if place.startswith("fcmae.") else f"{place.partition('.')[0]}.{kind}"
         )

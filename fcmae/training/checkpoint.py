@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -43,6 +43,8 @@ from fcmae.files import (
     write_text,
 )
 from fcmae.tensors import differences, fill_safetensors, kind, not_finite, read_safetensors
+from fcmae.training.sharding import Rows, divided
+from fcmae.training.together import Together
 
 MODEL, OPTIMIZER, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 STATE, SUMS = "state.json", "SHA256SUMS"
@@ -178,7 +180,7 @@ def restore_optimizer(
             f"{source}: {len(differing)} tensors are not those of this optimizer, such as {differing[0]}; "
             "resume with the configuration of the run, or start a new run with init_from"
         )
-    merged: dict[str, Any] = {**own, **tensors}
+    merged: dict[str, Any] = {**own, **divided(tensors, _tensors(own))}
     set_optimizer_state_dict(model, optimizer, merged, options=FLAT)
 
 
@@ -352,6 +354,33 @@ def set_aside_damaged(path: Path) -> str:
 # Writing
 
 
+class Writing(Protocol):
+    """How files of tensors are written."""
+
+    @property
+    def files(self) -> Iterable[str]: ...
+
+    def not_finite(self, file: str, /) -> str | None:
+        """Return the name of a tensor of a file with a number that is not finite; None without one."""
+        ...
+
+    def fill(self, path: Path, /) -> None:
+        """Write a file, whose name says which; raises OSError if it cannot be written."""
+        ...
+
+
+class Alone(NamedTuple):
+    """All tensors of each file, of any device."""
+
+    files: Files
+
+    def not_finite(self, file: str) -> str | None:
+        return not_finite(self.files[file])
+
+    def fill(self, path: Path) -> None:
+        fill_safetensors(path, self.files[path.name])
+
+
 def save_checkpoint(
     folder: Path,
     state: State,
@@ -360,6 +389,7 @@ def save_checkpoint(
     keep: int,
     first: Iterable[Path] = (),
     say: Callable[[str], None] = print,
+    writing: Writing | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX`, point `folder/last` at it, then delete all but the newest `keep`.
 
@@ -370,14 +400,16 @@ def save_checkpoint(
     Args:
         first: files that must be on disk before the checkpoint is: what was recorded up to it.
         say: takes a line about a damaged one that was set aside.
+        writing: writes the files of tensors; None for `files` being all there is of them.
 
     Raises:
         UserError: if it could not be written, such as for a full disk, or a tensor is not finite; older
             checkpoints are untouched.
     """
     final = step_folder(folder, state.step)
-    for file, tensors in files.items():
-        if bad := not_finite(tensors):
+    writing = writing or Alone(files)
+    for file in writing.files:
+        if bad := writing.not_finite(file):
             good, _ = newest_intact(folder)
             raise UserError(
                 f"{final}: not written, as {bad} of {file} is not finite; last good checkpoint: "
@@ -389,10 +421,10 @@ def save_checkpoint(
             fsync(path)
         if not _is_written(final, say):
             with atomic_folder(final) as temporary:
-                for file, tensors in files.items():
-                    fill_safetensors(temporary / file, tensors)
+                for file in writing.files:
+                    writing.fill(temporary / file)
                 write_json(temporary / STATE, state.model_dump(mode="json") | {"format": FORMAT})
-                names = sorted([*files, STATE])
+                names = sorted([*writing.files, STATE])
                 write_text(temporary / SUMS, "".join(f"{sha256(temporary / name)}  {name}\n" for name in names))
         settle(folder, state, keep=keep)
     except OSError as error:
@@ -438,26 +470,45 @@ class CheckpointWriter:
     """Saves checkpoints one at a time from copies of the tensors, in a thread, while the training goes on.
 
     What goes wrong there is raised by the next call here. As a context manager it waits at its end.
+
+    Args:
+        folder: of the checkpoints.
+        together: the threads of all processes, where each has rows of the tensors; all of them save, then.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, together: Together | None = None) -> None:
         self.folder = folder
+        self.together = together
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[Path] | None = None
+        self._pending: Future[None] | None = None
         self._copies: dict[str, dict[str, Tensor]] = {}
         """In host memory, reused by each checkpoint."""
 
     def save(self, state: State, files: Files, **kwargs: Any) -> None:
         """Copy tensors, of any device, and write them as `save_checkpoint` does; waits for the one before."""
         self.wait()
-        copies = {file: self._copy(file, tensors) for file, tensors in files.items()}
         on_gpu = any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values())
+        rows: dict[str, dict[str, Rows]] = {}
+        if self.together is not None:
+            rows = {file: {name: Rows.of(value) for name, value in files[file].items()} for file in files}
+            files = {file: {name: row.tensor for name, row in rows[file].items()} for file in files}
+        copies = {file: self._copy(file, tensors) for file, tensors in files.items()}
+        rows = {
+            file: {name: row._replace(tensor=copies[file][name]) for name, row in rows[file].items()}
+            for file in rows
+        }
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
 
-        def write() -> Path:
+        def write() -> None:
             if copied is not None:
                 copied.synchronize()
-            return save_checkpoint(self.folder, state, copies, **kwargs)
+            if self.together is None:
+                save_checkpoint(self.folder, state, copies, **kwargs)
+            elif self.together.rank:
+                self.together.follow(rows)
+            else:
+                with self.together.lead(rows) as lead:
+                    save_checkpoint(self.folder, state, copies, writing=lead, **kwargs)
 
         self._pending = self._thread.submit(write)
 

@@ -28,20 +28,20 @@ def share(tensors: Iterable[Tensor]) -> None:
     _send(tensors, lambda flat: torch.distributed.broadcast(flat, src=0, async_op=True))
 
 
-def average(tensors: Iterable[Tensor]) -> None:
+def average(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> None:
     """Overwrite tensors by their means over the processes, which all have them in the same order and shapes.
 
-    As DDP does, each process divides its own before they are summed, in their dtype.
+    As DDP does, each process divides its own before they are summed, in `dtype`, or else their own.
     """
     number = torch.distributed.get_world_size()
-    _send(tensors, lambda flat: torch.distributed.all_reduce(flat.div_(number), async_op=True))
+    _send(tensors, lambda flat: torch.distributed.all_reduce(flat.div_(number), async_op=True), dtype)
 
 
 @torch.no_grad()
-def _send(tensors: Iterable[Tensor], begin: Callable[[Tensor], Any]) -> None:
+def _send(tensors: Iterable[Tensor], begin: Callable[[Tensor], Any], dtype: torch.dtype | None = None) -> None:
     sent: list[tuple[list[Tensor], Tensor, Any]] = []
     for part in _parts(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in part])
+        flat = torch.cat([tensor.flatten() for tensor in part]).to(dtype or part[0].dtype)
         sent.append((part, flat, begin(flat)))
     for part, flat, message in sent:
         message.wait()  # for which a GPU waits, and no processor

@@ -7,24 +7,35 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, parse_flag_from_env
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
-from fcmae.config import RunConfig
-from fcmae.errors import UserError
+from fcmae import __version__
+from fcmae.config import RunConfig, TrainSection
+from fcmae.errors import UserError, blame
+from fcmae.training.agree import agree, in_all
 from fcmae.training.batch import Footprint, Room, Run, Step, with_batch
-from fcmae.training.checkpoint import Best, Checkpoint, read_checkpoint
+from fcmae.training.checkpoint import SUMS, Best, Checkpoint, read_checkpoint, read_sums
 from fcmae.training.heartbeat import heartbeat
 from fcmae.training.lock import Lock, held
 from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
+from fcmae.training.sharding import FSDP, Sharding
 from fcmae.training.stop import Stopped
 from fcmae.training.trackers import require_trackers
 
@@ -68,8 +79,24 @@ def has_bf16(device: torch.device) -> bool:
     return device.type in kinds and kinds[device.type].is_bf16_supported(including_emulation=False)
 
 
-def start_accelerator(precision: str) -> Accelerator:
+def start_processes() -> None:
+    """Let the processes of a run talk to each other, where there are several.
+
+    Raises:
+        UserError: for an engine that is none of ours.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed: its engine makes the update and writes pickles; FSDP2 divides weights as ZeRO-3 does, and "
+            "DDP is enough up to Base: launch with one of configs/accelerate, or without --use_deepspeed"
+        )
+    PartialState(cpu=without_gpu())
+
+
+def start_accelerator(precision: str, *, bf16_exchange: bool = False) -> Accelerator:
     """Return the Accelerator of this process, computing in `precision` ("auto": as launched, else as suits it).
+
+    With `bf16_exchange` DDP sends gradients as bf16.
 
     Raises:
         UserError: if this device cannot compute so.
@@ -80,6 +107,7 @@ def start_accelerator(precision: str) -> Accelerator:
             "accelerate launch starts a single process on CPU, whatever --num_processes says; for N processes: "
             "torchrun --nproc_per_node N SCRIPT --config FILE key=value ..."
         )
+    start_processes()
     # DDP on CPU otherwise warns of the strides of depthwise kernels' gradients, which it copies
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     try:
@@ -89,7 +117,14 @@ def start_accelerator(precision: str) -> Accelerator:
         accelerator = Accelerator(
             cpu=without_gpu(),
             mixed_precision=chosen,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,  # no second copy of them
+                    comm_hook=DDPCommunicationHookType.BF16 if bf16_exchange else DDPCommunicationHookType.NO,
+                )
+            ],
+            # the trainer's own, whatever was launched: accelerate would divide losses by its number once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"train.precision={precision}: {error}") from error
@@ -106,6 +141,40 @@ def start_accelerator(precision: str) -> Accelerator:
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+UNITS = ("Block",)
+"""Names of the classes of modules that FSDP divides each by itself, unless accelerate was told of others."""
+
+
+def asked_sharding(train: TrainSection) -> Sharding | None:
+    """Return how parameters are divided among processes, if accelerate was launched with FSDP; None for not.
+
+    Raises:
+        UserError: for what of it cannot be done.
+    """
+    if not (parse_flag_from_env(FSDP) and torch.distributed.is_initialized()):
+        return None
+    with blame("FSDP, as accelerate was asked for it"):
+        plugin: Any = FullyShardedDataParallelPlugin()
+    refused = {
+        "of version 1: set fsdp_version: 2 in accelerate's configuration": plugin.fsdp_version != 2,
+        "with parameters on the CPU: set fsdp_offload_params: false": isinstance(
+            plugin.cpu_offload, CPUOffloadPolicy
+        ),
+        "with its own checkpointing of activations: set train.gradient_checkpointing=true, and "
+        "fsdp_activation_checkpointing: false": plugin.activation_checkpointing,
+        "with train.compile=true: leave that out": train.compile,
+        "with train.precision=fp16: take bf16": train.precision == "fp16",
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UserError(f"FSDP {what}")
+    return Sharding(
+        units=tuple(plugin.transformer_cls_names_to_wrap or UNITS),
+        reshard_after_forward=plugin.reshard_after_forward,
+        bf16_exchange=train.bf16_exchange,
+    )
 
 
 def command_line() -> str:
@@ -215,11 +284,37 @@ def claim_checkpoint(config: RunConfig) -> Checkpoint | None:
         return checkpoint and (checkpoint.path, checkpoint.state.best)
 
     decided = decide_once(claim)
-    if claimed or decided is None:
-        return claimed[0] if claimed else None
+    if decided is None:
+        return None
     path, best = decided
-    checkpoint = read_checkpoint(path)
+    checkpoint = in_all(lambda: next(filter(None, claimed), None) or read_checkpoint(path))
+    facts = {f"{path}: its step": checkpoint.state.step, f"{path}: its {SUMS}": read_sums(path)}
+    agree(facts, "all processes must see the same output folder")
     return checkpoint._replace(state=checkpoint.state.model_copy(update={"best": best}))
+
+
+FREE = ("data.num_workers",)
+"""Keys that may differ between processes."""
+
+
+def require_same_settings(config: RunConfig, *, dry_run: bool) -> None:
+    """Make sure that all processes were started alike, before they do anything together.
+
+    Raises:
+        UserError: if not, in all of them.
+    """
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            elif f"{prefix}{name}" not in FREE:
+                yield f"{prefix}{name}", value
+
+    packages = {"the version of fcmae": __version__, "the version of torch": torch.__version__}
+    agree(packages, "install the same on all machines")
+    facts = {"the kind of run": type(config).__name__, "--dry-run": dry_run, **dict(flat(config.model_dump()))}
+    agree(facts, "start all processes by the same command, with the same configuration")
 
 
 @contextmanager
@@ -232,8 +327,10 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
     Raises:
         UserError: as `require_trackers`, `start_accelerator`, `require_run_folder`, `held` and `claim_run_folder`.
     """
-    require_trackers(config.log.loggers)
-    accelerator = start_accelerator(config.train.precision)
+    start_processes()
+    require_same_settings(config, dry_run=dry_run)
+    in_all(lambda: require_trackers(config.log.loggers))
+    accelerator = start_accelerator(config.train.precision, bf16_exchange=config.train.bf16_exchange)
     with ExitStack() as stack:
         stack.enter_context(heartbeat(accelerator.process_index, accelerator.num_processes))
         checkpoint, locks = None, []

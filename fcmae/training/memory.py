@@ -11,6 +11,7 @@ from torch import nn
 
 from fcmae.config import DataSection, FinetuneConfig, ModelSection, RunConfig
 from fcmae.errors import UserError, shown
+from fcmae.training.sharding import num_shares
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where a container's limit is, of version 2 and 1."""
@@ -60,10 +61,14 @@ def _bytes_of(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def training_bytes(config: RunConfig, model: nn.Module) -> int:
-    """Return the bytes of weights, and of gradients, AdamW's moments and the EMA, where they have such."""
+    """Return the bytes of weights, and of gradients, AdamW's moments and the EMA, where they have such.
+
+    Where parameters are divided among processes, one's share of them.
+    """
     ema = isinstance(config, FinetuneConfig) and config.train.ema_decay is not None
     parameters = list(model.parameters())
-    return (1 + ema) * _bytes_of(parameters) + 3 * _bytes_of(p for p in parameters if p.requires_grad)
+    whole = (1 + ema) * _bytes_of(parameters) + 3 * _bytes_of(p for p in parameters if p.requires_grad)
+    return whole // num_shares()
 
 
 def _kept_values(config: RunConfig, model: nn.Module) -> float:
@@ -154,7 +159,8 @@ def require_memory(config: RunConfig, model: nn.Module, device: torch.device) ->
     network = f"model.{key}={shown(getattr(config.model, key))}"
     pixels = config.model.in_chans * data.size[0] * data.size[1]
     kept = 0.0 if frozen else 2 * _kept_values(config, model)  # of two bytes each, in half precision
-    training: list[Part] = [(network, weights * (1 + ema + 3 * (not frozen)), "choose a smaller one")]
+    share = weights * (1 + ema + 3 * (not frozen)) / num_shares()
+    training: list[Part] = [(network, share, "choose a smaller one")]
     training += _images(data, (loaded_bytes(data) + NORMALISED_BYTES) * pixels + kept)
     if device.type in HOST:
         ready = loaded_bytes(data) * pixels * data.batch_size * data.num_workers

@@ -6,7 +6,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from fcmae import __version__
@@ -37,14 +38,16 @@ from fcmae.training.checkpoint import (
 )
 from fcmae.training.exchange import average, share
 from fcmae.training.graph import CudaGraphs, Eager, Graphs, Recorded, Work, why_eager
-from fcmae.training.launch import command_line, describe_device, describe_precision
+from fcmae.training.launch import asked_sharding, command_line, describe_device, describe_precision
 from fcmae.training.lock import Lock
 from fcmae.training.log import Charts, MetricsLog, record_start
 from fcmae.training.memory import taken_bytes
 from fcmae.training.progress import Progress
 from fcmae.training.run_folder import RunFolder, changed_keys
 from fcmae.training.schedule import Plan, is_due
+from fcmae.training.sharding import divided, norm_of_all
 from fcmae.training.stop import Stopped, StopRequests, describe
+from fcmae.training.together import Together
 from fcmae.training.watch import Watch
 
 Unreadable = tuple[int, str, str]
@@ -208,7 +211,6 @@ class Trainer:
         """Steps of the checkpoints that are never deleted."""
         self.found: Mapping[str, str] = {}
         """What its records were found to need a look at, once it has begun."""
-        self.writer = CheckpointWriter(self.run.checkpoints)
         self.bare_model = model
         self.ema = None
         if ema_decay is not None:  # copied before the model is wrapped, as copies of wrappers call the original
@@ -218,19 +220,29 @@ class Trainer:
             self.ema.to(accelerator.device)
         if config.train.compile:
             model.compile(fullgraph=True, options=untimed())
+        self.sharding = asked_sharding(config.train)
         self.eager = eager or why_eager(
             accelerator.device,
             processes=accelerator.num_processes,
-            sharded=accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED),
+            sharded=self.sharding is not None,
             scales_loss=accelerator.scaler is not None,
             gradient_checkpointing=config.train.gradient_checkpointing,
         )
         self.without_ddp = not self.eager and accelerator.distributed_type != DistributedType.NO
         """Whether gradients are averaged once all are computed, as hooks on them are not called in a replay."""
-        self.model: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.without_ddp)
-        if self.without_ddp:
+        by_itself = self.without_ddp or self.sharding is not None
+        if by_itself:
+            model.to(accelerator.device)  # which accelerate leaves alone for FSDP
+        self.model: nn.Module = accelerator.prepare_model(model, evaluation_mode=by_itself)
+        if by_itself:
             share([*model.parameters(), *model.buffers()])
-        self.optimizer = accelerator.prepare(optimizer)
+        if self.sharding is not None:
+            self.sharding.divide_with(optimizer, model)
+            if self.ema is not None:
+                share(self.ema.module.parameters())
+                self.sharding.divide(self.ema.module)
+        self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
+        self.writer = CheckpointWriter(self.run.checkpoints, Together() if self.sharding else None)
         self.window = Window.new(accelerator.device)
         self.work: Work = Eager(self._accumulate, self._exchange, self._step)
         if not self.eager:
@@ -258,9 +270,10 @@ class Trainer:
                 "train.epochs or train.max_steps, or name another output folder"
             )
         # what this run wrote is not converted: dtypes are compared, too
-        load_strictly(self.bare_model, checkpoint.model, path / MODEL, kind)
+        own = self.bare_model.state_dict()
+        load_strictly(self.bare_model, divided(checkpoint.model, own), path / MODEL, kind)
         if self.ema is not None:  # which may begin with this resumption
-            load_strictly(self.ema.module, checkpoint.ema or checkpoint.model, path / EMA, kind)
+            load_strictly(self.ema.module, divided(checkpoint.ema or checkpoint.model, own), path / EMA, kind)
         restore_optimizer(self.bare_model, self.optimizer.optimizer, checkpoint.optimizer, path / OPTIMIZER)
         self.step, self.seen_images = state.step, state.seen_images
         self.best, self.kept = state.best, list(state.kept)
@@ -292,7 +305,7 @@ class Trainer:
         """
         loss_sum = self.accelerator.gather(self.window.loss_sum[None]).sum().item()  # pyright: ignore[reportAttributeAccessIssue]
         bad_images = gather_object(list(self.bad.values()))
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process and self.sharding is None:
             return
         files = {
             MODEL: self.bare_model.state_dict(),
@@ -408,6 +421,24 @@ class Trainer:
         if self.lock is not None:
             self.lock.check()
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, each process has whole networks to evaluate; begun by all of them."""
+        if self.sharding is None:
+            return nullcontext()
+        return self.sharding.whole(self.bare_model, *([self.ema.module] if self.ema is not None else []))
+
+    def _show(self, show: Show, log: MetricsLog | None) -> None:
+        with self.whole():
+            if log is not None:
+                with self._between(show.what, show.every):
+                    show.call(self.step, log)
+
+    def _evaluate(
+        self, evaluate: Callable[[int, MetricsLog | None], float | None], every: int, log: MetricsLog | None
+    ) -> float | None:
+        with self.whole(), self._between("evaluation", every):
+            return evaluate(self.step, log)
+
     @contextmanager
     def _between(self, what: str, every: int) -> Iterator[None]:
         """What is done between updates, and writes into the run folder."""
@@ -464,7 +495,9 @@ class Trainer:
         if self.prepare is not None:
             inputs = self.prepare(inputs)
         last = micro == self.config.optim.accumulate - 1
-        with nullcontext() if last else accelerator.no_sync(self.model):
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        with nullcontext() if last or self.sharding else accelerator.no_sync(self.model):
             loss = self.work.accumulate(inputs)
         self.window.add(loss, self.step, batch.indices)
 
@@ -491,16 +524,17 @@ class Trainer:
     def _exchange(self) -> None:
         if self.without_ddp:
             gradients = (parameter.grad for parameter in self.bare_model.parameters())
-            average(gradient for gradient in gradients if gradient is not None)
+            dtype = torch.bfloat16 if self.config.train.bf16_exchange else None
+            average((gradient for gradient in gradients if gradient is not None), dtype)
             share(self.bare_model.buffers())
 
     def _step(self) -> Tensor:
         most = math.inf if self.config.optim.clip_grad is None else self.config.optim.clip_grad
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), most)
+        assert norm is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # DeepSpeed, which clips by itself, may have none
-        return norm if isinstance(norm, Tensor) else torch.full((), math.nan, device=self.accelerator.device)
+        return norm_of_all(norm)
 
     def update(self, batches: Iterator[Any]) -> None:
         """Make one update of `accumulate` micro-batches."""
@@ -571,13 +605,11 @@ class Trainer:
                     facts = {"command": command_line(), **self.first_lines, "python": platform.python_version()}
                     record_start(self.run, self.step, facts)
             stack.enter_context(progress)
-            if log and self.step == 0:
+            if self.step == 0:
                 for show in shows:
-                    with self._between(show.what, show.every):
-                        show.call(0, log)
+                    self._show(show, log)
             if evaluate and evaluate_first and self.step == 0:
-                with self._between("evaluation", evaluate_every):
-                    evaluate(0, log)
+                self._evaluate(evaluate, evaluate_every, log)
             stop = stack.enter_context(
                 StopRequests(
                     say=self.say,
@@ -592,14 +624,12 @@ class Trainer:
                 if self.step % self.config.log.every_steps == 0 or self.step == total:
                     self._record(log)
                 for show in shows:
-                    if log and is_due(self.step, show.every, total):
-                        with self._between(show.what, show.every):
-                            show.call(self.step, log)
+                    if is_due(self.step, show.every, total):
+                        self._show(show, log)
                 is_best = False
                 if evaluate and is_due(self.step, evaluate_every, total):
                     self.check()
-                    with self._between("evaluation", evaluate_every):
-                        is_best = self._note(evaluate(self.step, log))
+                    is_best = self._note(self._evaluate(evaluate, evaluate_every, log))
                 # last: a resumed run repeats nothing before
                 code = stop.asked()
                 if self._keep() or code or is_best or self.step % save_every == 0 or self.step == total:
