@@ -962,10 +962,15 @@ def override_config(kind: type[Config], values: Mapping[str, Any], overrides: Se
     return parse_config(kind, values, source, overridden)
 
 
+LAUNCHES = "accelerate"
+"""Folder beside the configurations of runs that has accelerate's own, for --config_file."""
+
+
 def shipped_configs() -> dict[str, Path]:
     """Return the configurations that come with the package, by name, such as quickstart and pretrain/atto."""
     folder = _shipped()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = sorted(path for path in folder.rglob("*.yaml") if path.parent.name != LAUNCHES)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in found}
 
 
 def reference_logs() -> dict[str, Path]:

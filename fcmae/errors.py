@@ -114,7 +114,12 @@ KNOWN = {
     r"PytorchStreamWriter failed|No space left on device": "a file was not written: free some space",
     r"ancdata|(?i:too many open files)": f"too many open files: {REMEDIES[errno.EMFILE]}",
     r"(?i)connection (was )?(closed|reset)|remote process exited|broken pipe": (
-        "another process of this run has ended: its own line says why"
+        "another process of this run has ended: its own line says why; if it has none it was killed, as for memory "
+        "or with its machine: start the same command again with resume=auto"
+    ),
+    r"(?i)timed out waiting \d+ ?ms|wait timeout after \d+": (
+        "another process of this run does not answer: end all of them, then start the same command again with "
+        "resume=auto"
     ),
 }
 """Patterns in messages of RuntimeErrors of other libraries, and what we say; a GPU's before the computer's."""

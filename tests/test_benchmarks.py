@@ -386,3 +386,27 @@ def test_the_gpu_script_rehearses_a_part_here(gpu: Any, tmp_path: Path) -> None:
     assert line["figures"]["gelu_grn 3 us"] > 0
     assert line["written"]["found"]["operations"]
     assert line["commands"][0].startswith("python benchmarks/kernels.py --variant=atto")
+
+
+def test_efficiency_of_processes_is_that_of_rounds_and_a_worker_prints_its_seconds(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processes = importlib.import_module("efficiency")
+    monkeypatch.setenv("RANK", "0")
+    processes.main(["--image-size=64", "--batch=2", "--updates=1"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"exchanging", "apart", "cpu"}
+    assert min(found.values()) > 0
+    monkeypatch.delenv("RANK")
+
+    def launch(number: int, variant: str, args: Any) -> dict[str, float]:
+        return {"exchanging": 1 + 0.25 * (number - 1), "apart": 1.0, "cpu": 1.0 * number}
+
+    monkeypatch.setattr(processes, "launch", launch)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 2)
+    processes.main(["--rounds=2", "--batch=10", f"--json={tmp_path / 'out.json'}"])
+    one, two, four = json.loads((tmp_path / "out.json").read_text())["networks"]["atto"]
+    assert (one["times_one"], one["efficiency"]) == (1, 1)
+    assert (two["times_one"], two["efficiency"], two["exchange_s"]) == (1.6, 0.8, 0.25)
+    assert (four["efficiency"], four["efficiency_of_cores"]) == (pytest.approx(4 / 1.75 / 4), 4 / 1.75 / 2)
+    assert (four["images_per_s"], four["cpu_s_per_image"]) == (pytest.approx(40 / 1.75), 0.1)

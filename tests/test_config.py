@@ -8,6 +8,7 @@ import yaml
 
 from fcmae import VARIANTS
 from fcmae.config import (
+    LAUNCHES,
     FinetuneConfig,
     FinetuneRecipe,
     ImageConfig,
@@ -28,7 +29,7 @@ from fcmae.training.schedule import Plan
 
 ROOT = Path(__file__).parent.parent
 V2_VARIANTS = [name for name in VARIANTS if name not in ("small", "xlarge")]  # which are of V1 alone
-SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != LAUNCHES)
 SHIPPED_KINDS = [
     ({"finetune": FinetuneRecipe, "pretrain": PretrainRecipe}[task], path)
     for name, path in shipped_configs().items()

@@ -66,6 +66,10 @@ def wrapped(kind: str, line: str) -> str:
             RuntimeError("[gloo/pair.cc:544] Connection closed by peer [::1]:6"),
             "another process of this run has ended",
         ),
+        (
+            RuntimeError("[gloo/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"),
+            "another process of this run does not answer",
+        ),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device; free some space"),
         (
             OSError("I/O error: No space left on device (os error 28)"),

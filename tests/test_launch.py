@@ -1,7 +1,10 @@
-"""The precision of a run: bf16 wherever the GPU has it, what accelerate was launched with, or what is asked for."""
+"""The precision of a run, and what launches it: accelerate's configurations, and the jobs that the pages show."""
 
 import re
-from collections.abc import Iterator
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils import launch as environments
+from conftest import ROOT
 from processes import FSDP
 from small_runs import batches, small_config, small_trainer
 from torch import nn
+from torch.distributed import run as torchrun
 
-from fcmae.config import TrainSection
+from fcmae import arguments
+from fcmae.config import TrainSection, shipped_configs
 from fcmae.errors import UserError
 from fcmae.training import launch, sharding
 from fcmae.training.checkpoint import Checkpoint, read_checkpoint
@@ -207,3 +217,172 @@ def test_a_gpu_since_ampere_computes_in_bf16_unless_told_otherwise(monkeypatch: 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     native = torch.cuda.get_device_capability()[0] >= 8
     assert start_accelerator("auto").mixed_precision == ("bf16" if native else "no")
+
+
+# accelerate's configurations
+
+
+LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+
+
+def require_good(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Hold that a run's command, from its script on, is one that fcmae takes."""
+    assert words[0] in ("pretrain.py", "fcmae.pretrain")
+    assert arguments.pretrain([*words[1:], "--print-config"]) == 0
+    assert capsys.readouterr().out.startswith("output: ")
+
+
+def command_of(path: Path) -> list[str]:
+    """The words after `accelerate launch` in the header of a configuration."""
+    (line,) = re.findall(r"^#   accelerate launch (.*)$", path.read_text(), re.MULTILINE)
+    return shlex.split(line)
+
+
+def launched(path: Path) -> Any:
+    """What accelerate makes of a configuration's own command."""
+    return _validate_launch_command(launch_command_parser().parse_args(command_of(path)))[0]
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_takes_every_key_and_the_command_in_the_header(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found: Any = load_config_from_file(str(path))  # which refuses unknown keys, but not in sections
+    for key, value in found.fsdp_config.items():
+        assert key.startswith("fsdp_")
+        given = [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+        launch_command_parser().parse_args([*given, "pretrain.py"])
+    options = launched(path)
+    assert options.config_file == str(path.relative_to(ROOT))
+    require_good([options.training_script, *options.training_script_args], capsys)
+
+
+def test_the_configurations_launch_what_their_names_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {path.stem: launched(path) for path in LAUNCHES}
+    processes = {"cpu": 1, "one-gpu": 1, "eight-gpus": 8, "two-by-eight": 16, "fsdp": 8}
+    assert {name: options.num_processes for name, options in found.items()} == processes
+    assert found["cpu"].use_cpu
+    assert {name for name, options in found.items() if options.multi_gpu} == {"eight-gpus", "two-by-eight"}
+    assert (found["two-by-eight"].num_machines, found["two-by-eight"].machine_rank) == (2, 0)
+    environment = environments.prepare_multi_gpu_env(found["fsdp"])
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no", "or train.precision=auto would be what was launched"
+    for name in ("ACCELERATE_USE_FSDP", *(name for name in environment if name.startswith("FSDP_"))):
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert asked_sharding(TrainSection()) == (("Block",), True, False)
+
+
+def test_configurations_of_accelerate_are_no_recipes() -> None:
+    assert LAUNCHES
+    assert not {*shipped_configs().values()} & {*LAUNCHES}
+
+
+# Jobs
+
+
+PAGE = (ROOT / "docs" / "many-gpus.md").read_text()
+
+
+def block(language: str, part: str) -> str:
+    """The fenced block of the page that has `part` in it."""
+    (found,) = (text for text in re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S) if part in text)
+    return found
+
+
+def require_torchrun(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """Hold that torchrun and fcmae take a command; returns what torchrun understands."""
+    assert words[0] == "torchrun"
+    options = torchrun.parse_args(words[1:])
+    torchrun.config_from_args(options)
+    assert options.module
+    require_good([options.training_script, *options.training_script_args], capsys)
+    return options
+
+
+def script_words(script: str, command: str, **variables: str) -> list[str]:
+    """The words of a script's command, from `command` on, its variables replaced."""
+    line = next(line for line in script.replace("\\\n", " ").splitlines() if command in line)
+    for name, value in variables.items():
+        line = line.replace(f"${name}", value)
+    return shlex.split(line[line.index(command) :].removesuffix(" &"))
+
+
+def test_the_command_for_several_machines_is_one_that_torchrun_and_fcmae_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = block("bash", "FIRST:29400")
+    options = require_torchrun(script_words(script, "torchrun"), capsys)
+    assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("2", "8", 3)
+    assert "resume=auto" in options.training_script_args
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in script
+
+
+SLURM = {
+    "--job-name", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue",
+    "--open-mode", "--signal",
+}  # fmt: skip
+"""Options of sbatch that its manual has."""
+
+
+def test_the_slurm_script_is_a_shells_and_leaves_time_to_save_and_goes_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = block("bash", "#SBATCH")
+    subprocess.run([shutil.which("bash") or "sh", "-n"], input=script, text=True, check=True)
+    given = [word for line in re.findall(r"^#SBATCH (.*)$", script, re.M) for word in line.split()]
+    options = dict(word.partition("=")[::2] for word in given)
+    assert options.keys() == SLURM
+    assert script.startswith("#!/bin/bash\n#SBATCH "), "what follows a command is not read"
+    signal = re.fullmatch(r"B:TERM@(\d+)", options["--signal"])
+    (left,) = re.findall(r"SHUTDOWN_TIMEOUT=(\d+)", script)
+    assert signal
+    assert 30 < int(left) < int(signal[1])
+    words = script_words(script, "torchrun", SLURM_NNODES=options["--nodes"], SLURM_JOB_ID="1", first="host")
+    found = require_torchrun(words, capsys)
+    assert found.nproc_per_node == options["--gpus-per-node"]
+    assert "resume=auto" in found.training_script_args
+
+
+def test_the_slurm_script_passes_a_signal_on_waits_and_queues_the_job_again(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    commands = {
+        "scontrol": f'echo "scontrol $*" >> {said}; echo host',
+        "srun": f'trap "sleep 0.2; echo saved >> {said}; exit 1" TERM\nkill -TERM $PPID\nwhile :; do sleep 1; done',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    places = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+    subprocess.run(["bash", "-c", block("bash", "#SBATCH")], env=places, check=False, timeout=100)
+    assert said.read_text().splitlines()[1:] == ["saved", "scontrol requeue 7"]
+
+
+def test_the_kubernetes_job_has_shared_memory_time_to_save_and_a_command_that_is_taken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    service, job = yaml.safe_load_all(block("yaml", "kind: Job"))
+    assert (service["apiVersion"], job["apiVersion"]) == ("v1", "batch/v1")
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    name = job["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert spec["completionMode"] == "Indexed"
+    assert pod["restartPolicy"] == "Never", "which podFailurePolicy wants"
+    (container,) = pod["containers"]
+    options = require_torchrun(container["command"], capsys)
+    assert str(spec["completions"]) == str(spec["parallelism"]) == options.nnodes
+    assert options.rdzv_endpoint == f"{name}-0.{pod['subdomain']}:29400"
+    assert options.nproc_per_node == str(container["resources"]["limits"]["nvidia.com/gpu"])
+    environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert volumes.keys() == mounts.keys()
+    assert mounts["shm"] == "/dev/shm"
+    assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+    settings = dict(word.split("=", 1) for word in options.training_script_args if not word.startswith("-"))
+    assert settings["resume"] == "auto"
+    assert settings["data.root"] == mounts["images"]
+    assert Path(settings["output"]).is_relative_to(mounts["runs"])

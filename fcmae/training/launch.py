@@ -31,6 +31,7 @@ from fcmae.errors import UserError, blame
 from fcmae.training.agree import agree, in_all
 from fcmae.training.batch import Footprint, Room, Run, Step, with_batch
 from fcmae.training.checkpoint import SUMS, Best, Checkpoint, read_checkpoint, read_sums
+from fcmae.training.heartbeat import heartbeat
 from fcmae.training.lock import Lock, held
 from fcmae.training.memory import free_and_total
 from fcmae.training.run_folder import RunFolder, claim_run_folder, require_run_folder
@@ -337,6 +338,7 @@ def start_run(config: RunConfig, *, dry_run: bool) -> Iterator[tuple[Accelerator
     in_all(lambda: require_trackers(config.log.loggers))
     accelerator = start_accelerator(config.train.precision, bf16_exchange=config.train.bf16_exchange)
     with ExitStack() as stack:
+        stack.enter_context(heartbeat(accelerator.process_index, accelerator.num_processes))
         checkpoint, locks = None, []
 
         def take() -> None:
