@@ -583,7 +583,6 @@ class ImageSource:
     ) -> None:
         self.files = files
         self.place = place
-        self.labels, self.class_names = files.labels, files.class_names
         self.reading = reading
         seen = dict(self._look())
         first = next(iter(seen.values()), None)
@@ -597,6 +596,14 @@ class ImageSource:
             )
         kinds = [image.kind for image in seen.values()]
         self.dtype = reading.kind(max(kinds, key=[*FULL].index, default=torch.uint8))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.files.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.files.class_names
 
     def __len__(self) -> int:
         return len(self.files)
