@@ -1,4 +1,4 @@
-"""Lists of images: in one order, arrays without an object for each image, kept, and made anew when something changed."""
+"""Lists of images: in one order, without an object for each image, kept, and made anew when something changed."""
 
 import io
 import os
@@ -15,9 +15,8 @@ import pytest
 from conftest import fuzzed
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import fork_server
 
-from fcmae.data import listing, open_source, share_of_each_class
+from fcmae.data import kept, listing, open_source, share_of_each_class
 from fcmae.data.listing import Folder, FolderFiles, TarFiles, images_below, walk
 from fcmae.data.names import Names, natural_key, natural_keys, natural_order
 from fcmae.data.shared_memory import say_once
@@ -69,13 +68,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, paths: Sequence[str]) -> None:
 
 
 @pytest.fixture
-def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that have been read."""
+def scanned(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that have been read, but that of the cache."""
     found: list[str] = []
     scandir = os.scandir
 
     def counting(path: str) -> object:
-        found.append(path)
+        found.extend([path] if isinstance(path, str) and not path.startswith(str(cache)) else [])
         return scandir(path)
 
     monkeypatch.setattr(listing.os, "scandir", counting)
@@ -179,6 +178,18 @@ def test_opening_looks_at_the_names_of_few_images(monkeypatch: pytest.MonkeyPatc
     assert len(asked) < 100
 
 
+def fork(work: Callable[[], object]) -> int:
+    """Start a process that does this, and return its number; it ends with 0 if nothing was raised."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
 def copied_bytes(visit: Callable[[], object]) -> int:
     """Return the memory that a forked process has of its own after a visit, and did not before."""
 
@@ -186,13 +197,13 @@ def copied_bytes(visit: Callable[[], object]) -> int:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private_Dirty:"))
 
-    reading, writing = os.pipe()
-    if not (child := os.fork()):
+    def tell() -> None:
         before = own()
         visit()
         os.write(writing, str(own() - before).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
+
+    reading, writing = os.pipe()
+    os.waitpid(fork(tell), 0)
     os.close(writing)
     with open(reading) as file:
         return int(file.read())
@@ -338,33 +349,23 @@ def test_what_nobody_used_for_a_week_is_deleted_with_the_next_list(root: Path, t
     assert {path for path in cache.iterdir() if path.is_dir()} == {recent, new}
 
 
-def list_alone(root: str, cache_home: str, log: str) -> None:
-    """List in a process of its own, which says that it does."""
-    os.environ["XDG_CACHE_HOME"] = cache_home
-    listing.KEPT_FROM, listing.SETTLED_S = 1, -60
-
-    def counting(root: str) -> Generator[Folder, None, None]:
-        with open(log, "a") as file:
-            file.write("once\n")
-        for folder in walk(root):  # slowly: the others are here by the end
-            yield folder
-            time.sleep(0.05)
-
-    listing.walk = counting
-    assert len(FolderFiles.below(root, JPEG)) == 5
-
-
-def test_of_several_processes_one_makes_the_list(root: Path, tmp_path: Path, cache: Path) -> None:
+def test_of_several_processes_one_makes_the_list(
+    root: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "log"
-    given = str(root), str(tmp_path / "cache"), str(log)
-    processes = [fork_server().Process(target=list_alone, args=given) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert log.read_text() == "once\n"
+
+    def slow_walk(root: str) -> Generator[Folder, None, None]:
+        yield from walk(root)
+        time.sleep(0.5)  # the others are here by then
+        with log.open("a") as file:
+            file.write("listed\n")
+
+    monkeypatch.setattr(listing, "walk", slow_walk)
+    monkeypatch.setattr(kept, "SILENT_S", 0.1)
+    children = [fork(lambda: names_of(below(root))) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert len(list(cache.glob("*-*"))) == 1
+    assert log.read_text() == "listed\n"
 
 
 # Reading folders
@@ -383,7 +384,7 @@ def test_a_folder_that_may_not_be_read_is_passed_over_and_looked_into_when_it_ma
     scandir = os.scandir
 
     def refusing(path: str) -> object:
-        if path.endswith("owl"):
+        if str(path).endswith("owl"):
             raise PermissionError(path)
         return scandir(path)
 
