@@ -136,9 +136,10 @@ def test_a_tar_file_has_the_order_and_the_classes_of_its_names(tmp_path: Path, c
         files = TarFiles.within(str(tmp_path / "x.tar"), JPEG)
         assert names_of(files) == [f"{tmp_path}/x.tar/{names[i]}" for i in order]
         assert [files.open(i).read()[0] for i in range(len(files))] == order
-        assert files.class_names == ("a9", "a10", "B", "b")
+        classes = ("a9", "a10", "B", "b")
+        assert files.class_names == classes
         assert files.labels is not None
-        assert [files.class_names[label] for label in files.labels] == [names[i].split("/")[0] for i in order]
+        assert [classes[label] for label in files.labels] == [names[i].split("/")[0] for i in order]
     assert len(list(cache.glob("*-*"))) == 1
 
 
@@ -343,7 +344,8 @@ def test_what_nobody_used_for_a_week_is_deleted_with_the_next_list(root: Path, t
     assert recent is not None
     (cache / ".writing-x").mkdir()
     for path, days in ((old, 8), (recent, 8), (cache / ".writing-x", 8)):
-        os.utime(path, (time.time() - days * 86_400,) * 2)
+        used = time.time() - days * 86_400
+        os.utime(path, (used, used))
     below(root / "owl")
     new = below(root / "cat").arrays.folder
     assert {path for path in cache.iterdir() if path.is_dir()} == {recent, new}
