@@ -102,6 +102,7 @@ def open_and_load(args: argparse.Namespace, batches: int) -> dict[str, Any]:
 
 
 def _tell(queue: Any, work: Callable[..., object], *given: object) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in any other process
     queue.put(work(*given))
 
 
