@@ -97,7 +97,6 @@ def open_and_load(args: argparse.Namespace, batches: int) -> dict[str, Any]:
             found[when] = max(map(own_mb, workers), default=0.0)
             for _ in range(batches if when == "worker_mb_first" else 0):
                 next(loaded)
-        found["main_mb_last"] = own_mb() - imported
     return found
 
 

@@ -49,7 +49,7 @@ def touch(root: Path, *names: str) -> Path:
 
 
 def below(root: Path) -> FolderFiles:
-    return FolderFiles.below(str(root), JPEG)
+    return FolderFiles(str(root), JPEG)
 
 
 def names_of(files: FolderFiles | TarFiles) -> list[str]:
@@ -133,7 +133,7 @@ def test_a_tar_file_has_the_order_and_the_classes_of_its_names(tmp_path: Path, c
             tar.addfile(member, io.BytesIO(bytes([number])))
     order = sorted(range(len(names)), key=lambda i: natural_key(names[i]))
     for _ in range(2):
-        files = TarFiles.within(str(tmp_path / "x.tar"), JPEG)
+        files = TarFiles(str(tmp_path / "x.tar"), JPEG)
         assert names_of(files) == [f"{tmp_path}/x.tar/{names[i]}" for i in order]
         assert [files.open(i).read()[0] for i in range(len(files))] == order
         classes = ("a9", "a10", "B", "b")
@@ -247,8 +247,8 @@ def test_a_list_that_is_kept_is_opened_without_reading_a_folder(
         assert again.labels.tolist() == first.labels.tolist() == [0, 1, 2, 2, 2]
         assert again.class_names == ("cat", "cat10", "owl")
         assert again.ends == {".jpg"}
-    assert f"{root}: nothing has changed since it was listed" in capsys.readouterr().err
-    assert len(FolderFiles.below(str(root), {".png"})) == 0  # of other files it is another list
+    assert f"{root}: as it was listed before, in {first.arrays.folder}" in capsys.readouterr().err
+    assert len(FolderFiles(str(root), {".png"})) == 0  # of other files it is another list
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {

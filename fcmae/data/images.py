@@ -655,7 +655,7 @@ def find_image(folder: Path) -> Path | None:
 
 def _open_files(name: str, root: str, split: str | None) -> Files:
     if "/" not in name:
-        return FolderFiles.below(root, extensions()) if os.path.isdir(root) else TarFiles.within(root, extensions())
+        return (FolderFiles if os.path.isdir(root) else TarFiles)(root, extensions())
     searched: dict[str, Any] = {"search_split": False} if split is None else {"split": split}
     return DatasetFiles(create_dataset(name, root=root, **searched), name)
 

@@ -154,7 +154,7 @@ class Shelf:
                 continue
             with suppress(OSError):
                 os.utime(folder)
-            say_once(f"{self.what}: nothing has changed since it was listed, {folder}")
+            say_once(f"{self.what}: as it was listed before, in {folder}; no folder of it has changed")
             return found
         if change:
             say_once(f"{self.what}: listed again, as {change} has changed")

@@ -226,7 +226,7 @@ class FolderReader:
         prefixes = [path and path + os.sep for path, *_ in self.found]
         order = natural_order(prefixes)
         prefixes = [prefixes[i] for i in order]
-        paths, files, stamps = map(list, zip(*(self.found[i] for i in order), strict=True))
+        paths, files, stamps = ([self.found[i][part] for i in order] for part in range(3))
         self.found.clear()
         # Folders of which one lies in the other, or whose names differ in case or zeros alone, have their images
         # among each other's; of others all images come before or after
@@ -284,10 +284,21 @@ def changed_folder(root: str, kept: Arrays) -> str | None:
 
 
 class FolderFiles:
-    """Image files at any depth below a folder, classes named for the folder that each lies in."""
+    """Image files at any depth below a folder, classes named for the folder that each lies in.
 
-    def __init__(self, root: str, arrays: Arrays) -> None:
+    Args:
+        root: the folder.
+        extensions: of images.
+        arrays: what `FolderReader` makes of it; None has it listed, where it was not before.
+    """
+
+    def __init__(self, root: str, extensions: Collection[str], arrays: Arrays | None = None) -> None:
+        if arrays is None:
+            key = "\n".join([str(real_path(Path(root))), *sorted(extensions)])
+            shelf = Shelf(root, key, functools.partial(changed_folder, root))
+            arrays = listed(FolderReader(root, extensions), shelf, root)
         self.root = root
+        self.extensions = extensions
         self.arrays = arrays
         self.names, self.folders = Names.of_arrays(arrays, "names"), Names.of_arrays(arrays, "folders")
         self.folder_of = arrays["folder_of"]
@@ -295,14 +306,8 @@ class FolderFiles:
         self.class_names = None if self.labels is None else tuple(arrays.facts["class_names"])
         self.ends = frozenset(arrays.facts["ends"])
 
-    @classmethod
-    def below(cls, root: str, extensions: Collection[str]) -> "FolderFiles":
-        key = "\n".join([str(real_path(Path(root))), *sorted(extensions)])
-        shelf = Shelf(root, key, functools.partial(changed_folder, root))
-        return cls(root, listed(FolderReader(root, extensions), shelf, root))
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return FolderFiles, (self.root, self.arrays)
+        return FolderFiles, (self.root, self.extensions, self.arrays)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -365,6 +370,16 @@ def _members(file: IO[bytes], size: int, extensions: Collection[str], within: st
             raise ValueError(f"damaged at byte {tar.offset:,}; make it anew")
 
 
+def _tar_stamp(path: str) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return *_stamp(status), status.st_size
+
+
+def changed_tar(path: str, kept: Arrays) -> str | None:
+    """Return what has changed since the tar file was listed: itself, or nothing."""
+    return None if _tar_stamp(path) == tuple(kept[STAMPS][0]) else path
+
+
 class TarReader:
     """Lists the image files in a tar file."""
 
@@ -403,19 +418,24 @@ class TarReader:
         )
 
 
-def _tar_stamp(path: str) -> tuple[int, int, int]:
-    status = os.stat(path)
-    return *_stamp(status), status.st_size
-
-
 class TarFiles:
     """Image files in a tar file, classes named for the folder that each lies in; nothing of it is extracted.
 
     Only plain files in it count, wherever their names seem to lead; links and devices do not.
+
+    Args:
+        path: the tar file.
+        extensions: of images.
+        arrays: what `TarReader` makes of it; None has it listed, where it was not before.
     """
 
-    def __init__(self, path: str, arrays: Arrays) -> None:
+    def __init__(self, path: str, extensions: Collection[str], arrays: Arrays | None = None) -> None:
+        if arrays is None:
+            key = "\n".join([str(real_path(Path(path))), *sorted(extensions)])
+            shelf = Shelf(path, key, functools.partial(changed_tar, path))
+            arrays = listed(TarReader(path, extensions), shelf, path)
         self.path = path
+        self.extensions = extensions
         self.arrays = arrays
         self.file = SharedFile(Path(path))
         self.names = Names.of_arrays(arrays, "names")
@@ -424,16 +444,8 @@ class TarFiles:
         self.class_names = None if self.labels is None else tuple(arrays.facts["class_names"])
         self.ends = frozenset(arrays.facts["ends"])
 
-    @classmethod
-    def within(cls, path: str, extensions: Collection[str]) -> "TarFiles":
-        def changed(kept: Arrays) -> str | None:
-            return None if _tar_stamp(path) == tuple(kept[STAMPS][0]) else "it"
-
-        key = "\n".join([str(real_path(Path(path))), *sorted(extensions)])
-        return cls(path, listed(TarReader(path, extensions), Shelf(path, key, changed), path))
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return TarFiles, (self.path, self.arrays)
+        return TarFiles, (self.path, self.extensions, self.arrays)
 
     def __len__(self) -> int:
         return len(self.names)
