@@ -13,14 +13,18 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from train_step import device_name
 
 from fcmae import sample_visible_ids
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source
@@ -138,7 +142,13 @@ def main(argv: list[str] | None = None) -> None:
             figures = ", ".join(f"{key} {value:,.1f}" for key, value in row.items() if key != "images")
             print(f"{name}: {row['images']:,} images: {figures}")
     if args.json:
-        args.json.write_text(json.dumps(measured, indent=1) + "\n")
+        header = {
+            "command": shlex.join(["python", *sys.argv]),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "device": device_name("cpu"),
+            "load": os.getloadavg()[1],
+        }
+        args.json.write_text(json.dumps(header | measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from fcmae.data.npy import read_header
 from fcmae.data.shared_memory import say_once
-from fcmae.errors import brief
+from fcmae.errors import brief, one_line
 from fcmae.files import atomic_folder, remove_folder
 
 FORMAT = "fcmae listing 1"
@@ -129,7 +129,7 @@ class Shelf:
     """
 
     def __init__(self, what: str, key: str, changed: Callable[[Arrays], str | None]) -> None:
-        self.what = what
+        self.what = one_line(what)
         self.stem = hashlib.sha256(f"{FORMAT}\n{key}".encode(errors="surrogatepass")).hexdigest()[:16]
         self.changed = changed
 
@@ -154,10 +154,10 @@ class Shelf:
                 continue
             with suppress(OSError):
                 os.utime(folder)
-            say_once(f"{self.what}: as it was listed before, in {folder}; no folder of it has changed")
+            say_once(f"{self.what}: unchanged since it was listed, in {folder}")
             return found
         if change:
-            say_once(f"{self.what}: listed again, as {change} has changed")
+            say_once(f"{self.what}: listed again, as {one_line(change)} has changed")
         return None
 
     @contextmanager

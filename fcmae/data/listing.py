@@ -167,7 +167,7 @@ class Reader(Protocol):
         ...
 
 
-def listed(reader: Reader, shelf: Shelf, what: str) -> Arrays:
+def listed(reader: Reader, shelf: Shelf) -> Arrays:
     """Return the list of images as it is kept, if it is still right; else read it, and keep it if it is long.
 
     Of several processes one reads it.
@@ -193,11 +193,13 @@ def listed(reader: Reader, shelf: Shelf, what: str) -> Arrays:
             return made
         changed_ns = made[STAMPS][:, :2].max(1)
         if not 0 < changed_ns.min() <= changed_ns.max() < (started - SETTLED_S) * 1e9:
-            say_once(f"{what}: has changed just now, or its disk does not tell when; its list is not kept")
+            say_once(f"{shelf.what}: has changed just now, or its disk does not tell when; its list is not kept")
             return made
         kept = shelf.keep(made)
         if kept.folder:
-            say_once(f"{what}: {number:,} images, listed in {time.time() - started:.0f} s; kept in {kept.folder}")
+            say_once(
+                f"{shelf.what}: {number:,} images, listed in {time.time() - started:.0f} s; kept in {kept.folder}"
+            )
         return kept
 
 
@@ -296,7 +298,7 @@ class FolderFiles:
         if arrays is None:
             key = "\n".join([str(real_path(Path(root))), *sorted(extensions)])
             shelf = Shelf(root, key, functools.partial(changed_folder, root))
-            arrays = listed(FolderReader(root, extensions), shelf, root)
+            arrays = listed(FolderReader(root, extensions), shelf)
         self.root = root
         self.extensions = extensions
         self.arrays = arrays
@@ -433,7 +435,7 @@ class TarFiles:
         if arrays is None:
             key = "\n".join([str(real_path(Path(path))), *sorted(extensions)])
             shelf = Shelf(path, key, functools.partial(changed_tar, path))
-            arrays = listed(TarReader(path, extensions), shelf, path)
+            arrays = listed(TarReader(path, extensions), shelf)
         self.path = path
         self.extensions = extensions
         self.arrays = arrays
