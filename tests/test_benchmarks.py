@@ -152,6 +152,20 @@ def test_data_measures_every_way_of_loading_and_writes_json(
     assert "13 JPEGs" in written["images"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux, which says what is shared")
+def test_listing_measures_opening_and_the_memory_of_workers(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    benchmark = importlib.import_module("listing")
+    args = benchmark.parse_args([str(tmp_path / "images"), "--make=12", "--classes=3", "--workers=1", "--batch=2"])
+    benchmark.make_folder(args.folder, args.make, args.classes)
+    found = benchmark.open_and_load(args, 1)
+    assert found["images"] == 12
+    assert 0 < found["open_s"] < found["first_batch_s"]
+    assert min(found["worker_mb_first"], found["worker_mb_last"]) > 0
+
+
 def test_tiles_measures_every_way_and_writes_json(
     modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

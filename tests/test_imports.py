@@ -98,6 +98,7 @@ ONLY_IN = {
     "MinkowskiEngineBackend": {"encoder.minkowski"},
     "numba": {"ops.*_numba"},
     "triton": {"ops.*_triton"},
+    "filelock": {"data.kept"},
     "psutil": {"training.lock", "training.memory", "training.stop"},
     "pickle": set(),
 }
@@ -247,7 +248,7 @@ ON_A_GPU = (
 
 FOUND_THERE = {
     # an image for PyTorch has these
-    *("torch", "torchvision", "triton", "numpy", "PIL", "yaml", "tqdm", "psutil", "pytest"),
+    *("torch", "filelock", "torchvision", "triton", "numpy", "PIL", "yaml", "tqdm", "psutil", "pytest"),
     # and, where networks are trained, these
     *("accelerate", "einops", "hypothesis", "numba", "safetensors", "timm", "torchmetrics"),
     "pydantic",  # brought along, with what it needs

@@ -4,7 +4,7 @@ import functools
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -441,6 +441,11 @@ class Files(Protocol):
     class_names: tuple[str, ...] | None
     """By label; None without labels, or where nothing names them."""
 
+    @property
+    def ends(self) -> Collection[str]:
+        """The ends of names that occur, such as .jpg."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, index: int, /) -> str:
@@ -485,6 +490,10 @@ class DatasetFiles:
         if self.labels is not None and len(self.labels):
             check_labels(self.labels, name)
 
+    @property
+    def ends(self) -> Collection[str]:
+        return {extension(self.name(index)) for index in range(len(self))}
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -500,8 +509,12 @@ class DatasetFiles:
         return (self.dataset if self.reader is None else self.reader)[index][0]
 
 
+VOLUMES = frozenset({".nii", ".nii.gz"})
+"""Ends of the names of volumes."""
+
+
 def _count_slices(files: Files, index: int) -> int:
-    if extension(files.name(index)) not in (".nii", ".nii.gz"):
+    if extension(files.name(index)) not in VOLUMES:
         return 1
     try:
         file = files.open(index)
@@ -529,10 +542,13 @@ class Volumes:
         self.slices[counts[self.file_of] == 1] = -1
         self.labels = None if files.labels is None else files.labels[self.file_of]
         self.class_names = files.class_names
+        self.ends = files.ends
 
     @classmethod
     def in_slices(cls, files: Files) -> Files:
         """Return files whose volumes, if there are any, are slices."""
+        if VOLUMES.isdisjoint(files.ends):
+            return files
         counts = np.array([_count_slices(files, index) for index in range(len(files))], np.int64)
         return cls(files, counts) if counts.max(initial=1) > 1 else files
 
@@ -567,7 +583,6 @@ class ImageSource:
     ) -> None:
         self.files = files
         self.place = place
-        self.labels, self.class_names = files.labels, files.class_names
         self.reading = reading
         seen = dict(self._look())
         first = next(iter(seen.values()), None)
@@ -581,6 +596,14 @@ class ImageSource:
             )
         kinds = [image.kind for image in seen.values()]
         self.dtype = reading.kind(max(kinds, key=[*FULL].index, default=torch.uint8))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.files.labels
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.files.class_names
 
     def __len__(self) -> int:
         return len(self.files)

@@ -25,10 +25,15 @@ MAX_CLASSES = 1 << 20
 class Labelled(Protocol):
     """What has a class, or other labels, for each image."""
 
-    labels: np.ndarray | None
-    """int64 (n,), each image's class from 0 on, or what else `LABELS` holds; None where images have none."""
-    class_names: tuple[str, ...] | None
-    """By label, or by column; None without labels, or where nothing names them."""
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 (n,), each image's class from 0 on, or what else `LABELS` holds; None where images have none."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """By label, or by column; None without labels, or where nothing names them."""
+        ...
 
 
 def check_labels(labels: np.ndarray, what: str) -> None:

@@ -31,7 +31,8 @@ from fcmae.data.images import (
     refuse_pages,
 )
 from fcmae.data.labels import CLASSES, check_class_names, read_class_names, write_labels
-from fcmae.data.listing import FolderFiles, images_below, natural_key
+from fcmae.data.listing import FolderFiles, images_below
+from fcmae.data.names import natural_key
 from fcmae.data.npy import read_header, write_array
 from fcmae.data.pixels import AS_STORED, Reading
 from fcmae.data.sampling import spread
@@ -552,7 +553,8 @@ def open_segmentation(
         images = open_source("folder", image_place, ".", in_chans, reading=reading, key=key)
         assert isinstance(images, ImageSource)
         assert isinstance(images.files, FolderFiles)
-        masks = pair_files(image_place, images.files.names, mask_place, what)
+        names = [images.files.name(index) for index in range(len(images))]
+        masks = pair_files(image_place, names, mask_place, what)
     named = class_names or _find_names([Path(place), Path(mask_place), Path(root)])
     if named is not None and num_classes not in (None, len(named)):
         raise UserError(f"model.num_classes={num_classes}: {what} names {len(named)} classes; null takes these")

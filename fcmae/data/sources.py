@@ -107,9 +107,10 @@ def share_of_each_class(source: Source, fraction: float, seed: int) -> Source:
     assert source.labels is not None
     if fraction == 1.0:
         return source
+    by_label = source.labels.argsort(kind="stable")
+    labels, firsts = np.unique(source.labels[by_label], return_index=True)
     chosen: list[np.ndarray] = []
-    for label in np.unique(source.labels):
-        members = np.flatnonzero(source.labels == label)
+    for label, members in zip(labels, np.split(by_label, firsts[1:]), strict=True):
         order = np.random.default_rng(derive_seed(seed, int(label))).permutation(members)
         chosen.append(order[: max(1, round(fraction * len(members)))])
     return Subset(source, np.sort(np.concatenate(chosen)))

@@ -11,7 +11,8 @@ import numpy as np
 
 from fcmae.data.images import extensions
 from fcmae.data.labels import check_class_names
-from fcmae.data.listing import images_below, natural_key
+from fcmae.data.listing import images_below
+from fcmae.data.names import natural_key
 from fcmae.data.sources import Source
 from fcmae.errors import UserError, blame
 
