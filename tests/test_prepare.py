@@ -266,7 +266,7 @@ def test_images_read_in_another_way_do_not_mix_with_what_is_there(
 ) -> None:
     assert prepare(images, tmp_path / "out", "--workers", 0) == 0
     line = error_line(run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0", *options)
-    assert f"was prepared differently ({change}); name another folder" in line
+    assert f"was written differently ({change}); name another folder" in line
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -534,7 +534,7 @@ def test_another_source_or_setting_does_not_mix_with_what_is_there(
     extra = change if isinstance(change, list) else []
     arguments = ["prepare", str(images), str(tmp_path / "out"), "--workers", "0", *extra]
     line = error_line(run, capsys, *arguments)
-    assert f"was prepared differently ({named}" in line
+    assert f"was written differently ({named}" in line
     assert "name another folder" in line
     assert contents(tmp_path / "out") == before
 
@@ -549,7 +549,7 @@ def test_foreign_folders_and_bad_numbers_are_refused(
     def line(*arguments: object) -> str:
         return error_line(run, capsys, "prepare", *map(str, arguments))
 
-    assert "holds files that are not prepared images" in line(images, foreign.parent)
+    assert "holds files that fcmae prepare did not write" in line(images, foreign.parent)
     assert contents(foreign.parent) == {"train/thesis.txt": b"precious"}
     (foreign / "prepare.json").write_text("[]")
     assert "prepare.json: not written by fcmae prepare" in line(images, foreign.parent)
