@@ -246,7 +246,7 @@ ON_A_GPU = (
 
 FOUND_THERE = {
     # an image for PyTorch has these
-    *("torch", "torchvision", "triton", "numpy", "PIL", "yaml", "tqdm", "psutil", "pytest"),
+    *("torch", "torchvision", "triton", "numpy", "PIL", "yaml", "tqdm", "psutil", "pytest", "filelock"),
     # and, where networks are trained, these
     *("accelerate", "einops", "hypothesis", "numba", "safetensors", "timm", "torchmetrics"),
     "pydantic",  # brought along, with what it needs
