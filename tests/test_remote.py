@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import error_line, records, run_main
 from test_batches import same
 from test_sources import error_of, write_images
@@ -26,6 +25,7 @@ from fcmae.data.remote import NoParts, Refused, is_url, read
 from fcmae.data.shared_memory import say_once
 from fcmae.files import sha256
 from fcmae.masking import sample_visible_ids
+from fcmae.seeding import cpu_states
 
 NUMBER, SHARD, WINDOW = 48, 4, 3
 """Images, those of a shard, and shards of a window."""
@@ -127,10 +127,10 @@ def test_waiting_between_tries_is_bounded_and_drawn_apart_from_the_samples_rando
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    before = torch.get_rng_state().tolist(), str(np.random.get_state()[1][:5])  # noqa: NPY002
+    before = cpu_states()
     delays = [max(fcmae.data.remote._delay_s(tries) for _ in range(50)) for tries in range(1, 9)]
     assert all(delay <= min(0.5 * 2**number, 16) for number, delay in enumerate(delays))
-    assert (torch.get_rng_state().tolist(), str(np.random.get_state()[1][:5])) == before  # noqa: NPY002
+    assert cpu_states() == before
 
 
 def test_a_server_without_parts_is_told_by_its_answer(tmp_path: Path, site: Web) -> None:

@@ -492,7 +492,8 @@ class DatasetFiles:
     def name(self, index: int) -> str:
         if self.reader is not None:
             try:
-                return str(self.reader.filename(index, absolute=True))
+                if name := self.reader.filename(index, absolute=True):
+                    return str(name)
             except (KeyError, NotImplementedError, TypeError):
                 pass  # timm's readers of nameless rows
         return f"{self.dataset_name}[{index}]"

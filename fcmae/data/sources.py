@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fcmae.data.arrays import IMAGES, ArraySource
-from fcmae.data.images import find_image, open_images
+from fcmae.data.hugging_face import ArrowFiles, holds_arrow
+from fcmae.data.images import ImageSource, find_image, open_images
 from fcmae.data.labels import Labelled
 from fcmae.data.order import Shards
 from fcmae.data.pixels import AS_STORED, Reading, holds, kind_name, kind_of
@@ -198,7 +199,8 @@ def open_source(
     """Open the images that `data.name`, `data.root` and `data.split` name.
 
     Args:
-        name: "folder" (or a .tar or shards as root), "arrays", or a map-style name of timm's `create_dataset`.
+        name: "folder" (or a .tar, shards or a dataset on disk as root), "arrays", or a map-style name of timm's
+            `create_dataset`.
         root: the folder, tar file or cache folder, or the URL of shards.
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
         in_chans: channels the model wants; None for as many as there are.
@@ -215,8 +217,9 @@ def open_source(
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix in STREAMED:
         raise UserError(
-            f"data.name={name}: streamed sets have no sample index, so masks and crops could not be repeated; "
-            "use a map-style set: folder, a .tar, arrays, or hfds/NAME"
+            f"data.name={name}: streamed sets have no sample index, so masks and crops could not be repeated, nor "
+            "an epoch gone on with; use hfds/NAME, which is downloaded once, a folder or .tar, or what fcmae shard "
+            "wrote, which is read from elsewhere"
         )
     torch_name = name.split("/")[-1].lower() if prefix == "torch" else None
     if torch_name is not None and torch_name not in (*VALIDATED, *FOLDERS):
@@ -239,6 +242,8 @@ def open_source(
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
     place = find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
+    if not arrays and holds_arrow(place):
+        return ImageSource(ArrowFiles(place), in_chans, Path(place).resolve(), reading)
     if not arrays:
         return open_images(name, place, None, in_chans, what, reading)
     folder = Path(place)
