@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,11 +145,17 @@ class RemoteStore:
     Of others, such as those of the few images that a run looks at before it starts, parts are read.
     """
 
-    def __init__(self, url: str, cache: Cache) -> None:
+    def __init__(self, url: str, cache: Cache, window_bytes: float) -> None:
         self.url = url
         self.cache = cache
         self.read_alone: Counter[str] = Counter()
-        self.whole = True
+        self.whole = window_bytes <= cache.most_bytes
+        if not self.whole:
+            say_once(
+                f"{cache.folder}: may hold {cache.most_bytes / 1e9:,.1f} GB, but shards of "
+                f"{window_bytes / 1e9:,.1f} GB are read together: images of {url} are read one by one, slower; set "
+                "FCMAE_CACHE=FOLDER on another disk, or FCMAE_CACHE_GB"
+            )
 
     def _file(self, shard: Shard) -> File:
         return File(join(self.url, shard.file), shard.bytes, shard.sha256)
@@ -184,19 +191,10 @@ class RemoteStore:
         expected: list[File] = []
         for window in windows:
             files = [self._file(shard) for shard in window]
-            if sum(file.size for file in (*expected, *files)) > self.cache.most_bytes:
-                break
-            expected += files
+            if self.whole and sum(file.size for file in (*expected, *files)) <= self.cache.most_bytes:
+                expected += files
         if expected:
             self.cache.expect(expected)
-        else:
-            self.whole = False
-            size = sum(shard.bytes for shard in windows[0])
-            say_once(
-                f"{self.cache.folder}: may hold {self.cache.most_bytes / 1e9:,.1f} GB, but shards of "
-                f"{size / 1e9:,.1f} GB are read together: remote images are read one by one, slower; "
-                "set FCMAE_CACHE=FOLDER on another disk, or FCMAE_CACHE_GB"
-            )
 
 
 class ShardFiles:
@@ -213,7 +211,9 @@ class ShardFiles:
             if is_url(place):
                 self.contents = Contents.model_validate_json(read(name))
                 cache = Cache.of_this_machine()
-                self.store: Store = RemoteStore(place, cache)
+                mean_bytes = statistics.mean(shard.bytes for shard in self.contents.shards)
+                window_bytes = mean_bytes * min(self.contents.window, len(self.contents.shards))
+                self.store: Store = RemoteStore(place, cache, window_bytes)
                 index = self.contents.index
                 name = join(place, index.file)
                 self.members = Members.read(cache.fetch(File(name, index.bytes, index.sha256)), self.contents)
