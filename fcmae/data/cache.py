@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from fcmae.data.remote import NoParts, read_pieces
 from fcmae.errors import UserError, brief
-from fcmae.files import WRITING, atomic_file, free_bytes
+from fcmae.files import WRITING, atomic_path, free_bytes
 
 FOLDER, GIGABYTES = "FCMAE_CACHE", "FCMAE_CACHE_GB"
 """Variables of the environment: the folder, and how much it may hold; a configuration is not one machine's."""
@@ -138,29 +138,30 @@ class Cache:
         return self._path(file)
 
     def _download(self, file: File) -> None:
-        self._make_room(file.size)
         digest, size = hashlib.sha256(), 0
         pieces = read_pieces(file.url)
-        with atomic_file(self._path(file)) as copy:
-            while True:
-                try:
-                    piece = next(pieces, None)
-                except NoParts as error:  # of a server whose connection broke
-                    raise Garbled(brief(error)) from error
-                except OSError as error:
-                    raise Lost(brief(error)) from error
-                if piece is None or size > file.size:
-                    break
-                copy.write(piece)
-                digest.update(piece)
-                size += len(piece)
+        with atomic_path(self._path(file)) as path:
+            self._make_room(path, file.size)
+            with open(path, "r+b") as copy:
+                while True:
+                    try:
+                        piece = next(pieces, None)
+                    except NoParts as error:  # of a server whose connection broke
+                        raise Garbled(brief(error)) from error
+                    except OSError as error:
+                        raise Lost(brief(error)) from error
+                    if piece is None or size > file.size:
+                        break
+                    copy.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
             if size != file.size:
                 raise Garbled(f"{size:,} bytes or more, should have {file.size:,}")
             if digest.hexdigest() != file.sha256:
                 raise Garbled("its content is not what the index says")
 
-    def _make_room(self, size: int) -> None:
-        """Delete what was not used for longest until so many bytes more are within bounds."""
+    def _make_room(self, copy: Path, size: int) -> None:
+        """Make a new file as long as it will be, once what was not used for longest has made room for it."""
         with FileLock(self.folder / "room.lock"):
             files: list[tuple[float, int, Path]] = []
             for path in self.folder.iterdir():
@@ -174,6 +175,7 @@ class Cache:
                     path.unlink(missing_ok=True)
                     path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
                     excess -= size_there
+            os.truncate(copy, size)
 
     def expect(self, files: Sequence[File]) -> None:
         """Begin to fetch files, in this order and a few at once, in threads that end with this process."""
