@@ -17,7 +17,7 @@ from web import Fault, Web, serve
 
 import fcmae.data.cache
 import fcmae.data.remote
-from fcmae import pretrain
+from fcmae import finetune, pretrain
 from fcmae.data import IndexStream, MaskedBatch, PretrainDataset, RandomView, load_batches, open_source
 from fcmae.data.cache import Cache, File, Lost
 from fcmae.data.pack import pack
@@ -373,3 +373,28 @@ def test_a_run_survives_lost_shards_up_to_max_bad(
     assert "(unreadable so far: 2)" in said
     line = error_line(pretrain.main, capsys, *settings(web.url, tmp_path / "other", "data.max_bad=1"))
     assert "2 images do not decode, more than data.max_bad=1" in line
+
+
+def test_a_classifier_is_tuned_and_evaluated_on_remote_shards_as_on_the_disks(
+    web: Web, shards: Path, tmp_path: Path
+) -> None:
+    for name, root in (("remote", web.url), ("local", str(shards))):
+        words = [
+            *("--config", "atto", "model.variant=[[1,1,1,1],[8,8,16,16]]", "model.stem_stride=1", "init_from=null"),
+            *("data.image_size=32", "data.batch_size=8", "data.num_workers=0", "optim.accumulate=1"),
+            *("optim.images_per_update=null", "optim.layer_decay=1", "train.max_steps=2", "log.every_steps=1"),
+            *(f"data.root={root}", f"data.val_root={root}", "data.val_split=train", "optim.warmup_epochs=0"),
+        ]
+        assert run_main(finetune.main, *words, f"output={tmp_path / name}") == 0
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert {record.get("val_top1") for record in records(tmp_path / "remote")} - {None}
+
+
+def test_pretraining_without_a_configuration_takes_a_url(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(pretrain.main, f"{web.url}/train", "--print-config") == 0
+    printed = capsys.readouterr().out
+    assert f"root: {web.url}/train" in printed
+    assert "output: runs/train" in printed
