@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, flip
+from PIL import Image
 from test_sources import error_of, write_images
 
 import fcmae.data.pack
@@ -293,3 +294,87 @@ def test_a_disk_too_small_is_said_before_anything_is_written(
     with pytest.raises(UserError, match=r"0\.0 GB free, but 37 images take"):
         shard(images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Tar files of others
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def image_bytes(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 48, 3), number, np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Two tar files as webdataset's: images with classes, texts and masks."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number, name in enumerate(("set-000.tar", "set-001.tar")):
+        files = {}
+        for i in range(3):
+            key = f"./a.b/{number}{i}"
+            files |= {f"{key}.png": image_bytes(10 * number + i), f"{key}.cls": str(2 - i).encode()}
+            files |= {f"{key}.json": b"{}", f"{key}.mask.png": image_bytes(99)}
+        write_tar(folder / name, files)
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tar_files_of_others_get_an_index_and_stay_as_they_are(tars: Path, command: Command, workers: int) -> None:
+    before = contents(tars)
+    code, out, err = command("shard", tars, "--workers", workers)
+    assert (code, err) == (0, "")
+    assert "6 images with classes in 2 tar files, indexed; 6 files that are not a sample's image left out" in out
+    assert f"train with data.root={tars}" in out
+    source = open_source("folder", str(tars), "train", 3)
+    assert isinstance(source, ShardSource)
+    assert source.labels is not None
+    pixels = [int(source.load(index)[0, 0, 0]) for index in range(6)]
+    assert sorted(pixels) == [0, 1, 2, 10, 11, 12]
+    assert source.labels.tolist() == [2 - pixel % 10 for pixel in pixels]
+    assert source.describe(0) == f"{tars}/set-000.tar/./a.b/00.png"
+    after = contents(tars)
+    assert {name: after[name] for name in before} == before
+    assert {*after} - {*before} == {"shards.json", "index.npz"}
+    assert "shards.json: exists already" in command("shard", tars)[2]
+
+
+def test_tar_files_without_classes_are_indexed_without_and_some_without_refused(
+    tars: Path, command: Command
+) -> None:
+    write_tar(tars / "set-001.tar", {"a.png": image_bytes(0)})
+    assert "1 of 4 images have no .cls, the others do" in command("shard", tars, "--workers", 0)[2]
+    write_tar(tars / "set-000.tar", {"b.jpeg": image_bytes(1), "b.txt": b"words"})
+    assert "2 images without classes" in command("shard", tars, "--workers", 0)[1]
+    assert open_source("folder", str(tars), "train", 3).labels is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tar_files_that_cannot_be_indexed_say_why_in_one_line(tars: Path, command: Command, workers: int) -> None:
+    def line() -> str:
+        code, _, err = command("shard", tars, "--workers", workers)
+        assert (code, err.count("\n")) == (2, 1)
+        assert not (tars / "shards.json").exists()
+        return err
+
+    write_tar(tars / "set-002.tar", {"a.png": image_bytes(0), "a.cls": b"cat"})
+    assert "set-002.tar: a.cls holds b'cat', and no class" in line()
+    (tars / "set-002.tar").write_bytes((tars / "set-001.tar").read_bytes()[:3000])
+    assert "set-002.tar: not a readable .tar" in line()
+    (tars / "set-002.tar").rename(tars / "set 2.tar")
+    assert "set 2.tar: the name has other than letters" in line()
+    for path in tars.iterdir():
+        path.unlink()
+    assert "no tar files in it" in line()
+    write_tar(tars / "texts.tar", {"a.txt": b"words"})
+    assert "no images in its 1 tar files" in line()
+    assert "--images: is of tar files that are made" in command("shard", tars, "--images", 3)[2]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fcmae.commands.arguments import command_parser, require_bounds
+from fcmae.errors import UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -15,10 +16,15 @@ def make_parser() -> argparse.ArgumentParser:
         "where each image lies, to be read with data.root=OUT: from a disk, or from where OUT is then copied to, "
         "data.root=https://HOST/OUT or s3://BUCKET/OUT. The tar files are such as webdataset reads, too. The same "
         "command again continues where it stopped, checks what is there and fixes what is damaged.",
-        examples="fcmae shard path/to/images path/to/shards\nfcmae shard path/to/images path/to/shards --split val",
+        examples="fcmae shard path/to/images path/to/shards\n"
+        "fcmae shard path/to/images path/to/shards --split val\n"
+        "fcmae shard path/to/webdataset",
+        notes="without OUT, SOURCE is a folder of tar files that webdataset or others wrote, which gets an index",
     )
     parser.add_argument("source", metavar="SOURCE", help="a folder of images or a .tar, as data.root")
-    parser.add_argument("output", metavar="OUT", type=Path, help="a folder; its SPLIT inside is new, or the same")
+    parser.add_argument(
+        "output", metavar="OUT", type=Path, nargs="?", help="a folder; its SPLIT inside is new, or the same"
+    )
     parser.add_argument(
         "--name", default="folder", help="as data.name: folder, or a dataset that timm opens (default: %(default)s)"
     )
@@ -51,8 +57,30 @@ def main(argv: list[str]) -> int:
     most = 1 << 31
     require_bounds(options, {"images": (1, most), "window": (1, most), "workers": (0, 1024)})
 
+    if options.output is None:
+        return index(options)
+    return pack(options)
+
+
+def index(options: argparse.Namespace) -> int:
+    """Put an index beside tar files that are there."""
+    from fcmae.data.index import index_tars
+
+    if options.images is not None:
+        raise UserError("--images: is of tar files that are made; name a folder for them, SOURCE OUT")
+    done = index_tars(Path(options.source), window=options.window, num_workers=options.workers)
+    labelled = "with classes" if done.labelled else "without classes"
+    passed_over = f"; {done.passed_over:,} files that are not a sample's image left out" if done.passed_over else ""
+    count = f"{done.num_images:,} images {labelled} in {done.num_shards:,} tar file{'s' * (done.num_shards > 1)}"
+    print(f"{options.source}: {count}, indexed{passed_over}")
+    print(f"train with data.root={options.source}")
+    return 0
+
+
+def pack(options: argparse.Namespace) -> int:
+    """Make tar files of images."""
     from fcmae.data import open_source
-    from fcmae.data.pack import pack
+    from fcmae.data import pack as packing
     from fcmae.data.sources import SYNONYMS
     from fcmae.files import require_folder
 
@@ -67,7 +95,7 @@ def main(argv: list[str]) -> int:
         remedy="name one that is there with --split, or the folder of these images as SOURCE",
     )
     folder = options.output / options.split
-    done = pack(
+    done = packing.pack(
         source,
         folder,
         root=options.source,

@@ -37,7 +37,7 @@ class ArrowFiles:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         try:
-            import datasets
+            import datasets  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(
                 f"{folder}: a dataset of Hugging Face's needs a package that is missing: pip install datasets"

@@ -24,6 +24,8 @@ Record = TypeVar("Record")
 class Work(Dataset[Any], Generic[Record]):
     """Shards by number, checked where they are there and else made: the work that processes share."""
 
+    unit = " images"
+
     def __init__(self, num_images: int, shard_images: int) -> None:
         self.num_images = num_images
         self.shard_images = shard_images
@@ -44,19 +46,22 @@ class Work(Dataset[Any], Generic[Record]):
     def write(self, shard: int) -> Record:
         """Make a shard."""
 
-    def __getitem__(self, shard: int) -> tuple[int, Record | OSError, bool]:
+    def __getitem__(self, shard: int) -> tuple[int, Record | OSError | UserError, bool]:
         """Return the shard's number, its record, and whether it was made just now."""
         try:
             record = self.intact(shard)
             return shard, record or self.write(shard), record is None
-        except OSError as error:  # as it is: what a DataLoader makes of it has lost its number and file
+        except (
+            OSError,
+            UserError,
+        ) as error:  # as it is: a DataLoader's has lost its number and file
             return shard, error, False
 
     def make_all(self, num_workers: int) -> tuple[list[Record], int]:
         """Make what is missing or damaged in so many processes; returns all records, and how many were made.
 
         Raises:
-            OSError: as writing does.
+            OSError: as writing does; or `UserError`.
         """
         records: dict[int, Record] = {}
         written = 0
@@ -65,9 +70,9 @@ class Work(Dataset[Any], Generic[Record]):
             say_once(transport.line)
         loader: Any = DataLoader(self, batch_size=None, num_workers=transport.num_workers, in_order=False)
         hidden = not sys.stderr.isatty()
-        with tqdm(total=self.num_images, unit=" images", dynamic_ncols=True, disable=hidden) as bar:
+        with tqdm(total=self.num_images, unit=self.unit, dynamic_ncols=True, disable=hidden) as bar:
             for shard, record, fresh in loader:
-                if isinstance(record, OSError):
+                if isinstance(record, OSError | UserError):
                     raise record
                 records[shard] = record
                 written += fresh

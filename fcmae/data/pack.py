@@ -15,20 +15,21 @@ from PIL import Image
 
 from fcmae.data.batches import BadImage
 from fcmae.data.images import Files, ImageSource, Slice, extensions
+from fcmae.data.index import CLASS, Found, write_index
 from fcmae.data.labels import check_class_names
 from fcmae.data.listing import extension
 from fcmae.data.making import Work, claim, fingerprint
 from fcmae.data.sampling import spread
 from fcmae.data.sources import Source
-from fcmae.data.tars import SHARDS, Contents, Shard, Stored
+from fcmae.data.tars import SHARDS, Shard
 from fcmae.errors import UserError, blame
-from fcmae.files import atomic_file, atomic_path, free_bytes, sha256, write_text
+from fcmae.files import atomic_path, free_bytes, sha256, write_text
 
-PLAN, INDEX, RECORDS = "shard.json", "index.npz", "records"
-"""What was asked for; see `tars.Members`; what is known of each shard, to go on after an end on the way."""
+PLAN, RECORDS = "shard.json", "records"
+"""What was asked for; what is known of each shard, to go on after an end on the way."""
 
-SHARD_BYTES, WINDOW_BYTES = 1 << 28, 1 << 32
-"""Of a shard, and of the shards whose images are shuffled together, where nothing else is asked for."""
+SHARD_BYTES = 1 << 28
+"""Of a shard, where nothing else is asked for."""
 MIN_SHARDS = 16
 """Where there are so many images: work for many processes."""
 SAMPLED = 256
@@ -150,7 +151,7 @@ class _Tars(Work[Record]):
                     taken.add(key)
                     images.append((index, _add(tar, f"{key}{end}", content), len(content)))
                     if labels is not None:
-                        _add(tar, f"{key}.cls", str(labels[index]).encode())
+                        _add(tar, f"{key}{CLASS}", str(labels[index]).encode())
             record = Record(path.stat().st_size, sha256(path), images, bad)
         write_text(self.record(shard), json.dumps(record))
         return record
@@ -169,22 +170,6 @@ def _mean_bytes(files: Files) -> float:
         except OSError:  # named when its turn comes
             continue
     return sum(sizes) / max(len(sizes), 1) + 2 * HEADERS
-
-
-def _write_index(folder: Path, source: Source, names: list[bytes], records: list[Record]) -> Stored:
-    members = np.array([image for record in records for image in record.images], np.int64).reshape(-1, 3)
-    arrays = {
-        "starts": members[:, 1],
-        "sizes": members[:, 2],
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "name_bytes": np.array([len(name) for name in names], np.int32),
-    }
-    if source.labels is not None:
-        arrays["labels"] = source.labels[members[:, 0]].astype(np.int32)
-    path = folder / INDEX
-    with atomic_file(path) as file:
-        np.savez_compressed(file, **arrays)
-    return Stored(file=INDEX, bytes=path.stat().st_size, sha256=sha256(path))
 
 
 def pack(
@@ -221,8 +206,6 @@ def pack(
     number = len(source)
     if shard_images is None:
         shard_images = max(1, min(int(SHARD_BYTES / mean_bytes), math.ceil(number / MIN_SHARDS)))
-    if window is None:
-        window = max(1, math.ceil(WINDOW_BYTES / (shard_images * mean_bytes)))
     there = sum(path.stat().st_size for path in folder.glob("*.tar"))
     if (free := free_bytes(folder)) < number * mean_bytes - there:
         raise UserError(
@@ -243,18 +226,15 @@ def pack(
     bad = [image for record in records for image in record.bad]
     if len(bad) == number:
         raise UserError(f"{root}: none of {number:,} images can be read, the first {bad[0].name}: {bad[0].reason}")
-    names = [os.fsencode(work.name(image[0])) for record in records for image in record.images]
+    images = [
+        Found(os.fsencode(work.name(index)), start, size, None if source.labels is None else source.labels[index])
+        for record in records
+        for index, start, size in record.images
+    ]
     shards = [
         Shard(file=work.path(n).name, bytes=record.bytes, sha256=record.sha256, images=len(record.images))
         for n, record in enumerate(records)
     ]
-    contents = Contents(
-        format="fcmae shards 1",
-        shards=shards,
-        window=window,
-        index=_write_index(folder, source, names, records),
-        class_names=None if source.class_names is None else list(source.class_names),
-    )
-    write_text(folder / SHARDS, contents.model_dump_json(indent=1) + "\n")
+    write_index(folder, shards, images, window=window, class_names=source.class_names)
     num_bytes = sum(record.bytes for record in records)
     return Packed(number - len(bad), num_bytes, len(records), written, bad)

@@ -27,7 +27,9 @@ SHARDS = "shards.json"
 READ_ALONE = 4
 """Images of a remote shard that a process reads one by one before it has the whole shard fetched."""
 
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
+NAME = r"^\w[\w.-]*$"
+"""A name that leads nowhere else, and is in a URL what it is on a disk."""
+Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 Number = Annotated[int, Field(ge=0, lt=2**62)]
 Sum = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
