@@ -241,6 +241,12 @@ def test_remote_images_are_those_of_the_disk_through_failures(shards: Path, num_
     assert not any(batch.bad for batch in remote)
 
 
+def test_images_come_by_way_of_fsspec_into_workers(shards: Path) -> None:
+    found, local = samples(f"file://{shards}", 15, num_workers=2), samples(str(shards), 15, num_workers=2)
+    assert all(same(a, b) for a, b in zip(found, local, strict=True))
+    assert len([*Path(os.environ["FCMAE_CACHE"]).glob("?" * 64)]) == NUMBER // SHARD + 1  # and the index
+
+
 def test_a_shard_is_fetched_once_an_epoch_where_the_cache_holds_two_windows(
     web: Web, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
