@@ -3,6 +3,7 @@
 import os
 import posixpath
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +27,6 @@ WINDOW_BYTES = 1 << 32
 """Of the shards whose images are shuffled together, where nothing else is asked for."""
 
 
-class Found(NamedTuple):
-    """What is known of an image in a tar file."""
-
-    name: bytes
-    start: int
-    size: int
-    label: int | None
-
-
 class Indexed(NamedTuple):
     """What lies in a folder of tar files."""
 
@@ -50,7 +42,9 @@ class Record(NamedTuple):
 
     bytes: int
     sha256: str
-    images: list[Found]
+    names: list[str]
+    numbers: np.ndarray
+    """int64 (n, 3), of each image where it starts, its size in bytes, and its label, -1 for none."""
     passed_over: int
 
 
@@ -92,22 +86,23 @@ class _Listing(Work[Record]):
                         "images themselves numbers their folders"
                     )
                 labels[key] = int(content)
-        found: list[Found] = []
-        passed_over = 0
-        for index, (key, end) in enumerate(samples):
-            if end in self.known and files.starts[index] >= 0:
-                place = int(files.starts[index]), int(files.sizes[index])
-                found.append(Found(os.fsencode(files.names[index]), *place, labels.get(key)))
-            else:
-                passed_over += end != CLASS
-        return Record(path.stat().st_size, sha256(path), found, passed_over)
+        chosen = [index for index, (_, end) in enumerate(samples) if end in self.known and files.starts[index] >= 0]
+        of_image = np.array([labels.get(samples[index][0], -1) for index in chosen], np.int64)
+        numbers = np.stack([files.starts[chosen], files.sizes[chosen], of_image], 1)
+        passed_over = sum(end != CLASS for _, end in samples) - len(chosen)
+        return Record(
+            path.stat().st_size, sha256(path), [files.names[index] for index in chosen], numbers, passed_over
+        )
 
 
 def write_index(
     folder: Path,
     shards: Sequence[Shard],
-    images: Iterable[Found],
     *,
+    names: Iterable[str],
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    labels: np.ndarray | None,
     window: int | None,
     class_names: Sequence[str] | None = None,
 ) -> None:
@@ -116,19 +111,26 @@ def write_index(
     Args:
         folder: of the tar files.
         shards: what they are.
-        images: in them, one shard's after the other's; they have labels all or none.
+        names: of the images in them, one shard's after the other's.
+        starts: where each image begins in its shard, in bytes.
+        sizes: of each, in bytes.
+        labels: of each, its class; None for none.
         window: shards whose images are shuffled together; None for `WINDOW_BYTES` of them.
         class_names: by label.
     """
-    names, starts, sizes, labels = zip(*images, strict=True)
+    encoded, lengths = bytearray(), array("i")
+    for name in names:
+        content = os.fsencode(name)
+        encoded += content
+        lengths.append(len(content))
     arrays = {
-        "starts": np.array(starts, np.int64),
-        "sizes": np.array(sizes, np.int64),
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "name_bytes": np.array([len(name) for name in names], np.int32),
+        "starts": starts,
+        "sizes": sizes,
+        "names": np.frombuffer(encoded, np.uint8),
+        "name_bytes": np.frombuffer(lengths, np.int32),
     }
-    if None not in labels:
-        arrays["labels"] = np.array(labels, np.int32)
+    if labels is not None:
+        arrays["labels"] = labels.astype(np.int32)
     path = folder / INDEX
     with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)
@@ -165,16 +167,24 @@ def index_tars(folder: Path, *, window: int | None, num_workers: int) -> Indexed
     if odd := [path for path in paths if not re.fullmatch(NAME, path.name)]:
         raise UserError(f"{odd[0]}: the name has other than letters, digits, _, - and ., as URLs want; rename it")
     records, _ = _Listing(paths).make_all(num_workers)
-    images = [image for record in records for image in record.images]
-    if not images:
+    numbers = np.concatenate([record.numbers for record in records])
+    if not len(numbers):
         raise UserError(f"{folder}: no images in its {len(paths):,} tar files")
-    without = sum(image.label is None for image in images)
-    if 0 < without < len(images):
-        raise UserError(f"{folder}: {without:,} of {len(images):,} images have no {CLASS}, the others do")
+    starts, sizes, labels = numbers.T
+    without = int((labels < 0).sum())
+    if 0 < without < len(labels):
+        raise UserError(f"{folder}: {without:,} of {len(labels):,} images have no {CLASS}, the others do")
     shards = [
-        Shard(file=path.name, bytes=record.bytes, sha256=record.sha256, images=len(record.images))
+        Shard(file=path.name, bytes=record.bytes, sha256=record.sha256, images=len(record.names))
         for path, record in zip(paths, records, strict=True)
     ]
-    write_index(folder, shards, images, window=window)
-    passed_over = sum(record.passed_over for record in records)
-    return Indexed(len(images), len(paths), not without, passed_over)
+    write_index(
+        folder,
+        shards,
+        names=(name for record in records for name in record.names),
+        starts=starts,
+        sizes=sizes,
+        labels=None if without else labels,
+        window=window,
+    )
+    return Indexed(len(labels), len(paths), not without, sum(record.passed_over for record in records))

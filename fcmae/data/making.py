@@ -68,7 +68,9 @@ class Work(Dataset[Any], Generic[Record]):
         transport = choose_transport(num_workers, 0, free_shared_bytes())
         if transport.line:
             say_once(transport.line)
-        loader: Any = DataLoader(self, batch_size=None, num_workers=transport.num_workers, in_order=False)
+        loader: Any = DataLoader(  # tuple: what it holds stays as it is
+            self, batch_size=None, num_workers=transport.num_workers, in_order=False, collate_fn=tuple
+        )
         hidden = not sys.stderr.isatty()
         with tqdm(total=self.num_images, unit=self.unit, dynamic_ncols=True, disable=hidden) as bar:
             for shard, record, fresh in loader:

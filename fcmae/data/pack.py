@@ -15,7 +15,7 @@ from PIL import Image
 
 from fcmae.data.batches import BadImage
 from fcmae.data.images import Files, ImageSource, Slice, extensions
-from fcmae.data.index import CLASS, Found, write_index
+from fcmae.data.index import CLASS, write_index
 from fcmae.data.labels import check_class_names
 from fcmae.data.listing import extension
 from fcmae.data.making import Work, claim, fingerprint
@@ -58,8 +58,8 @@ class Record(NamedTuple):
 
     bytes: int
     sha256: str
-    images: list[tuple[int, int, int]]
-    """Of each its number in the source, where it starts and its size, in bytes."""
+    images: np.ndarray
+    """int64 (n, 3), of each its number in the source, where it starts and its size, in bytes."""
     bad: list[BadImage]
 
 
@@ -120,8 +120,9 @@ class _Tars(Work[Record]):
         path = self.path(shard)
         try:
             size, digest, images, bad = json.loads(self.record(shard).read_text(encoding="utf-8"))
-            record = Record(size, digest, [(i, a, n) for i, a, n in images], [BadImage(*image) for image in bad])
-            numbers = sorted([image[0] for image in record.images] + [image.index for image in record.bad])
+            members = np.array(images, np.int64).reshape(-1, 3)
+            record = Record(size, digest, members, [BadImage(*image) for image in bad])
+            numbers = sorted([*members[:, 0].tolist(), *(image.index for image in record.bad)])
             complete = numbers == sorted(self.order[self.indices(shard)].tolist())
             whole = complete and path.stat().st_size == size and sha256(path) == digest
         except (FileNotFoundError, ValueError, TypeError, RecursionError):
@@ -152,8 +153,9 @@ class _Tars(Work[Record]):
                     images.append((index, _add(tar, f"{key}{end}", content), len(content)))
                     if labels is not None:
                         _add(tar, f"{key}{CLASS}", str(labels[index]).encode())
-            record = Record(path.stat().st_size, sha256(path), images, bad)
-        write_text(self.record(shard), json.dumps(record))
+            members = np.array(images, np.int64).reshape(-1, 3)
+            record = Record(path.stat().st_size, sha256(path), members, bad)
+        write_text(self.record(shard), json.dumps(record._replace(images=members.tolist())))
         return record
 
 
@@ -226,15 +228,20 @@ def pack(
     bad = [image for record in records for image in record.bad]
     if len(bad) == number:
         raise UserError(f"{root}: none of {number:,} images can be read, the first {bad[0].name}: {bad[0].reason}")
-    images = [
-        Found(os.fsencode(work.name(index)), start, size, None if source.labels is None else source.labels[index])
-        for record in records
-        for index, start, size in record.images
-    ]
+    indices, starts, sizes = np.concatenate([record.images for record in records]).T
     shards = [
         Shard(file=work.path(n).name, bytes=record.bytes, sha256=record.sha256, images=len(record.images))
         for n, record in enumerate(records)
     ]
-    write_index(folder, shards, images, window=window, class_names=source.class_names)
+    write_index(
+        folder,
+        shards,
+        names=map(work.name, indices.tolist()),
+        starts=starts,
+        sizes=sizes,
+        labels=None if source.labels is None else source.labels[indices],
+        window=window,
+        class_names=source.class_names,
+    )
     num_bytes = sum(record.bytes for record in records)
     return Packed(number - len(bad), num_bytes, len(records), written, bad)
