@@ -1,6 +1,8 @@
 """Shards at a URL: the same images as from a disk, fetched once, through every failure that a network has."""
 
+import errno
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import error_line, records, run_main
 from test_batches import same
 from test_sources import error_of, write_images
@@ -292,6 +295,34 @@ def test_a_cache_too_small_for_a_window_leaves_images_to_be_read_alone(
     remote, local = samples(web.url, 15, num_workers=num_workers), samples(str(shards), 15)
     assert all(same(a, b) for a, b in zip(remote, local, strict=True))
     assert "read one by one, slower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [True, False])
+def test_a_cache_on_a_full_disk_leaves_images_to_be_read_alone_where_they_can(
+    shards: Path, parts: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(cache: Cache, copy: Path, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with serve(shards, parts=parts) as web:
+        source = open_source("folder", web.url, "train", 3)
+        shutil.rmtree(os.environ["FCMAE_CACHE"])
+        monkeypatch.setattr(Cache, "_make_room", full)
+        if parts:
+            assert all(source.load(0).shape == (3, 32, 40) for _ in range(8))
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "No space left on device" in line
+            assert "remote images are read one by one, slower" in line
+        else:
+            with pytest.raises(Lost, match="No space left"):
+                source.load(0)
+
+
+def test_a_cache_that_is_deleted_meanwhile_is_made_anew(web: Web, tmp_path: Path) -> None:
+    source = open_source("folder", web.url, "train", 3)
+    before = [source.load(0) for _ in range(6)]
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(source.load(0), before[0])
 
 
 @pytest.mark.parametrize("fault", ["404", "cut", "garble"])

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Annotated, Literal, Protocol
 
@@ -176,18 +177,23 @@ class RemoteStore:
                 except OSError as error:
                     raise Lost(brief(error)) from error
         try:
-            path = path or self.cache.fetch(file)
-            with open(path, "rb", buffering=0) as copy:
-                copy.seek(start)
-                return copy.read(size)
+            return self._read_copy(file, path, start, size)
         except Lost:
             raise
-        except FileNotFoundError:  # another process has made room meanwhile
-            return self.read(shard, start, size)
         except OSError as error:
+            if not self.whole:
+                raise Lost(brief(error)) from error
             self.whole = False
             say_once(f"{self.cache.folder}: {brief(error)}; remote images are read one by one, slower")
             return self.read(shard, start, size)
+
+    def _read_copy(self, file: File, path: Path | None, start: int, size: int) -> bytes:
+        with suppress(FileNotFoundError), open(path or self.cache.fetch(file), "rb", buffering=0) as copy:
+            copy.seek(start)
+            return copy.read(size)
+        with open(self.cache.fetch(file), "rb", buffering=0) as copy:  # another process has made room meanwhile
+            copy.seek(start)
+            return copy.read(size)
 
     def expect(self, windows: Sequence[Sequence[Shard]]) -> None:
         expected: list[File] = []
