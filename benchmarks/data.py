@@ -8,7 +8,7 @@ process of one thread, from files that the system has in memory. All run in roun
 that a busy machine disturbs them alike. `imagefolder` is torchvision's ImageFolder with the usual PIL transforms,
 `timm` its create_loader, `webdataset` a .tar read in order and decoded by PIL. `prepared` reads what
 `fcmae prepare` wrote; `prepared, crops` leaves the resizing to the GPU, as pretrain.py does where there is one:
-then that is the rate of a loader's core.
+then that is the rate of a loader's core. `shards` reads the JPEGs of `folder` from what `fcmae shard` wrote.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from train_step import device_name
 
 from fcmae import sample_visible_ids
 from fcmae.data import IndexStream, PretrainDataset, RandomView, load_batches, open_source
+from fcmae.data.pack import pack
 from fcmae.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def ours(name: str, root: Path, args: argparse.Namespace, *, resize_on_device: b
         seed=0,
         resize_on_device=resize_on_device,
     )
-    stream = IndexStream(len(dataset), batch_size=args.batch, seed=0)
+    stream = IndexStream(len(dataset), batch_size=args.batch, seed=0, shards=dataset.images.shards)
     return load_batches(dataset, stream, num_workers=0, pin_memory=False)
 
 
@@ -139,11 +140,14 @@ def build_ways(root: Path, args: argparse.Namespace) -> dict[str, Iterator[Any]]
     arrays = root.with_name("arrays")
     source = open_source("folder", str(root), "train", 3)
     prepare(source, arrays / "train", root=str(root), channels=3, short_side=256, num_workers=0)
+    shards = root.with_name("shards")
+    pack(source, shards / "train", root=str(root))
     builders: dict[str, Callable[[], Iterator[Any]]] = {
         REFERENCE: lambda: imagefolder(root, args),
         "timm": lambda: timm_loader(root, args),
         "webdataset": lambda: webdataset_loader(root, args),
         "folder": lambda: ours("folder", root, args),
+        "shards": lambda: ours("folder", shards, args),
         "prepared": lambda: ours("arrays", arrays, args),
         "prepared, crops": lambda: ours("arrays", arrays, args, resize_on_device=True),
     }

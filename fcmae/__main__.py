@@ -10,6 +10,7 @@ from fcmae.errors import run_script
 COMMANDS = {
     "stats": "what images are like: sizes, mean and std, histograms, broken files, doubles",
     "prepare": "decode and shrink images once, for data.name=arrays",
+    "shard": "pack image files into tar files with an index, to be read from here or elsewhere",
     "pretrain": "pretrain FCMAE on images without labels",
     "plan": "time, memory, traffic and cost of a pretraining on any GPUs, before it is paid for",
     "evaluate": "k-NN and linear probe accuracy of an encoder's frozen features",

@@ -171,7 +171,7 @@ def read_words(words: Sequence[str]) -> list[str]:
         raise UserError(
             f"{named(shlex.join(folders))}: name one folder of images; settings are KEY=VALUE, without spaces"
         )
-    if folders and not os.path.exists(folders[0]):
+    if folders and not (os.path.exists(folders[0]) or "://" in folders[0]):
         raise UserError(
             f"{named(folders[0])}: no such folder or file of images; settings are KEY=VALUE, such as "
             "optim.base_lr=3e-4"

@@ -188,7 +188,7 @@ class DataSection(Section):
     name: Text = "folder"
     """`folder` (also a .tar), `arrays` (from `fcmae prepare`), or a map-style name of timm's `create_dataset`."""
     root: Place
-    """The folder, `.tar` or arrays with the images."""
+    """The folder, `.tar` or arrays with the images, or the folder or URL of shards (`fcmae shard`)."""
     split: Text = "train"
     """A folder of this name in `root`, where there is one."""
     dtype: Literal["uint8", "uint16", "float32"] | None = None

@@ -138,17 +138,17 @@ def look_at(source: Source) -> Images:
     )
 
 
-def look_below(name: str, root: Path, split: str, given: Mapping[str, Any]) -> Images:
+def look_below(name: str, root: str, split: str, given: Mapping[str, Any]) -> Images:
     """Look at some of the images that are there, read as is given; no-data among them is found, not refused.
 
     Raises:
         UserError: if there are none.
     """
     asked = {key: given[f"data.{key}"] for key in ("dtype", "nodata", "window") if f"data.{key}" in given}
-    reading = Reading.of(DataSection(root=str(root), **asked))
+    reading = Reading.of(DataSection(root=root, **asked))
 
     def opened(reading: Reading) -> Source:
-        return open_source(name, str(root), split, given.get("model.in_chans"), reading=reading)
+        return open_source(name, root, split, given.get("model.in_chans"), reading=reading)
 
     if "nodata" in asked:
         return look_at(opened(reading))
@@ -323,16 +323,16 @@ def recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Pretr
 
 
 def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[PretrainRecipe, str]:
-    root, split = Path(given["data.root"]), given.get("data.split", "train")
-    output = Path(given["output"]) if "output" in given else suitable_output(root, split)
-    stored = run_on(output, root, split)
+    root, split = given["data.root"], given.get("data.split", "train")
+    output = Path(given["output"]) if "output" in given else suitable_output(Path(root), split)
+    stored = run_on(output, Path(root), split)
     if stored is not None and RunFolder(output).newest is not None:
         values: dict[str, Any] = stored.model_dump(mode="json") | {"resume": "auto"}
         if stored.optim.images_per_update:  # whose batches the checkpoint knows, whatever the number of processes
             values["data"]["batch_size"] = values["optim"]["accumulate"] = AUTO
         config = override_config(PretrainRecipe, values, overrides, str(RunFolder(output).config))
         return config, f"going on with {output}, as chosen then; to begin anew, delete it or give output=FOLDER"
-    name = given.get("data.name", "arrays" if holds_arrays(str(root), split) else "folder")
+    name = given.get("data.name", "arrays" if holds_arrays(root, split) else "folder")
     images = look_below(name, root, split, given)
     machine = this_machine()
     choices = [
@@ -341,7 +341,7 @@ def _recommend(given: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Pret
     ]
     rest = {key: value for key, value in given.items() if key not in ("output", "data.name", "data.root")}
     choices += choose(images, machine, rest)
-    fixed = [("data.root", str(root)), ("resume", "never" if output.exists() and stored is None else "auto")]
+    fixed = [("data.root", root), ("resume", "never" if output.exists() and stored is None else "auto")]
     values = assignments([(key, value) for key, value, _ in choices] + fixed)
     config = override_config(PretrainRecipe, values, overrides, "fcmae pretrain")
     what = f"{images.number:,} image{'s' * (images.number > 1)}"

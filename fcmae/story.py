@@ -139,6 +139,7 @@ def training_batches(
         start=trainer.seen_images,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        shards=dataset.images.shards,
     )
     return functools.partial(load_batches, dataset, stream, pin_memory=accelerator.device.type == "cuda")
 

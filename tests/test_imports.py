@@ -230,7 +230,7 @@ def test_a_package_is_imported_only_where_it_belongs(package: str) -> None:
 
 def test_only_declared_packages_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = (project["optional-dependencies"][name] for name in ("export", "deep", "dicom", "nifti"))
+    extras = (project["optional-dependencies"][name] for name in ("export", "deep", "dicom", "nifti", "datasets"))
     requirements = [*project["dependencies"], *itertools.chain(*extras)]
     declared = {requirement.partition(">=")[0] for requirement in requirements}
     declared |= {"fcmae", "PIL", "yaml", "markupsafe", "triton", "MinkowskiEngine", "MinkowskiEngineBackend"}

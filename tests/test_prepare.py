@@ -23,7 +23,7 @@ from test_sources import write_images
 from torch.utils.data import DataLoader
 
 import fcmae.__main__
-import fcmae.data.prepare
+import fcmae.data.making
 from fcmae import sample_visible_ids
 from fcmae.__main__ import run
 from fcmae.data import IndexStream, PretrainDataset, RandomView, Reading, load_batches, open_source, save_arrays
@@ -127,7 +127,7 @@ def test_arrays_of_many_channels_and_tiny_images_are_prepared_too(tmp_path: Path
 def test_processes_that_start_anew_prepare_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "few", 2)
     anew = functools.partial(DataLoader, multiprocessing_context=fork_server())
-    monkeypatch.setattr(fcmae.data.prepare, "DataLoader", anew)
+    monkeypatch.setattr(fcmae.data.making, "DataLoader", anew)
     assert prepare(tmp_path / "few", tmp_path / "out", "--workers", 1) == 0
     loose = open_source("folder", str(tmp_path / "few"), "train", 3)
     packed = open_source("arrays", str(tmp_path / "out"), "train", 3)
@@ -266,7 +266,7 @@ def test_images_read_in_another_way_do_not_mix_with_what_is_there(
 ) -> None:
     assert prepare(images, tmp_path / "out", "--workers", 0) == 0
     line = error_line(run, capsys, "prepare", str(images), str(tmp_path / "out"), "--workers", "0", *options)
-    assert f"was prepared differently ({change}); name another folder" in line
+    assert f"was written differently ({change}); name another folder" in line
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -507,7 +507,7 @@ def test_a_damaged_plan_of_a_folder_beside_it_is_no_obstacle(images: Path, tmp_p
 def test_a_small_shared_memory_prepares_in_one_process(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fcmae.data.prepare, "free_shared_bytes", lambda: 4096)
+    monkeypatch.setattr(fcmae.data.making, "free_shared_bytes", lambda: 4096)
     say_once.cache_clear()
     assert prepare(images, tmp_path, "--workers", 3) == 0
     assert "they load here, slower; docker run --shm-size=1g" in capsys.readouterr().err
@@ -534,7 +534,7 @@ def test_another_source_or_setting_does_not_mix_with_what_is_there(
     extra = change if isinstance(change, list) else []
     arguments = ["prepare", str(images), str(tmp_path / "out"), "--workers", "0", *extra]
     line = error_line(run, capsys, *arguments)
-    assert f"was prepared differently ({named}" in line
+    assert f"was written differently ({named}" in line
     assert "name another folder" in line
     assert contents(tmp_path / "out") == before
 
@@ -549,7 +549,7 @@ def test_foreign_folders_and_bad_numbers_are_refused(
     def line(*arguments: object) -> str:
         return error_line(run, capsys, "prepare", *map(str, arguments))
 
-    assert "holds files that are not prepared images" in line(images, foreign.parent)
+    assert "holds files that fcmae prepare did not write" in line(images, foreign.parent)
     assert contents(foreign.parent) == {"train/thesis.txt": b"precious"}
     (foreign / "prepare.json").write_text("[]")
     assert "prepare.json: not written by fcmae prepare" in line(images, foreign.parent)

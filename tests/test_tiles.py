@@ -23,6 +23,7 @@ import fcmae.data.images
 from fcmae import pretrain, sample_visible_ids
 from fcmae.__main__ import run as command
 from fcmae.data import PretrainDataset, RandomView, fixed_images, open_source, save_arrays, seeded, unreadable
+from fcmae.data.order import Shards
 from fcmae.data.sources import Source, Subset
 from fcmae.data.tiles import cut, image_sizes
 from fcmae.data.views import Part
@@ -38,6 +39,7 @@ class Sizes:
     channels = 1
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] | None = None
+    shards: Shards | None = None
 
     def __init__(self, *sizes: tuple[int, int]) -> None:
         self.sizes = sizes

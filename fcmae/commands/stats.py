@@ -36,7 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
         "fcmae pretrain path/to/images data.stats=stats/stats.json",
         notes=f"writes {STATISTICS}, which data.stats names, {HISTOGRAMS} and {SECTION}, where --output says so",
     )
-    arguments.add_path(parser, "root", metavar="ROOT", help="a folder of images, a .tar, or arrays, as data.root")
+    arguments.add_path(
+        parser, "root", metavar="ROOT", help="a folder of images, a .tar, shards, or arrays, as data.root"
+    )
     parser.add_argument("--name", help="as data.name (default: folder or arrays, what lies there)")
     parser.add_argument("--split", default="train", help="as data.split (default: %(default)s)")
     parser.add_argument(
@@ -84,7 +86,7 @@ def check_options(options: argparse.Namespace) -> DataSection:
     require_bounds(options, BOUNDS)
     if options.clip and not 0 <= options.clip[0] < options.clip[1] <= 100:
         raise UserError(f"--clip {options.clip[0]:g} {options.clip[1]:g}: give two percentiles, least and most")
-    if not os.path.exists(options.root):
+    if not (os.path.exists(options.root) or "://" in options.root):
         raise UserError(f"{named(options.root)}: no such folder or file; name a folder with images in it")
     if options.output is not None:
         require_empty(options.output, overwrite=options.overwrite, inputs=[options.root])

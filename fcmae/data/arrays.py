@@ -17,6 +17,7 @@ from fcmae.data.labels import (
     write_labels,
 )
 from fcmae.data.npy import read_header, write_array
+from fcmae.data.order import Shards
 from fcmae.data.pixels import Reading, as_kind, is_pixels, kind_of, native, without_nodata
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
@@ -34,6 +35,8 @@ class ArraySource:
     Only the rows that are seen are read. The file is not mapped: one that is cut off meanwhile is an error, and not
     the end of the process.
     """
+
+    shards: Shards | None = None
 
     def __init__(self, folder: Path, reading: Reading) -> None:
         path = folder / IMAGES

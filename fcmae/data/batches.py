@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from fcmae.data.sampling import PADDING, Key, spread
 from fcmae.data.shared_memory import IN_HAND, Piped, choose_transport, free_shared_bytes, say_once, unpacked
 from fcmae.data.sources import Source
+from fcmae.data.tars import LostShard
 from fcmae.data.views import RandomView, View, cover
 from fcmae.data.workers import serving, starting
 from fcmae.errors import UserError, brief, one_line
@@ -50,6 +51,8 @@ class BadImage(NamedTuple):
 
     @classmethod
     def of(cls, index: int, source: Described, error: Exception) -> Self:
+        if isinstance(error, LostShard):  # which is named, and counts, once for all its images
+            return cls(error.first, one_line(error.name), f"{brief(error)}; all its images are left out")
         return cls(index, one_line(source.describe(index)), brief(error))
 
 

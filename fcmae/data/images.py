@@ -37,6 +37,7 @@ from fcmae.data.deep import (
 )
 from fcmae.data.labels import check_labels
 from fcmae.data.listing import FolderFiles, TarFiles, extension, images_below
+from fcmae.data.order import Shards
 from fcmae.data.pixels import (
     AS_STORED,
     FULL,
@@ -500,7 +501,8 @@ class DatasetFiles:
     def name(self, index: int) -> str:
         if self.reader is not None:
             try:
-                return str(self.reader.filename(index, absolute=True))
+                if name := self.reader.filename(index, absolute=True):
+                    return str(name)
             except (KeyError, NotImplementedError, TypeError):
                 pass  # timm's readers of nameless rows
         return f"{self.dataset_name}[{index}]"
@@ -577,6 +579,8 @@ class ImageSource:
     Raises:
         UserError: if none of the images looked at has bands that fit, or a library that they need is missing.
     """
+
+    shards: Shards | None = None
 
     def __init__(
         self, files: Files, channels: int | None, place: Path | None, reading: Reading = AS_STORED

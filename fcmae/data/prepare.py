@@ -3,27 +3,24 @@
 import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from fcmae.data.batches import BadImage
 from fcmae.data.labels import check_class_names, write_labels
+from fcmae.data.making import Work, claim, fingerprint
 from fcmae.data.npy import write_array
 from fcmae.data.pixels import AS_STORED, Reading, kind_name
 from fcmae.data.sampling import spread
 from fcmae.data.shards import INDEX, PLAN, PREPARED, SIZES, shard_path
-from fcmae.data.shared_memory import choose_transport, free_shared_bytes, say_once
 from fcmae.data.sources import Source
 from fcmae.data.tiles import cut
 from fcmae.data.views import Part, resample
 from fcmae.errors import UserError, blame
-from fcmae.files import WRITING, atomic_file, free_bytes, sha256, write_text
+from fcmae.files import atomic_file, free_bytes, sha256, write_text
 
 SHARD_IMAGES = 1024
 """Images of a shard at most: about 260 MB at a short side of 256."""
@@ -69,29 +66,14 @@ def shrink(source: Source, index: int, short_side: int) -> Tensor:
     return resample(pixels, (round(scale * height), round(scale * width)))
 
 
-class _Shards(Dataset[Any]):
-    """Shards by number, checked where they are there and else made: the work that processes share."""
+class _Pixels(Work[Shard]):
+    """Shards of images, decoded and shrunk."""
 
     def __init__(self, source: Source, folder: Path, short_side: int, shard_images: int) -> None:
+        super().__init__(len(source), shard_images)
         self.source = source
         self.folder = folder
         self.short_side = short_side
-        self.shard_images = shard_images
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.source) / self.shard_images)
-
-    def indices(self, shard: int) -> range:
-        first = shard * self.shard_images
-        return range(first, min(first + self.shard_images, len(self.source)))
-
-    def __getitem__(self, shard: int) -> tuple[int, Shard | OSError, bool]:
-        """Return the shard's number, its record, and whether it was made just now."""
-        try:
-            record = self.intact(shard)
-            return shard, record or self.write(shard), record is None
-        except OSError as error:  # as it is: what a DataLoader makes of it has lost its number and file
-            return shard, error, False
 
     def intact(self, shard: int) -> Shard | None:
         """Return the record of a shard that is there, whole and undamaged."""
@@ -127,52 +109,6 @@ class _Shards(Dataset[Any]):
         record = record._replace(sha256=digest.hexdigest())
         write_text(path.with_suffix(".json"), json.dumps(record))
         return record
-
-
-def _fingerprint(source: Source, root: str) -> str:
-    """Hash the names, below `root`, and labels of all images: what distinguishes one source from another."""
-    digest = hashlib.sha256()
-    for index in range(len(source)):
-        digest.update(f"{source.describe(index).removeprefix(root)}\n".encode(errors="surrogateescape"))
-    digest.update(b"" if source.labels is None else source.labels.tobytes())
-    digest.update("\n".join(source.class_names or ()).encode())
-    return digest.hexdigest()
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    """Return what was asked for in a folder; nothing where that is not what the file says."""
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return plan if isinstance(plan, dict) else {}
-
-
-def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder this plan's, or find that it is.
-
-    Raises:
-        UserError: if it is another's, or the images are already in a folder beside it.
-    """
-    path = folder / PLAN
-    for other in sorted(folder.parent.glob(f"*/{PLAN}")):
-        if other != path and _read_plan(other).get("source") == plan["source"]:
-            raise UserError(f"{folder}: {other.parent} holds these images already; give each split its own")
-    if path.is_file():
-        before = _read_plan(path)
-        before = before and BEFORE | before
-        if not plan.keys() <= before.keys():
-            raise UserError(f"{path}: not written by fcmae prepare; name another folder")
-        changes = [f"{name} {before[name]} -> {value}" for name, value in plan.items() if before[name] != value]
-        if changes:
-            named = ["other files or labels" if change.startswith("source") else change for change in changes]
-            raise UserError(f"{folder}: was prepared differently ({', '.join(named)}); name another folder")
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds files that are not prepared images; name another folder")
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for left in (*folder.rglob(f"{WRITING}*"), *folder.rglob("*.tmp")):  # by a killed run; .tmp by 0.1.0
-        left.unlink()
-    write_text(path, json.dumps(plan, indent=1))
 
 
 def _require_disk(source: Source, folder: Path, short_side: int) -> None:
@@ -242,22 +178,14 @@ def prepare(
         "window": reading.window,
     }
     _require_disk(source, folder, short_side)
-    _claim(folder, plan | {"shard_images": shard_images, "source": _fingerprint(images, root)})
-    work = _Shards(source, folder, short_side, shard_images)
-    records: dict[int, Shard] = {}
-    written = 0
-    transport = choose_transport(num_workers, 0, free_shared_bytes())
-    if transport.line:
-        say_once(transport.line)
-    loader: Any = DataLoader(work, batch_size=None, num_workers=transport.num_workers, in_order=False)
-    with tqdm(total=len(source), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        for shard, record, fresh in loader:
-            if isinstance(record, OSError):
-                raise record
-            records[shard] = record
-            written += fresh
-            bar.update(len(work.indices(shard)))
-    ordered = [records[shard] for shard in range(len(work))]
+    claim(
+        folder / PLAN,
+        plan | {"shard_images": shard_images, "source": fingerprint(images, root)},
+        command="fcmae prepare",
+        before=BEFORE,
+    )
+    shard_path(folder, 0).parent.mkdir(exist_ok=True)
+    ordered, written = _Pixels(source, folder, short_side, shard_images).make_all(num_workers)
     bad = [image for record in ordered for image in record.bad]
     sizes = np.array([size for record in ordered for size in record.sizes], np.int32).reshape(-1, 2)
     if not len(sizes):

@@ -1,11 +1,10 @@
-"""Order and randomness as pure functions of (seed, epoch, index): no worker, process or restart changes them."""
+"""Which images a process sees and when, by number of the image in the run: no worker or restart changes it."""
 
 from collections.abc import Iterator
 
-import numpy as np
 from torch.utils.data import Sampler
 
-from fcmae.seeding import derive_seed
+from fcmae.data.order import Order, Shards, ShuffledAllOver, ShuffledByShard
 
 Key = tuple[int, int]
 """(epoch, sample index): all that a sample's augmentation depends on, besides the seed."""
@@ -17,35 +16,34 @@ class IndexStream(Sampler[list[Key]]):
     The run is one sequence of images, epoch after epoch, each a permutation that depends on (seed, epoch). Image
     number n belongs to update n // (images per update), wherever it is computed: processes take consecutive
     slices of each micro-batch. Batches may cross from one epoch into the next, so every image is seen exactly
-    once per epoch, and a set may be smaller than a batch.
+    once per epoch, and a set may be smaller than a batch. Images in `shards` come shard by shard.
     """
 
     def __init__(
-        self, num_samples: int, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shards: Shards | None = None,
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
-        self.seed = seed
+        self.order: Order = ShuffledByShard(shards, seed) if shards else ShuffledAllOver(num_samples, seed)
         self.start = start
         self.rank = rank
         self.world_size = world_size
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(derive_seed(self.seed, epoch)).permutation(self.num_samples)
-
     def __iter__(self) -> Iterator[list[Key]]:
-        permutations: dict[int, np.ndarray] = {}
         first = self.start + self.rank * self.batch_size
         while True:
-            keys: list[Key] = []
-            for position in range(first, first + self.batch_size):
-                epoch, offset = divmod(position, self.num_samples)
-                if epoch not in permutations:
-                    permutations = {e: p for e, p in permutations.items() if e == epoch - 1}
-                    permutations[epoch] = self._permutation(epoch)
-                keys.append((epoch, int(permutations[epoch][offset])))
-            yield keys
+            places = [divmod(position, self.num_samples) for position in range(first, first + self.batch_size)]
+            yield [(epoch, self.order.index(epoch, offset)) for epoch, offset in places]
             first += self.batch_size * self.world_size
+            self.order.expect(*divmod(first, self.num_samples))  # once the processes run that load the first batch
 
 
 PADDING = -1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fcmae.data.labels import read_labels
 from fcmae.data.npy import read_array
+from fcmae.data.order import Shards
 from fcmae.data.pixels import Reading, as_kind, as_pixels, is_pixels, kind_of, without_nodata
 from fcmae.data.views import Part, whole
 from fcmae.errors import UserError
@@ -33,6 +34,8 @@ class PreparedSource:
     are read, and no file stays open or mapped: any number of shards and workers will do, and a file that is cut off
     while it is read is an error, not a crash.
     """
+
+    shards: Shards | None = None
 
     def __init__(self, folder: Path, reading: Reading) -> None:
         path = folder / INDEX

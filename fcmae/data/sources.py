@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from fcmae.data.arrays import IMAGES, ArraySource
-from fcmae.data.images import find_image, open_images
+from fcmae.data.hugging_face import ArrowFiles, holds_arrow
+from fcmae.data.images import ImageSource, find_image, open_images
 from fcmae.data.labels import Labelled
+from fcmae.data.order import Shards
 from fcmae.data.pixels import AS_STORED, Reading, holds, kind_name, kind_of
+from fcmae.data.remote import is_url, join
 from fcmae.data.shards import INDEX, PLAN, PreparedSource
+from fcmae.data.tars import SHARDS, ShardFiles, ShardSource, holds_shards
 from fcmae.data.views import Part
 from fcmae.errors import UserError
 from fcmae.seeding import derive_seed
@@ -47,6 +51,11 @@ class Source(Labelled, Protocol):
         """Of all pixels: uint8, uint16 or float32."""
         ...
 
+    @property
+    def shards(self) -> Shards | None:
+        """How the images lie in shards, which are to be read one after the other; None where any order will do."""
+        ...
+
     def __len__(self) -> int: ...
 
     def size(self, index: int, /) -> tuple[int, int]:
@@ -76,13 +85,14 @@ def overlap(source: Source, other: Source) -> bool:
 
 
 class Subset:
-    """Some of the images of a source."""
+    """Some of the images of a source, in ascending order."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source = source
         self.indices = indices
         self.place, self.dtype = source.place, source.dtype
         self.channels = source.channels
+        self.shards = source.shards and source.shards.of_images(indices)
         self.labels = None if source.labels is None else source.labels[indices]
         self.class_names = source.class_names
 
@@ -159,6 +169,23 @@ def find_split(root: str, split: str, *, arrays: bool, whole_root: bool, what: s
     raise UserError(f"{what}: {lacks} (found: {', '.join(found) or 'none'}{meant}); {remedy}")
 
 
+def find_shards(root: str, split: str, *, whole_root: bool, what: str, remedy: str) -> str | None:
+    """Return the place of a split's shards, found as `find_split` finds folders; None for a folder without any."""
+    root = root.removesuffix(f"/{SHARDS}")
+    synonyms = next((names for names in SYNONYMS if split in names), ())
+    for name in dict.fromkeys((split, *synonyms)):
+        if holds_shards(place := root if name == "." else join(root, name)):
+            return place
+    if (whole_root or split in (*SYNONYMS[0], ".")) and holds_shards(root):
+        return root
+    inside = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    found = [name for name in inside if holds_shards(join(root, name))]
+    if not (found or is_url(root)):
+        return None
+    there = f" (found: {', '.join(found)}{_meant(split, found)})" if found else ""
+    raise UserError(f"{what}: no {join(split, SHARDS)}, of fcmae shard, in it{there}; {remedy}")
+
+
 def open_source(
     name: str,
     root: str,
@@ -173,8 +200,9 @@ def open_source(
     """Open the images that `data.name`, `data.root` and `data.split` name.
 
     Args:
-        name: "folder" (or a .tar as root), "arrays", or a map-style name of timm's `create_dataset`.
-        root: the folder, tar file or cache folder.
+        name: "folder" (or a .tar, shards or a dataset on disk as root), "arrays", or a map-style name of timm's
+            `create_dataset`.
+        root: the folder, tar file or cache folder, or the URL of shards.
         split: a folder of that name inside `root`, or "." for all of it; "train", too, where no split has a folder.
         in_chans: channels the model wants; None for as many as there are.
         whole_root: whether `root` may be the folder, or the tar file, of any split.
@@ -190,8 +218,9 @@ def open_source(
     prefix = name.partition("/")[0].lower() if "/" in name else ""
     if prefix in STREAMED:
         raise UserError(
-            f"data.name={name}: streamed sets have no sample index, so masks and crops could not be repeated; "
-            "use a map-style set: folder, a .tar, arrays, or hfds/NAME"
+            f"data.name={name}: streamed sets have no sample index, so masks and crops could not be repeated, nor "
+            "an epoch gone on with; use hfds/NAME, which is downloaded once, a folder or .tar, or what fcmae shard "
+            "wrote, which is read from elsewhere"
         )
     torch_name = name.split("/")[-1].lower() if prefix == "torch" else None
     if torch_name is not None and torch_name not in (*VALIDATED, *FOLDERS):
@@ -204,9 +233,18 @@ def open_source(
         return open_images(name, root, split, in_chans, what, reading)
     if name not in ("folder", "", "arrays") and torch_name not in FOLDERS:
         raise UserError(f"data.name={name}: unknown; use folder, arrays, hfds/NAME or torch/NAME")
+    if is_url(root) and (arrays or not {"?", "#"}.isdisjoint(root)):
+        raise UserError(
+            f"{what}: at a URL are shards, which fcmae shard wrote: name their folder, data.name=folder"
+        )
+    place = None if arrays else find_shards(root, split, whole_root=whole_root, what=what, remedy=remedy)
+    if place is not None:
+        return ShardSource(ShardFiles(place), in_chans, reading)
     if not os.path.exists(root):
         raise UserError(f"{what}: no such folder or file; name a folder with images in it")
     place = find_split(root, split, arrays=arrays, whole_root=whole_root, what=what, remedy=remedy)
+    if not arrays and holds_arrow(place):
+        return ImageSource(ArrowFiles(place), in_chans, Path(place).resolve(), reading)
     if not arrays:
         return open_images(name, place, None, in_chans, what, reading)
     folder = Path(place)

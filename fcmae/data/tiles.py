@@ -97,6 +97,7 @@ class TiledSource:
         self.ends = self.grids.prod(1).cumsum()
         """Number of tiles up to and with each image."""
         self.place, self.dtype, self.channels = source.place, source.dtype, source.channels
+        self.shards = source.shards and source.shards.of_parts(self.ends)
         self.labels = None if source.labels is None else source.labels.repeat(self.grids.prod(1))
         self.class_names = source.class_names
 
