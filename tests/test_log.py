@@ -209,7 +209,7 @@ CURVES_ARE_DRAWN = f"""() => {{
 PICTURES_ARE_SHOWN = f"""() => {{
     {ELEMENTS}
     const pictures = elements(document).filter((element) => element.src?.includes("individualImage"));
-    return pictures.length === 3 && pictures.every((picture) => picture.complete && picture.naturalWidth > 100);
+    return pictures.length === 5 && pictures.every((picture) => picture.complete && picture.naturalWidth > 100);
 }}"""
 
 
