@@ -71,11 +71,22 @@ def recipe(update: int | None = 4096, **sections: Any) -> PretrainRecipe:
 
 
 def look(
-    machines: Machines, processes: int, update: int | None = 4096, *, workers: int = 8, **more: Any
+    machines: Machines,
+    processes: int,
+    update: int | None = 4096,
+    *,
+    workers: int = 8,
+    bf16: bool = False,
+    **more: Any,
 ) -> Forecast:
     asked = recipe(update)
     config: PretrainConfig = asked.resolve({}, "a test")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": workers})})
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"num_workers": workers}),
+            "train": config.train.model_copy(update={"bf16_exchange": bf16}),
+        }
+    )
     given = {"work": WORK, "images": 10**6, "way": Way(False), **more}
     found = forecast(config, asked, machines=machines, processes=processes, **given)
     assert found is not None
@@ -204,6 +215,9 @@ def test_each_process_sends_twice_its_share_of_the_gradients() -> None:
         assert look(MACHINES, processes).exchange_bytes == pytest.approx(sent)
         sharded = look(MACHINES, processes, way=Way(False, True))  # gathers weights twice for each micro-batch
         assert sharded.exchange_bytes == pytest.approx(sent * (sharded.accumulate + 0.5))
+        assert look(MACHINES, processes, bf16=True).exchange_bytes == pytest.approx(sent / 2)
+        sharded = look(MACHINES, processes, way=Way(False, True), bf16=True)  # weights travel as they are
+        assert sharded.exchange_bytes == pytest.approx(sent * (sharded.accumulate + 0.25))
 
 
 def test_the_slowest_link_of_the_ring_counts() -> None:

@@ -5,8 +5,8 @@ An update takes, on each of n processes with a share of images in `accumulate` m
     max(accumulate * micro-batch + AdamW + exposed exchange, share / images that its loaders give in a second)
 
 or, where data.num_workers is 0, the sum of both. Processes that share cores take at least what all of them ask of
-these cores. **Exchange.** A ring all-reduce sends 2 (n - 1) / n of the gradients' bytes, float32, from each
-process; the slowest link of the ring counts, which between machines is the network of a machine; every message of
+these cores. **Exchange.** A ring all-reduce sends 2 (n - 1) / n of the gradients' bytes from each
+process, float32, or bf16 with train.bf16_exchange; the slowest link of the ring counts, which between machines is the network of a machine; every message of
 `BUCKET` bytes takes `message_s` for each doubling of n. DDP exchanges while the backward pass of the last
 micro-batch, two thirds of it, goes on, but for the last message; recorded steps exchange after it. FSDP sends
 2 (n - 1) / n of the weights' bytes for each micro-batch (they are gathered forward and backward), and half of that
@@ -149,7 +149,8 @@ def forecast(
     micro = machines.pace.micro_batch(batch, recorded=recorded, recomputed=way.checkpointing)
     micro_s = sum(micro.values())
 
-    sent = (2 * accumulate + 1) * around if way.sharded else 2 * around
+    gradients = around / 2 if config.train.bf16_exchange else around
+    sent = 2 * accumulate * around + gradients if way.sharded else 2 * gradients
     exchange_s = exchange(machines, processes, sent)
     hidden_s = 0.0
     if machines.overlaps and not recorded:
