@@ -65,6 +65,8 @@ RULES = (
     (r".*\bpretrain(\.py)? ", PRETRAIN, r"", "runs/*/encoder/model.safetensors"),
     (r"fcmae report (\S+)", "", r"Finished", r"\1/report.html"),
     (r"fcmae doctor", "", r"runs can start here", None),
+    (r"fcmae plan", "", r"limit +starting kernels", None),
+    (r"fcmae shard", "", r"13 images", "path/to/shards/*"),
     (r"fcmae prepare", "", r"(?s)train: 13 images.*data.name=arrays data.root=path/to/prepared", "path/*/train/*"),
     (r"fcmae .*--output runs/(\S+)", "", r".", r"runs/\1/*"),
     (r"fcmae ", "", r".", None),

@@ -4,14 +4,15 @@ An update takes, on each of n processes with a share of images in `accumulate` m
 
     max(accumulate * micro-batch + AdamW + exposed exchange, share / images that its loaders give in a second)
 
-or, where data.num_workers is 0, the sum of both. Processes that share cores take at least what all of them ask of
-these cores. **Exchange.** A ring all-reduce sends 2 (n - 1) / n of the gradients' bytes from each
-process, float32, or bf16 with train.bf16_exchange; the slowest link of the ring counts, which between machines is the network of a machine; every message of
-`BUCKET` bytes takes `message_s` for each doubling of n. DDP exchanges while the backward pass of the last
-micro-batch, two thirds of it, goes on, but for the last message; recorded steps exchange after it. FSDP sends
-2 (n - 1) / n of the weights' bytes for each micro-batch (they are gathered forward and backward), and half of that
-of gradients for each update, meanwhile computing the rest. **Memory** is `Work`'s; FSDP divides weights, gradients
-and moments by n, and gathers two `units` with their gradients; between micro-batches gradients are whole.
+or, where data.num_workers is 0, the sum of both. Processes that share cores take at least what all of them ask
+of these cores. **Exchange.** A ring all-reduce sends 2 (n - 1) / n of the gradients' bytes from each process,
+float32, or bf16 with train.bf16_exchange; the slowest link of the ring counts, which between machines is the
+network of a machine; every message of `BUCKET` bytes takes `message_s` for each doubling of n. DDP exchanges
+while the backward pass of the last micro-batch, two thirds of it, goes on, but for the last message; recorded
+steps exchange after it. FSDP sends 2 (n - 1) / n of the weights' bytes for each micro-batch (they are gathered
+forward and backward), and half of that of gradients for each update, meanwhile computing the rest. **Memory**
+is `Work`'s; FSDP divides weights, gradients and moments by n, and gathers two `units` with their gradients;
+between micro-batches gradients are whole.
 Evaluation, pictures, checkpoints and failures are left out.
 """
 
