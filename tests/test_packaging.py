@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-OWN_EXTRAS = "fcmae[export,deep,dicom,nifti,docs]"
+OWN_EXTRAS = "fcmae[bench,datasets,deep,dicom,docs,export,nifti]"
 """What the tests need of our own extras."""
 
 
