@@ -44,7 +44,10 @@ def lay_out(path: Path, rows: Mapping[str, Rows]) -> None:
     text += b" " * (-len(text) % 8)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        os.posix_fallocate(file.fileno(), 0, file.tell() + end)  # so that a full disk says so here
+        if hasattr(os, "posix_fallocate"):  # so that a full disk says so here
+            os.posix_fallocate(file.fileno(), 0, file.tell() + end)
+        else:
+            file.truncate(file.tell() + end)
 
 
 def write_rows(path: Path, rows: Mapping[str, Rows]) -> None:
