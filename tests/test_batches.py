@@ -64,7 +64,7 @@ def dataset_of(root: Path, *, seed: int = 0, resize_on_device: bool = False) -> 
     )
 
 
-def take(dataset: PretrainDataset, number: int, **kwargs: int) -> list[MaskedBatch]:
+def take(dataset: PretrainDataset, number: int, **kwargs: Any) -> list[MaskedBatch]:
     workers = kwargs.pop("num_workers", 0)
     options = {"batch_size": 4, "seed": 0} | kwargs
     stream = IndexStream(len(dataset), **options)
@@ -214,7 +214,7 @@ def test_fixed_images_are_spread_over_the_set_and_skip_broken_ones(folder: Path)
 def test_augmentation_is_the_same_for_any_number_of_workers_and_changes_with_the_epoch(tmp_path: Path) -> None:
     dataset = LabelledDataset(labelled(tmp_path), view=view_of(), seed=0)
 
-    def batches(**kwargs: int) -> list[LabelledBatch]:
+    def batches(**kwargs: Any) -> list[LabelledBatch]:
         workers = kwargs.pop("num_workers", 0)
         stream = IndexStream(len(dataset), batch_size=8, seed=0, **kwargs)
         return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), 6))
