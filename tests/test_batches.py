@@ -66,7 +66,7 @@ def dataset_of(root: Path, *, seed: int = 0, resize_on_device: bool = False) -> 
 
 def take(dataset: PretrainDataset, number: int, **kwargs: Any) -> list[MaskedBatch]:
     workers = kwargs.pop("num_workers", 0)
-    options = {"batch_size": 4, "seed": 0} | kwargs
+    options: dict[str, Any] = {"batch_size": 4, "seed": 0} | kwargs
     stream = IndexStream(len(dataset), **options)
     return list(islice(load_batches(dataset, stream, num_workers=workers, pin_memory=False), number))
 
