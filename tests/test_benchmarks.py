@@ -139,7 +139,7 @@ def test_data_measures_every_way_of_loading_and_writes_json(
     options = ["--image-size=32", "--batch=2", "--batches=1", "--rounds=1", f"--json={tmp_path / 'out.json'}"]
     importlib.import_module("data").main(options)
     out = capsys.readouterr().out
-    ways = ["imagefolder", "timm", "webdataset", "folder", "prepared", "prepared, crops"]
+    ways = ["imagefolder", "timm", "webdataset", "folder", "shards", "prepared", "prepared, crops"]
     if importlib.util.find_spec("webdataset") is None:
         ways.remove("webdataset")
         assert "webdataset: left out" in out

@@ -98,7 +98,7 @@ ONLY_IN = {
     "MinkowskiEngineBackend": {"encoder.minkowski"},
     "numba": {"ops.*_numba"},
     "triton": {"ops.*_triton"},
-    "filelock": {"data.kept"},
+    "filelock": {"data.cache", "data.kept"},
     "psutil": {"training.lock", "training.memory", "training.stop"},
     "pickle": set(),
 }
