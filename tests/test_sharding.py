@@ -35,6 +35,7 @@ from fcmae.training import together
 from fcmae.training.checkpoint import EMA, MODEL, OPTIMIZER, read_checkpoint
 from fcmae.training.launch import start_accelerator
 from fcmae.training.run_folder import RunFolder
+from fcmae.training.sharding import Rows
 from fcmae.training.trainer import Trainer
 
 UNITS = 6
@@ -229,3 +230,26 @@ def test_gradients_of_each_unit_are_sent_once_an_update_as_bf16_by_choice(runs: 
     assert sent == ["torch.bfloat16"] * UNITS * UPDATES
     assert norms != one.window.grad_norm_sum.item()
     assert norms == pytest.approx(one.window.grad_norm_sum.item(), rel=2**-8)
+
+
+class Between(dict[str, Rows]):
+    """Rows of which one is written before what another process does, and one after."""
+
+    def __init__(self, rows: dict[str, Rows], meanwhile: Callable[[], None]) -> None:
+        super().__init__(rows)
+        self.meanwhile = meanwhile
+
+    def items(self) -> Any:
+        first, second = super().items()
+        yield first
+        self.meanwhile()
+        yield second
+
+
+def test_rows_that_another_process_writes_between_ones_own_stay(tmp_path: Path) -> None:
+    whole = {"a": torch.arange(4.0).reshape(2, 2), "b": torch.arange(4.0, 8.0).reshape(2, 2)}
+    first, second = ({name: Rows(t[i : i + 1], i, (2, 2)) for name, t in whole.items()} for i in range(2))
+    path = tmp_path / "model.safetensors"
+    together.lay_out(path, first)
+    together.write_rows(path, Between(first, lambda: together.write_rows(path, second)))
+    torch.testing.assert_close(load_file(path), whole, rtol=0, atol=0)

@@ -52,15 +52,18 @@ def lay_out(path: Path, rows: Mapping[str, Rows]) -> None:
 
 def write_rows(path: Path, rows: Mapping[str, Rows]) -> None:
     """Write one's own rows to where they belong, and wait until they are on disk."""
-    with open(path, "r+b") as file:
+    with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+    # without a buffer, which would write again what lies between two rows, and has other processes' rows in it
+    with open(path, "r+b", buffering=0) as file:
         for name, (tensor, start, shape) in rows.items():
             own = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
             row_bytes = torch.Size(shape[1:]).numel() * tensor.element_size()
             file.seek(8 + length + header[name]["data_offsets"][0] + start * row_bytes)
-            file.write(own.numpy().data)
-        file.flush()
+            content = own.numpy().data
+            while len(content):
+                content = content[file.write(content) :]
         os.fsync(file.fileno())
 
 
