@@ -12,6 +12,7 @@ then that is the rate of a loader's core. `shards` reads the JPEGs of `folder` f
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def timm_loader(root: Path, args: argparse.Namespace) -> Iterator[Any]:
 
 def webdataset_loader(root: Path, args: argparse.Namespace) -> Iterator[Any]:
     """Batches of webdataset, from one .tar."""
-    import webdataset  # pyright: ignore[reportMissingImports]
+    webdataset: Any = importlib.import_module("webdataset")
 
     path = root.with_suffix(".tar")
     with tarfile.open(path, "w", dereference=True) as tar:

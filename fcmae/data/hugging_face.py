@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,6 +64,11 @@ class ArrowFiles:
             self.labels = labels.astype(np.int64)
             names = getattr(features[str(column)], "names", None)
             self.class_names = tuple(names) if names else None
+
+    @property
+    def ends(self) -> Collection[str]:
+        """None: rows have no names."""
+        return ()
 
     def __reduce__(self) -> tuple[type["ArrowFiles"], tuple[str]]:
         return ArrowFiles, (self.folder,)
